@@ -1,0 +1,32 @@
+# `make demo` and `make test` set themselves up in .venv; nothing else is needed but Python 3.10 to 3.12.
+PYTHON ?= python3
+BIN := .venv/bin
+DATA ?=
+
+.PHONY: demo test prepare bench docs clean
+
+.venv/installed: settings.ini setup.py pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -e ".[dev]"
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/fastmiseg-demo $(if $(DATA),--data "$(DATA)")
+
+test: .venv/installed
+	$(BIN)/nbdev-test --n_workers 2
+	$(BIN)/pytest -q
+
+prepare: .venv/installed
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+	$(BIN)/jupyter nbconvert nbs/index.ipynb --to markdown --output-dir . --output README
+
+bench: .venv/installed
+	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
+
+docs: .venv/installed
+	$(BIN)/nbdev-docs
+
+clean:
+	rm -rf .venv build *.egg-info

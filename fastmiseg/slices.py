@@ -8,45 +8,48 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['Placement', 'Recipe']
 
-# %% ../nbs/02_slices.ipynb #7cf6fb5a
+# %% ../nbs/02_slices.ipynb #45f0b77d
 import json
-from dataclasses import dataclass, fields, asdict
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import permutations
 
-import numpy as np
+import numpy as np, pandas as pd
 import SimpleITK as sitk
+from fastcore.basics import patch
 from scipy.ndimage import gaussian_filter1d
 
-from .volume import Volume, VolumeError, check_same_geometry
+from .volume import Volume, VolumeError, _classes, check_same_geometry, read_volume
 
-# %% ../nbs/02_slices.ipynb #6c5bfe2d
+# %% ../nbs/02_slices.ipynb #8cdc363e
 def _warp(a, scale, shift, size, nearest=False, fill=0):
-    "Planes `a` (n,h,w) on a grid of `size` (H,W): along each axis, pixel k is read at `scale*k + shift`; `fill` outside"
+    "Planes `a` (n,h,w) on a grid of `size` (H,W): along each axis pixel k is read at `scale*k + shift`; `fill` outside"
     if all(s==1 and o==int(o) for s,o in zip(scale, shift)):
         out,src,dst = np.full((len(a), *size), fill, a.dtype),[],[]
         for o,h,H in zip(map(int, shift), a.shape[1:], size):
-            lo,hi = max(0, -o),max(0, -o, min(H, h-o))
+            lo = max(0, -o)
+            hi = max(lo, min(H, h-o))
             dst.append(slice(lo, hi)); src.append(slice(lo+o, hi+o))
         out[:,dst[0],dst[1]] = a[:,src[0],src[1]]
         return out
     if not nearest:
         for i,s in enumerate(scale):
-            if s>1: a = gaussian_filter1d(a, .5*np.sqrt(s*s-1), axis=i+1, mode='nearest') # coarser: average, do not alias
-    how = sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear
-    im = sitk.Resample(sitk.GetImageFromArray(a), (size[1], size[0], len(a)), sitk.Transform(), how,
+            if s>1: a = gaussian_filter1d(a, (s-1)/2, axis=i+1, mode='nearest')
+    im = sitk.Resample(sitk.GetImageFromArray(np.ascontiguousarray(a)), (size[1], size[0], len(a)), sitk.Transform(),
+                       sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear,
                        (shift[1], shift[0], 0.), (scale[1], scale[0], 1.), np.eye(3).ravel(), float(fill))
     return sitk.GetArrayFromImage(im)
 
-# %% ../nbs/02_slices.ipynb #86d51e81
-def _canonical(direction, orientation):
-    "Order of array axes and flips that bring a scan to `orientation`, through the nearest axes of the patient"
-    d = np.array(direction, float).reshape(3,3)
-    perm = max(permutations(range(3)), key=lambda p: sum(abs(d[w,i]) for w,i in enumerate(p))) # perm[w]: image axis along world axis w
-    world = {'L':(0,1),'R':(0,-1),'P':(1,1),'A':(1,-1),'S':(2,1),'I':(2,-1)}
-    xyz = [(perm[w], bool(d[w,perm[w]]*s<0)) for w,s in (world[o] for o in orientation)]
-    return tuple(2-i for i,_ in xyz[::-1]), tuple(f for _,f in xyz[::-1])
+# %% ../nbs/02_slices.ipynb #b37c10ac
+_axes = dict(L=(0,1), R=(0,-1), P=(1,1), A=(1,-1), S=(2,1), I=(2,-1)) # letter: axis and sign in ITK's world
 
-# %% ../nbs/02_slices.ipynb #7c3dea7d
+def _canonical(direction, orientation):
+    "Order of the array axes (z,y,x), and which to flip, that bring a scan to `orientation`"
+    d = np.array(direction, float).reshape(3,3)                                             # columns: x, y and z of the file
+    near = max(permutations(range(3)), key=lambda p: sum(abs(d[w,i]) for w,i in enumerate(p))) # near[world axis]: axis of the file
+    zyx = [(near[w], d[w,near[w]]*s<0) for w,s in (_axes[o] for o in orientation[::-1])]
+    return tuple(2-i for i,_ in zyx), tuple(bool(f) for _,f in zyx)
+
+# %% ../nbs/02_slices.ipynb #98f4e931
 @dataclass(frozen=True)
 class Placement:
     "Where the slices of a scan lie, and the way back"
@@ -54,188 +57,281 @@ class Placement:
     spacing: tuple   # The scan's, (z,y,x) mm
     origin: tuple    # The scan's, (x,y,z) mm
     direction: tuple # The scan's, 3x3 row-major
-    order: tuple     # Array axes of the scan that became slice, row and column
+    order: tuple     # Axes of the scan's array that became slice, row and column
     flip: tuple      # Which of slice, row and column run backwards along the scan
-    scale: tuple     # Rows and columns: pixel k of a slice is read at scale*k + shift ...
-    shift: tuple     # ... of the scan's own rows and columns
+    scale: tuple     # Rows and columns: pixel k of a slice lies at scale*k + shift ...
+    shift: tuple     # ... of the scan's own (ordered, flipped) rows and columns
     size: tuple      # (H,W) of a slice
 
     @property
-    def n(self): return self.shape[self.order[0]]
+    def n(self):
+        "Number of slices"
+        return self.shape[self.order[0]]
     @property
     def slice_spacing(self):
-        "Millimetres between slices, and between the rows and columns of a slice"
-        s = [self.spacing[o] for o in self.order]
-        return s[0], s[1]*self.scale[0], s[2]*self.scale[1]
+        "Millimetres between slices, rows and columns as the network sees them"
+        s,r,c = (self.spacing[o] for o in self.order)
+        return s, r*self.scale[0], c*self.scale[1]
 
     def _planes(self, a): return np.flip(a.transpose(self.order), [i for i,f in enumerate(self.flip) if f])
-    def _unplanes(self, a): return np.flip(a, [i for i,f in enumerate(self.flip) if f]).transpose(np.argsort(self.order))
+    def _back(self, a, nearest, fill):
+        inv,off = tuple(1/s for s in self.scale),tuple(-o/s for s,o in zip(self.scale, self.shift))
+        a = _warp(a, inv, off, tuple(self.shape[o] for o in self.order[1:]), nearest, fill)
+        return np.ascontiguousarray(np.flip(a, [i for i,f in enumerate(self.flip) if f]).transpose(np.argsort(self.order)))
 
     def forward(self,
-        a,             # (z,y,x) on the scan's grid
-        nearest=False, # Nearest neighbour, for masks
-        fill=0         # Value outside the scan
-    )->np.ndarray:     # (n,H,W)
+        a,            # (z,y,x) on the scan's grid
+        nearest=False # Nearest neighbour, for masks; else linear
+    )->np.ndarray:    # (n,H,W), 0 outside the scan
         "Voxels on the grid of the slices"
-        return _warp(np.ascontiguousarray(self._planes(a)), self.scale, self.shift, self.size, nearest, fill)
+        return _warp(self._planes(a), self.scale, self.shift, self.size, nearest)
+
+    def covers(self,
+        a     # (z,y,x) on the scan's grid, such as a mask
+    )->bool:
+        "Do the slices hold everything in `a` that is not 0?"
+        a = self._planes(a)!=0
+        for i,(s,o,n) in enumerate(zip(self.scale, self.shift, self.size)):
+            at = np.flatnonzero(a.any(axis=(0,2-i)))
+            if len(at) and ((at[0]-o)/s < -.5 or (at[-1]-o)/s > n-.5): return False
+        return True
 
     def inverse(self,
-        pred           # (n,H,W), or (n,K,H,W): integers by nearest neighbour, floats linearly
-    )->np.ndarray:     # (z,y,x) or (K,z,y,x) on the scan's own grid; outside of the slices: background
-        "Predictions for the slices back on the scan's own grid"
+        pred        # (n,H,W), or (n,K,H,W) for K classes; integers: nearest neighbour, floats: linear
+    )->np.ndarray:  # (z,y,x), or (K,z,y,x); beyond the slices lies background: 0, or probability 1 of class 0
+        "Predictions for all slices, back on the scan's own grid"
         pred = np.asarray(pred)
+        want = f'({self.n}, {self.size[0]}, {self.size[1]})'
         if pred.ndim not in (3,4) or len(pred)!=self.n or pred.shape[-2:]!=tuple(self.size):
-            raise ValueError(f'inverse got an array of shape {pred.shape}; expected ({self.n}, {self.size[0]}, {self.size[1]}) '
-                             f'or ({self.n}, classes, {self.size[0]}, {self.size[1]}): every slice of the scan, in order')
-        nearest = pred.dtype.kind in 'biu'
-        dtype = pred.dtype
-        if dtype.kind=='b': pred = pred.astype(np.uint8)
-        if dtype==np.float16: pred = pred.astype(np.float32)
-        if pred.ndim==4:
-            K = pred.shape[1]
-            return np.stack([self._back(pred[:,k], nearest, int(k==0 and K>1 and not nearest)) for k in range(K)]).astype(dtype, copy=False)
-        return self._back(pred, nearest, 0).astype(dtype, copy=False)
-
-    def _back(self, a, nearest, fill):
-        hw = tuple(self.shape[o] for o in self.order[1:])
-        inv,off = tuple(1/s for s in self.scale),tuple(-o/s for s,o in zip(self.scale, self.shift))
-        return np.ascontiguousarray(self._unplanes(_warp(np.ascontiguousarray(a), inv, off, hw, nearest, fill)))
+            raise ValueError(f'pred has shape {pred.shape}, expected {want} or {want.replace(",", ", classes,", 1)}: every slice of the scan, in order')
+        dtype,nearest = pred.dtype,pred.dtype.kind in 'biu'
+        pred = pred.astype(np.uint8 if dtype==bool else np.float32 if dtype==np.float16 else dtype, copy=False)
+        if pred.ndim==3: return self._back(pred, nearest, 0).astype(dtype, copy=False)
+        first = int(not nearest and pred.shape[1]>1)
+        return np.stack([self._back(pred[:,k], nearest, first*(k==0)).astype(dtype, copy=False) for k in range(pred.shape[1])])
 
     def volume(self,
         array # (z,y,x) or (c,z,y,x), as `inverse` returns it
     )->Volume:
-        "An array on the scan's grid, as a `Volume` with the scan's geometry"
+        "An array on the scan's grid as a `Volume` in the scan's geometry"
         return Volume(array, self.spacing, self.origin, self.direction)
 
     def to_dict(self): return asdict(self)
     @classmethod
     def from_dict(cls, d): return cls(**{k:tuple(v) for k,v in d.items()})
 
-# %% ../nbs/02_slices.ipynb #90cf3245
-_train_time = ('crop','rotate','flip','jitter')
+# %% ../nbs/02_slices.ipynb #619d9719
+_training = ('crop','rotate','flip','jitter') # settings the prepared slices do not depend on
 
 @dataclass(frozen=True, repr=False)
 class Recipe:
     "How a scan becomes slices for a network"
-    spacing: tuple = None           # (row, column) mm in plane; None keeps the scan's
-    size: tuple = None              # (H,W) of a slice; None keeps what the spacing gives
-    fit: str = 'crop'               # 'crop': centre crop or zero padding to `size`; 'resize': the whole field of view to `size`
-    percentiles: tuple = (1,99)     # Intensities at these percentiles become 0 and 1; beyond: clipped
-    window: tuple = None            # Intensities that become 0 and 1 instead (CT: Hounsfield units)
-    per: str = 'scan'               # Percentiles of each 'scan', or of all scans of a 'subject' together
-    axis: int|str = 'auto'          # Slice axis after orientation: 0, 1, 2 or 'auto', the coarsest (0 if none is clearly coarser)
-    orientation: str = 'LPS'        # Directions in which x, y and z run after permuting and flipping the axes; None keeps the file's
-    channels: int = 1               # Images per scan
-    classes: tuple = ('background','foreground') # Names; the index is the class
-    labels: dict = None             # {value in the mask files: class}; None: the values are the classes
-    crop: tuple = None              # Training only: (h,w) of random crops
-    rotate: float = 0.              # Training only: largest rotation, degrees
-    flip: str = ''                  # Training only: 'h', 'v', 'hv' or ''
-    jitter: float = 0.              # Training only: strength of brightness, contrast and gamma changes
+    spacing: tuple|None = None       # (row, column) mm; a number for both; None keeps the scan's
+    size: tuple|None = None          # (H,W) of a slice; a number for both; None keeps what the spacing gives
+    fit: str = 'crop'                # 'crop': centre crop or zero padding to `size`; 'resize': the whole field of view to `size`
+    percentiles: tuple = (1.,99.)    # Intensities at these percentiles become 0 and 1; beyond is clipped
+    window: tuple|None = None        # These intensities become 0 and 1 instead (CT: Hounsfield units)
+    per: str = 'scan'                # Percentiles of each 'scan', or of all scans of a 'subject' together
+    axis: int|str = 'auto'           # Slices along 0, 1 or 2 of the oriented (z,y,x), or 'auto': the coarsest
+    orientation: str|None = 'LPS'    # Where x, y and z shall run to, reached by permuting and flipping; None keeps the file's axes
+    channels: int = 1                # Images per scan
+    classes: tuple = ('background','foreground') # Names; the position is the class
+    labels: dict|None = None         # {value in the mask files: class}; None: the values are the classes
+    crop: tuple|None = None          # Training: (h,w) of random crops
+    rotate: float = 0.               # Training: largest rotation, degrees
+    flip: str = ''                   # Training: 'h' mirrors left and right, 'v' top and bottom, 'hv' both
+    jitter: float = 0.               # Training: strength of brightness, contrast and gamma changes, 0..1
 
     def __post_init__(self):
-        put = lambda k,v: object.__setattr__(self, k, v)
-        for k in ('spacing','size','crop'):
-            v = getattr(self, k)
-            if v is not None: put(k, tuple(v) if isinstance(v, (tuple,list)) else (v,v))
-        for k in ('percentiles','window','classes'):
-            if getattr(self, k) is not None: put(k, tuple(getattr(self, k)))
-        if self.labels is not None: put('labels', {int(k):int(v) for k,v in self.labels.items()})
+        def put(k, f):
+            if (v := getattr(self, k)) is not None: object.__setattr__(self, k, f(v))
+        pair = lambda f: lambda v: tuple(map(f, v if np.iterable(v) else (v,v)))
+        for k in ('spacing','percentiles','window'): put(k, pair(float))
+        for k in ('rotate','jitter'): put(k, float)
+        for k in ('size','crop'): put(k, pair(int))
+        put('classes', lambda v: tuple(map(str, v)))
+        put('labels', lambda v: {int(a):int(b) for a,b in v.items()})
+        for k,(ok,want) in self._checks().items():
+            if not ok: raise ValueError(f'Recipe: {k}={getattr(self, k)!r}, expected {want}')
 
-    def __repr__(self):
-        return 'Recipe(' + ', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in fields(self) if getattr(self, f.name)!=f.default) + ')'
+    def _checks(self):
+        positive = lambda v: v is None or (len(v)==2 and min(v)>0)
+        rising = lambda v, lo, hi: len(v)==2 and lo<=v[0]<v[1]<=hi
+        world = [_axes[o][0] for o in self.orientation or 'LPS' if o in _axes]
+        return dict(
+            spacing     = (positive(self.spacing), 'two positive numbers of mm, or None'),
+            size        = (positive(self.size) and (self.size or self.fit!='resize'), "two positive numbers of pixels, or (only with fit='crop') None"),
+            fit         = (self.fit in ('crop','resize') and not (self.fit=='resize' and self.spacing), "'crop', or 'resize' without a spacing, which it would not keep"),
+            percentiles = (rising(self.percentiles, 0, 100), '(lower, upper) within 0 and 100'),
+            window      = (self.window is None or rising(self.window, -np.inf, np.inf), '(lower, upper), or None'),
+            per         = (self.per in ('scan','subject'), "'scan' or 'subject'"),
+            axis        = (self.axis in (0,1,2,'auto'), "0, 1, 2 or 'auto'"),
+            orientation = (sorted(world)==[0,1,2] and len(self.orientation or 'LPS')==3, "one letter each of L/R, P/A and S/I, as in 'LPS', or None"),
+            channels    = (self.channels>=1, 'at least 1'),
+            classes     = (1<=len(self.classes)<=256, '1 to 256 names, background first'),
+            labels      = (set((self.labels or {}).values())<=set(range(len(self.classes))), f'values in 0..{len(self.classes)-1}, the positions in `classes`'),
+            crop        = (positive(self.crop) and not (self.crop and self.size and any(c>s for c,s in zip(self.crop, self.size))), '(h,w) no larger than `size`, or None'),
+            rotate      = (0<=self.rotate<=180, 'degrees in 0..180'),
+            flip        = (self.flip in ('','h','v','hv'), "'h', 'v', 'hv' or ''"),
+            jitter      = (0<=self.jitter<=1, 'a strength in 0..1'))
+
+    def __repr__(self): return f'Recipe({", ".join(f"{f.name}={v!r}" for f in fields(self) if (v := getattr(self, f.name))!=f.default)})'
     def __hash__(self): return hash(repr(self))
-
     def to_dict(self): return asdict(self)
     @classmethod
     def from_dict(cls, d): return cls(**d)
+
     @property
     def key(self):
-        "What the prepared slices depend on, as text; the settings for training are not in it"
-        return json.dumps({k:v for k,v in self.to_dict().items() if k not in _train_time}, sort_keys=True)
+        "What prepared slices depend on, as text; the settings for training are not in it"
+        return json.dumps({k:v for k,v in self.to_dict().items() if k not in _training}, sort_keys=True)
 
-    def place(self, vol:Volume)->Placement:
-        "Where the slices of `vol` will lie"
-        order,flip = _canonical(vol.direction, self.orientation) if self.orientation else ((0,1,2),(False,)*3)
-        shape,spacing = [vol.shape[o] for o in order],[vol.spacing[o] for o in order]
-        k = self.axis
-        if k=='auto':
-            k = int(np.argmax(spacing))
-            if spacing[k]<1.1*spacing[0]: k = 0
-            if shape.count(1)==1: k = shape.index(1)
-        i = [k]+[o for o in range(3) if o!=k]
-        order,flip = tuple(order[o] for o in i),tuple(flip[o] for o in i)
-        scale,shift,size = [],[],[]
-        for j in (0,1):
-            h,s = shape[i[j+1]],spacing[i[j+1]]
-            H = self.size and self.size[j]
-            if self.fit=='resize': a = h/H; o = (a-1)/2
-            else:
-                a = self.spacing[j]/s if self.spacing else 1.
-                if abs(a-1)<1e-4: a = 1.
-                n = max(1, round(h/a))
-                H = H or n
-                o = (h-1)/2 - a*((n-1)/2 + int((H-n)/2))
-            scale.append(float(a)); shift.append(float(o)); size.append(int(H))
-        g = lambda o: tuple(float(v) for v in o)
-        return Placement(tuple(int(o) for o in vol.shape), g(vol.spacing), g(vol.origin), g(vol.direction),
-                         order, flip, tuple(scale), tuple(shift), tuple(size))
+# %% ../nbs/02_slices.ipynb #cd456424
+def _along(h, s, spacing, size, fit):
+    "Scale, shift and size along an axis of `h` pixels, `s` mm each"
+    if fit=='resize': return h/size, (h/size-1)/2, size
+    scale = spacing/s if spacing else 1.
+    if abs(scale-1)<1e-4: scale = 1.
+    n = max(1, round(h/scale))              # pixels that the field of view fills
+    size = size or n
+    return scale, (h-1)/2 - scale*((n-1)/2 + int((size-n)/2)), size
 
-    def _channels(self, vol):
-        a = vol.array if vol.array.ndim==4 else vol.array[None]
-        if len(a)!=self.channels:
-            raise VolumeError(f'{vol.path}: has {len(a)} channels, the recipe expects {self.channels}: set `channels` of the Recipe, or leave the scan out')
-        if a.dtype.kind=='f' and not (ok := np.isfinite(a)).all():
-            raise VolumeError(f'{vol.path}: {a.size-ok.sum()} of {a.size} voxels are NaN or infinite, expected numbers: repair the scan, or leave it out')
-        return a
+# %% ../nbs/02_slices.ipynb #b8fc8263
+def _slice_axis(shape, spacing):
+    "The axis with clearly thicker slices than axis 0, else 0; a single slice is a slice"
+    if list(shape).count(1)==1: return list(shape).index(1)
+    k = int(np.argmax(spacing))
+    return k if spacing[k]>1.1*spacing[0] else 0
 
-    def limits(self,
-        *vols:Volume # The scan, or all scans of the subject
-    )->list:         # (lo, hi) for each channel
-        "Intensities that become 0 and 1"
-        if self.window: return [self.window]*self.channels
-        chans,out = [self._channels(v) for v in vols],[]
-        for c in range(self.channels):
-            v = np.concatenate([o[c].ravel() for o in chans])
-            lo,hi = np.percentile(v, self.percentiles)
-            if not lo<hi: lo,hi = v.min(),v.max()
-            out.append((float(lo), float(hi)))
-        return out
+@patch
+def place(self:Recipe,
+    vol:Volume # The scan; only its shape and geometry matter
+)->Placement:
+    "Where the slices of a scan lie"
+    order,flip = _canonical(vol.direction, self.orientation) if self.orientation else ((0,1,2), (False,)*3)
+    shape,spacing = [vol.shape[o] for o in order],[vol.spacing[o] for o in order]
+    k = _slice_axis(shape, spacing) if self.axis=='auto' else self.axis
+    i = [k, *(o for o in range(3) if o!=k)]
+    scale,shift,size = zip(*[_along(shape[o], spacing[o], self.spacing and self.spacing[j], self.size and self.size[j], self.fit)
+                             for j,o in enumerate(i[1:])])
+    floats = lambda v: tuple(map(float, v))
+    return Placement(tuple(map(int, vol.shape)), floats(vol.spacing), floats(vol.origin), floats(vol.direction),
+                     tuple(order[o] for o in i), tuple(flip[o] for o in i), floats(scale), floats(shift), size)
 
-    def slices(self,
-        vol:Volume,  # The scan
-        limits=None  # (lo, hi) for each channel, where they come from more than this scan
-    )->tuple:        # float32 (n,C,H,W) in 0..1, and the `Placement`
-        "Slices of a scan, and where they lie"
-        where,a = self.place(vol),self._channels(vol)
-        out = np.empty((where.n, self.channels, *where.size), np.float32)
-        for c,(lo,hi) in enumerate(limits or self.limits(vol)):
-            if a[c].min()==a[c].max(): raise VolumeError(f'{vol.path}: every voxel is {a[c].flat[0]}, expected an image: check the file, or leave it out')
-            v = np.clip(a[c].astype(np.result_type(a.dtype, np.float32)), lo, hi)
-            out[:,c] = where.forward(((v-lo)/(hi-lo)).astype(np.float32))
-        return out, where
+# %% ../nbs/02_slices.ipynb #e08c578c
+def _channels(vol, n):
+    "(c,z,y,x) of a scan that can be used"
+    a,name = vol.array if vol.array.ndim==4 else vol.array[None],vol.path or 'the scan'
+    if len(a)!=n: raise VolumeError(f'{name}: channels: {len(a)}, the recipe expects {n}: set `channels` of the Recipe, or leave the scan out')
+    if a.dtype.kind=='f' and (odd := a.size-np.count_nonzero(np.isfinite(a))):
+        raise VolumeError(f'{name}: {odd} of {a.size} voxels are NaN or infinite, expected numbers: repair the scan, or leave it out')
+    for c in a:
+        if c.min()==c.max(): raise VolumeError(f'{name}: every voxel is {c.flat[0]}, expected an image: check how it was written, or leave it out')
+    return a
 
-    def masks(self,
-        vol:Volume,     # The mask of the scan
-        where:Placement # As `slices` returned it
-    )->np.ndarray:      # uint8 (n,H,W), class indices
-        "Mask slices that lie exactly over the image slices"
-        check_same_geometry(where.volume(np.broadcast_to(np.uint8(0), where.shape)), vol)
-        a = vol.array
-        vals = np.unique(a)
-        labels = {0:0, **self.labels} if self.labels else {i:i for i in range(len(self.classes))}
-        if odd := [o for o in vals.tolist() if o not in labels]:
-            raise VolumeError(f'{vol.path}: mask holds {odd[:8]}, the recipe declares {sorted(labels)}: correct `classes` or `labels` of the Recipe')
-        return where.forward(np.array([labels[o] for o in vals.tolist()], np.uint8)[np.searchsorted(vals, a)], nearest=True)
+# %% ../nbs/02_slices.ipynb #108d35b8
+@patch
+def limits(self:Recipe,
+    *vols:Volume # The scan, or all scans of the subject
+)->list:         # [(lo, hi)] of each channel
+    "Intensities that become 0 and 1"
+    if self.window: return [self.window]*self.channels
+    out = []
+    for cs in zip(*[_channels(v, self.channels) for v in vols]):
+        v = np.concatenate([c.ravel() for c in cs])
+        lo,hi = np.percentile(v, self.percentiles)
+        out.append((float(lo), float(hi)) if lo<hi else (float(v.min()), float(v.max())))
+    return out
 
-    @classmethod
-    def acdc(cls): return cls(spacing=(1.,1.), size=(384,384), per='subject', classes=('background','RV','Myo','LV'), crop=(224,224), rotate=45., flip='hv', jitter=.3)
-    @classmethod
-    def promise12(cls): return cls(size=(256,256), fit='resize', classes=('background','prostate'), crop=(224,224), rotate=10., flip='hv', jitter=.3)
-    @classmethod
-    def spleen(cls): return cls(size=(512,512), fit='resize', window=(-160.,240.), axis=0, classes=('background','spleen'), crop=(256,256), rotate=10., flip='h', jitter=.3)
-    @classmethod
-    def mmwhs(cls): return cls(spacing=(1.,1.), size=(256,256), axis=0, labels={205:1,420:2,500:3,550:4,600:5,820:6,850:7},
-        classes=('background','Myo','LA','LV','RA','RV','AA','PA'), crop=(224,224), rotate=45., flip='hv', jitter=.3)
-    @classmethod
-    def hippocampus(cls): return cls(spacing=(1.,1.), size=(64,48), axis=0, classes=('background','anterior','posterior'), rotate=10., flip='h', jitter=.3)
+@patch
+def slices(self:Recipe,
+    vol:Volume, # The scan
+    limits=None # [(lo, hi)] of each channel, where more than this scan decides
+)->tuple:       # float32 (n,C,H,W) in 0..1, and their `Placement`
+    "The slices of a scan, and where they lie"
+    where,a = self.place(vol),_channels(vol, self.channels)
+    out = np.empty((where.n, self.channels, *where.size), np.float32)
+    for c,(lo,hi) in enumerate(limits or self.limits(vol)):
+        v = np.clip(a[c].astype(np.result_type(a.dtype, np.float32)), lo, hi)
+        out[:,c] = where.forward(((v-lo)/(hi-lo)).astype(np.float32))
+    return out, where
+
+# %% ../nbs/02_slices.ipynb #87c7f66d
+@patch
+def masks(self:Recipe,
+    vol:Volume,      # The mask as its file holds it (`read_volume`)
+    where:Placement, # Of its scan, from `slices`
+    image=None       # The scan's file, for messages
+)->np.ndarray:        # uint8 (n,H,W), class indices
+    "Mask slices that lie exactly over the image slices"
+    a = vol.array
+    if a.ndim!=3: raise VolumeError(f'{vol.path or "the mask"}: the mask has shape {a.shape}, expected one value per voxel')
+    check_same_geometry(replace(where.volume(np.broadcast_to(np.uint8(0), where.shape)), path=image), vol)
+    return where.forward(_classes(a, vol.path or 'the mask', self.classes, self.labels), nearest=True)
+
+# %% ../nbs/02_slices.ipynb #18feb7b6
+@patch(cls_method=True)
+def acdc(cls:Recipe):
+    "ACDC, section 4.1: 1 mm, percentiles of each patient, crop 384, training crops 224, rotations to 45 degrees"
+    return cls(spacing=1, size=384, per='subject', classes=('background','RV','Myo','LV'), crop=224, rotate=45., flip='hv', jitter=.3)
+
+@patch(cls_method=True)
+def promise12(cls:Recipe):
+    "PROMISE12, section 4.1: resized to 256, rotations to 10 degrees; all else as ACDC, so training crops of 224"
+    return cls(size=256, fit='resize', classes=('background','prostate'), crop=224, rotate=10., flip='hv', jitter=.3)
+
+@patch(cls_method=True)
+def spleen(cls:Recipe):
+    "Spleen (Decathlon task 9), section 4.1: axial, resized to 512, training crops 256, horizontal flips, rotations to 10 degrees; the window is ours"
+    return cls(size=512, fit='resize', window=(-160,240), axis=0, classes=('background','spleen'), crop=256, rotate=10., flip='h', jitter=.3)
+
+@patch(cls_method=True)
+def mmwhs(cls:Recipe):
+    "MMWHS CT, section 4.1: 1 mm, centre crop 256, all else as ACDC; axial slices are our reading"
+    return cls(spacing=1, size=256, axis=0, classes=('background','Myo','LA','LV','RA','RV','aorta','pulmonary artery'),
+               labels={205:1, 420:2, 500:3, 550:4, 600:5, 820:6, 850:7}, crop=224, rotate=45., flip='hv', jitter=.3)
+
+@patch(cls_method=True)
+def hippocampus(cls:Recipe):
+    "Hippocampus (Decathlon task 4), not in the paper: axial slices of 64 by 48 hold every released scan whole and go through four poolings; left and right mirror each other"
+    return cls(spacing=1, size=(64,48), axis=0, classes=('background','anterior','posterior'), rotate=10., flip='h', jitter=.3)
+
+# %% ../nbs/02_slices.ipynb #ea7ac555
+def _look(r, labelled):
+    "What `Recipe.auto` wants to know about one scan"
+    v = read_volume(r.image, channels=True)
+    order,_ = _canonical(v.direction, 'LPS')
+    m = read_volume(r.mask).array if labelled else np.zeros(v.shape, np.uint8)
+    inside = v.array[0][m!=0] if m.shape==v.shape else m[:0]
+    return dict(shape=[v.shape[i] for i in order], spacing=[v.spacing[i] for i in order], channels=len(v.array), low=float(v.array.min()),
+                values={0, *pd.unique(m.ravel()).tolist()}, inside=inside[::max(1, len(inside)//10000)])
+
+@patch(cls_method=True)
+def auto(cls:Recipe,
+    df,          # Cohort: `image`, and where there are any `mask` and `split`
+    max_scans=64 # How many training scans to look at, spread over the cohort
+)->Recipe:
+    "A recipe that fits a cohort"
+    train = df[~df['split'].isin(['valid','test'])] if 'split' in df else df
+    if not len(train): raise ValueError('Recipe.auto: the cohort holds no training scans; expected rows whose `split` is not valid or test')
+    seen,bad = [],None
+    for r in train.iloc[np.unique(np.linspace(0, len(train)-1, max_scans).astype(int))].itertuples():
+        try: seen.append(_look(r, isinstance(getattr(r, 'mask', None), str) and getattr(r, 'split', None)!='unlabeled'))
+        except VolumeError as e: bad = e
+    if not seen: raise bad
+    axes = {_slice_axis(o['shape'], o['spacing']) for o in seen}
+    plane = lambda o, k: np.delete(o[k], _slice_axis(o['shape'], o['spacing']))
+    spacing = [round(float(s), 3) for s in np.median([plane(o, 'spacing') for o in seen], 0)]
+    size = np.max([np.round(plane(o, 'shape')*plane(o, 'spacing')/spacing) for o in seen], 0)
+    window = None
+    if np.median([o['low'] for o in seen])<-200:
+        inside = np.concatenate([o['inside'] for o in seen])
+        lo,hi = np.percentile(inside, (.5,99.5)) if len(inside) else (-160,240)
+        window = (np.floor(lo/10)*10, np.ceil(hi/10)*10)
+    classes,labels = df.attrs.get('classes'),df.attrs.get('labels')
+    if not classes:
+        values = sorted(set().union(*[o['values'] for o in seen]))
+        classes = ('background', *(f'class{i}' for i in range(1, max(2, len(values)))))
+        if values!=list(range(len(values))): labels = {int(v):i for i,v in enumerate(values)}
+    return cls(spacing=spacing, size=[int(np.ceil(s/16)*16) for s in size], window=window, axis=axes.pop() if len(axes)==1 else 'auto',
+               channels=max(o['channels'] for o in seen), classes=classes, labels=labels, rotate=10., jitter=.3)

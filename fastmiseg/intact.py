@@ -8,14 +8,24 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['extensions', 'extension', 'check_intact']
 
-# %% ../nbs/00_intact.ipynb #cf959738
-import gzip, math, os, re, struct, zlib
+# %% ../nbs/00_intact.ipynb #41e8b8f6
+import gzip, math, re, struct, zlib
 from pathlib import Path
+from typing import NamedTuple
 
-# %% ../nbs/00_intact.ipynb #4910dcb9
+import numpy as np
+
+# %% ../nbs/00_intact.ipynb #73374099
 _nifti_bits = {2:8, 4:16, 8:32, 16:32, 64:64, 128:24, 256:8, 512:16, 768:32, 1024:64, 1280:64, 2304:32}
 
-def _nifti(head, size): # -> where the voxels begin, how many bytes they take, how they are stored, in which other file
+class _Claim(NamedTuple):
+    start:int          # byte at which the voxels begin
+    need:int           # bytes that they take, unpacked
+    how:str            # raw, gzip, zlib, text; or end: raw, at the very end of the file
+    file:str|None=None # other file that holds them
+    floats:str|None=None # their numpy dtype, where SimpleITK would hide NaN
+
+def _nifti(head):
     if len(head)<352: raise ValueError('is not a NIfTI file: it has no complete header')
     end = '<' if head[:4]==b'\x5c\x01\0\0' else '>' if head[:4]==b'\0\0\x01\x5c' else None
     if head[4:8] in (b'n+2\0', b'ni2\0'): raise ValueError('is NIfTI-2, which is not supported: save it as NIfTI-1')
@@ -25,21 +35,22 @@ def _nifti(head, size): # -> where the voxels begin, how many bytes they take, h
     if not 1<=dim[0]<=7 or min(dim[1:dim[0]+1])<1: raise ValueError(f'has a damaged header: {dim[0]} dimensions of sizes {dim[1:]}')
     if _nifti_bits.get(kind)!=bits: raise ValueError(f'has voxels of a type that cannot be read (NIfTI code {kind}, {bits} bits)')
     if not 352<=start<=2**31 or start!=int(start): raise ValueError(f'has a damaged header: voxels said to begin at byte {start}')
-    return int(start), math.prod(dim[1:dim[0]+1])*bits//8, 'raw', None
+    return _Claim(int(start), math.prod(dim[1:dim[0]+1])*bits//8, 'raw', floats={16:end+'f4', 64:end+'f8'}.get(kind))
 
-# %% ../nbs/00_intact.ipynb #44e9c74c
+# %% ../nbs/00_intact.ipynb #f1a0ea6d
 _meta_bytes = {o:n for n,oo in {1:'CHAR UCHAR', 2:'SHORT USHORT', 4:'INT UINT LONG ULONG FLOAT', 8:'LONG_LONG ULONG_LONG DOUBLE'}.items() for o in oo.split()}
 
 def _numbers(text, kind, what):
     try: return [kind(o) for o in text.split()]
     except ValueError: raise ValueError(f'has a damaged header: {what} is {text[:40]!r}') from None
 
-def _meta(head, size):
+def _meta(head):
     m = re.search(rb'^ElementDataFile[ \t]*=[ \t]*([^\r\n]*)\r?\n?', head, re.M)
     if not m: raise ValueError('is not a MetaImage file: it has no line `ElementDataFile = ...`')
     d = dict(re.findall(r'^\s*(\w+)\s*[=:][ \t]*([^\r\n]*?)\s*$', head[:m.end()].decode('latin-1'), re.M))
     missing = [o for o in ('NDims','DimSize','ElementType') if o not in d]
     if missing: raise ValueError(f'has a damaged header: no {" and no ".join(missing)}')
+    if not {'ElementSpacing','ElementSize'}&{*d}: raise ValueError('does not say how large its voxels are: add a line `ElementSpacing = ...` in mm to its header')
     dims, ndims = _numbers(d['DimSize'], int, 'DimSize'), _numbers(d['NDims'], int, 'NDims')
     if ndims!=[len(dims)] or min(dims)<1: raise ValueError(f'has a damaged header: NDims is {d["NDims"]!r}, DimSize is {d["DimSize"]!r}')
     per = _meta_bytes.get(d['ElementType'].removeprefix('MET_').removesuffix('_ARRAY'))
@@ -49,14 +60,14 @@ def _meta(head, size):
     need, skip, file = math.prod(dims)*per*chans[0], _numbers(d.get('HeaderSize','0'), int, 'HeaderSize')[0], m[1].decode('utf-8','surrogateescape').strip()
     how = 'text' if d.get('BinaryData','True').lower() in ('false','0') else 'zlib' if d.get('CompressedData','').lower() in ('true','1') else 'raw'
     local = file.upper()=='LOCAL'
-    return (m.end() if local else 0)+max(skip,0), need, 'end' if skip==-1 and how=='raw' else how, None if local else file
+    return _Claim((m.end() if local else 0)+max(skip,0), need, 'end' if skip==-1 and how=='raw' else how, None if local else file)
 
-# %% ../nbs/00_intact.ipynb #090ce371
+# %% ../nbs/00_intact.ipynb #f813d80a
 _nrrd_bytes = {o:n for n,oo in {1:'signed char|int8|int8_t|uchar|unsigned char|uint8|uint8_t', 2:'short|short int|signed short|signed short int|int16|int16_t|ushort|unsigned short|unsigned short int|uint16|uint16_t',
     4:'int|signed int|int32|int32_t|uint|unsigned int|uint32|uint32_t|float',
     8:'longlong|long long|long long int|signed long long|signed long long int|int64|int64_t|ulonglong|unsigned long long|unsigned long long int|uint64|uint64_t|double'}.items() for o in oo.split('|')}
 
-def _nrrd(head, size):
+def _nrrd(head):
     if not head.startswith(b'NRRD000'): raise ValueError('is not an NRRD file: it does not begin with `NRRD`')
     m = re.search(rb'\r?\n\r?\n', head)
     d = {k.strip().lower():v for k,v in re.findall(r'^([^#:\n][^:\n]*):[ \t]+([^\r\n]*?)\s*$', (head[:m.start()] if m else head).decode('latin-1'), re.M)}
@@ -64,6 +75,7 @@ def _nrrd(head, size):
     if not (m or file): raise ValueError('has a damaged header: no empty line between header and voxels')
     missing = [o for o in ('type','sizes','encoding') if o not in d]
     if missing: raise ValueError(f'has a damaged header: no {" and no ".join(missing)}')
+    if not {'space directions','spacings'}&{*d}: raise ValueError('does not say how large its voxels are: add a line `spacings: ...` in mm to its header')
     dims, per = _numbers(d['sizes'], int, 'sizes'), _nrrd_bytes.get(d['type'].lower())
     if not dims or min(dims)<1: raise ValueError(f'has a damaged header: sizes are {d["sizes"]!r}')
     if per is None: raise ValueError(f'has voxels of a type that cannot be read ({d["type"]!r})')
@@ -71,39 +83,42 @@ def _nrrd(head, size):
     if how is None: raise ValueError(f'has voxels in an encoding that cannot be read ({d["encoding"]!r}): save it with gzip or raw')
     skip = [_numbers(d.get(f'{o} skip', d.get(f'{o}skip','0')), int, f'{o} skip')[0] for o in ('line','byte')]
     if file and (skip[0] or skip[1]>0): raise ValueError('skips lines or bytes of its data file, which is not supported: save it as one .nrrd file')
-    return 0 if file else m.end(), math.prod(dims)*per, 'end' if skip[1]==-1 and how=='raw' else how, file
+    return _Claim(0 if file else m.end(), math.prod(dims)*per, 'end' if skip[1]==-1 and how=='raw' else how, file)
 
-# %% ../nbs/00_intact.ipynb #7b68a37a
+# %% ../nbs/00_intact.ipynb #e435c06d
 def _pieces(path, start, how):
-    "The bytes of `path` from `start` on, decompressed, in pieces"
-    if how=='gzip':
-        with open(path,'rb') as raw:
-            raw.seek(start)
-            with gzip.GzipFile(fileobj=raw) as f:
-                while piece := f.read(1<<20): yield piece
-    else:
-        z = zlib.decompressobj(47)
-        with open(path,'rb') as f:
-            f.seek(start)
+    "The bytes of `path` from `start` on, unpacked, in pieces"
+    with open(path,'rb') as f:
+        f.seek(start)
+        if how=='zlib':
+            z = zlib.decompressobj(47)
             while not z.eof:
                 piece = f.read(1<<18)
                 if not piece: raise EOFError
                 while piece and not z.eof:
                     yield z.decompress(piece, 1<<20)
                     piece = z.unconsumed_tail
+        else:
+            g = gzip.GzipFile(fileobj=f) if how=='gzip' else f
+            while piece := g.read(1<<20): yield piece
 
-def _count(pieces, limit, first=0):
-    n,head = 0,b''
+def _count(pieces, limit, skip=0, floats=None):
+    "How many bytes come after the first `skip`, at most about `limit`; how many of the `floats` in them are not finite"
+    n,bad,rest = -skip,0,b''
     try:
         for o in pieces:
-            if len(head)<first: head += o[:first-len(head)]
             n += len(o)
+            if floats and n>0:
+                rest += o[-n:] if n<len(o) else o
+                k = len(rest)-len(rest)%np.dtype(floats).itemsize
+                bad += int((~np.isfinite(np.frombuffer(rest[:k], floats))).sum())
+                rest = rest[k:]
             if n>limit: break
     except EOFError: raise ValueError('is cut off: its compressed voxels have no end; copy it again from where it came') from None
     except (OSError, zlib.error) as e: raise ValueError(f'is damaged: its compressed voxels cannot be unpacked ({e}); copy it again from where it came') from None
-    return n,head
+    return n,bad
 
-# %% ../nbs/00_intact.ipynb #4ede9ca7
+# %% ../nbs/00_intact.ipynb #614b849d
 _formats = {'.nii':_nifti, '.nii.gz':_nifti, '.mha':_meta, '.mhd':_meta, '.nrrd':_nrrd, '.nhdr':_nrrd}
 extensions = tuple(_formats)
 
@@ -114,29 +129,35 @@ def extension(path)->str|None: # One of `extensions`, lower case, or None
 
 def check_intact(
     path # A file with one of `extensions`; a header's data file is looked for beside it
-):
+)->int:  # Number of NaN and infinite voxels that SimpleITK would silently read as 0 (it does in NIfTI files)
     "Raise a `ValueError` that says in a sentence why this file is not a whole scan"
     path,ext = Path(path),extension(path)
     size = path.stat().st_size
     if not size: raise ValueError('is empty (0 bytes): copy it again from where it came')
     with open(path,'rb') as f: head = f.read(1<<20)
-    zipped = ext=='.nii.gz'
-    if zipped and head[:2]!=b'\x1f\x8b':
-        if head[344:348]!=b'n+1\0': raise ValueError('is not gzip-compressed, though it is named .nii.gz')
-        raise ValueError('is not compressed, though it is named .nii.gz: rename it to .nii')
-    if ext=='.nii' and head[:2]==b'\x1f\x8b': raise ValueError('is gzip-compressed, though it is named .nii: rename it to .nii.gz')
-    if zipped: head = _count(_pieces(path,0,'gzip'), 352, 352)[1] if size else b''
-    start,need,how,other = _formats[ext](head, size)
-    if other:
-        if re.match(r'(?i)list\b', other) or '%' in other: raise ValueError('spreads its voxels over many files, which is not supported: save it as one file')
-        other = path.parent/other
-        if not other.is_file(): raise ValueError(f'has its voxels in {other.name}, which is not beside it: copy both files together')
-        path,size = other,other.stat().st_size
-    if how=='text':
-        if size<need//8: raise ValueError(f'promises more voxels than its {size:,} bytes can hold')
-        return
-    if zipped: found,start,what = _count(_pieces(path,0,'gzip'), start+need)[0]-start, 0, 'unpacked '
-    elif how in ('gzip','zlib'): found,what = _count(_pieces(path,start,how), need)[0], 'unpacked '
-    else: found,what = size-start, ''
-    if found<need: raise ValueError(f'is cut off or has a damaged header: {need:,} {what}bytes of voxels promised, {max(found,0):,} found; copy it again from where it came')
-    if found>need and how!='end': raise ValueError(f'has a damaged header: {need:,} {what}bytes of voxels promised, but there are more; copy it again from where it came')
+    zipped = head[:2]==b'\x1f\x8b'
+    if ext=='.nii' and zipped: raise ValueError('is gzip-compressed, though it is named .nii: rename it to .nii.gz')
+    if ext=='.nii.gz' and not zipped: raise ValueError(f'is not gzip-compressed, though it is named .nii.gz{": rename it to .nii" if head[344:348]==b"n+1" else ""}')
+    if zipped: head = _first(path)
+    claim = _formats[ext](head)
+    if claim.file:
+        path = path.parent/claim.file
+        if re.match(r'(?i)list\b', claim.file) or '%' in claim.file: raise ValueError('spreads its voxels over many files, which is not supported: save it as one file')
+        if not path.is_file(): raise ValueError(f'has its voxels in {ascii(path.name)[1:81] if not path.name.isprintable() else path.name}, which is not beside it: copy both files together')
+        size = path.stat().st_size
+    if claim.how=='text':
+        if size<claim.need//8: raise ValueError(f'promises more voxels than its {size:,} bytes can hold')
+        return 0
+    bad,unpacked = 0,'unpacked ' if zipped or claim.how in ('gzip','zlib') else ''
+    if zipped: found,bad = _count(_pieces(path,0,'gzip'), claim.need, claim.start, claim.floats)
+    elif unpacked: found,_ = _count(_pieces(path,claim.start,claim.how), claim.need)
+    else: found = size-claim.start
+    if found<claim.need: raise ValueError(f'is cut off or has a damaged header: {claim.need:,} {unpacked}bytes of voxels promised, {max(found,0):,} found; copy it again from where it came')
+    if found>claim.need and claim.how!='end': raise ValueError(f'has a damaged header: {claim.need:,} {unpacked}bytes of voxels promised, but there are more; copy it again from where it came')
+    if claim.floats and not zipped: _,bad = _count(_pieces(path,claim.start,'raw'), claim.need, 0, claim.floats)
+    return bad
+
+def _first(path): # enough of a .nii.gz for its header
+    found = []
+    _count((found.append(o) or o for o in _pieces(path,0,'gzip')), 352)
+    return b''.join(found)

@@ -58,7 +58,7 @@ def summarise_warnings(
     return [f'{len(o)} file{"s"*(len(o)>1)}: {text} (for example {path})' if len(o)>1 else f'{path}: {text}'
             for o in sorted(kinds.values(), key=len, reverse=True) for path,text in [next(iter(o.items()))]]
 
-# %% ../nbs/00_volume.ipynb #75bb9286
+# %% ../nbs/00_volume.ipynb #0fb59403
 class _Listener(sitk.LoggerBase):
     "Keeps ITK's warnings while this thread reads a file"
     def _take(self, text):
@@ -76,8 +76,9 @@ def _itk(path):
     _here.said = []
     try: yield
     except (RuntimeError, MemoryError) as e:
-        text = re.sub(r'^Exception thrown[^\n]*\n|(itk::|sitk::|ITK )?ERROR: |\w+\(0x[0-9a-f]+\): ', '', str(e)).strip()
-        raise VolumeError(f'{path}: SimpleITK cannot use it ({text.splitlines()[0][:200] if text else type(e).__name__})') from None
+        lines = re.sub(r'^Exception thrown[^\n]*\n|(itk::|sitk::|ITK )?ERROR: |\w+\(0x[0-9a-f]+\): |\[nrrd\] \w+: ', '', str(e)).strip().splitlines()
+        why = next((o for o in reversed(lines) if o.strip() and not o.startswith('Reason: Success')), type(e).__name__).replace(str(path),'it')
+        raise VolumeError(f'{path}: SimpleITK cannot use it ({why.strip()[:200]})') from None
     finally: said,_here.said = _here.said,None
     for o in dict.fromkeys(said): _warn(path, o.replace(f'{path} ',''))
 
@@ -170,23 +171,24 @@ def _check_geometry(vol):
 
 def _mm(o): return f'({", ".join(f"{i:g}" for i in o)}) mm'
 
-# %% ../nbs/00_volume.ipynb #d729cae1
+# %% ../nbs/00_volume.ipynb #2b65bcb8
 _io = {'.nii':'NiftiImageIO', '.nii.gz':'NiftiImageIO', '.mha':'MetaImageIO', '.mhd':'MetaImageIO', '.nrrd':'NrrdImageIO', '.nhdr':'NrrdImageIO'}
 
 def _read_file(path, channels):
     if extension(path) is None: raise VolumeError(f'{path}: is not a scan by its name; expected one of {", ".join(extensions)}, or the folder of a DICOM series')
-    try: check_intact(path)
+    try: bad = check_intact(path)
     except (OSError, ValueError) as e: raise VolumeError(f'{path}: {getattr(e,"strerror",None) or e}') from None
     r = sitk.ImageFileReader()
     r.SetFileName(str(path))
     r.SetImageIO(_io[extension(path)])
-    with _itk(path): r.ReadImageInformation()
-    n,size,c = r.GetDimension(),r.GetSize(),r.GetNumberOfComponents()
-    if 'complex' in sitk.GetPixelIDValueAsString(r.GetPixelID()): raise VolumeError(f'{path}: has complex voxels; save their magnitude')
-    many = n>4 or n<2 or (n==4 and c>1) or (not channels and (n==4 and size[3]>1 or c>1))
-    if many: raise VolumeError(f'{path}: has {n} dimensions of sizes {size}{f" and {c} components per voxel" if c>1 else ""}, expected 3'
-                               f'{"" if n>4 or n<2 else "; give channels=True to keep several channels, or save one of them as a 3D file"}')
-    with _itk(path): return r.Execute()
+    with _itk(path):
+        r.ReadImageInformation()
+        n,size,c = r.GetDimension(),r.GetSize(),r.GetNumberOfComponents()
+        if 'complex' in sitk.GetPixelIDValueAsString(r.GetPixelID()): raise VolumeError(f'{path}: has complex voxels; save their magnitude')
+        if not 2<=n<=4 or (n==4 and c>1) or (not channels and (n==4 and size[3]>1 or c>1)):
+            raise VolumeError(f'{path}: has {n} dimensions of sizes {size}{f" and {c} components per voxel" if c>1 else ""}, expected 3'
+                              f'{"; give channels=True to keep several channels, or save one of them as a 3D file" if 2<=n<=4 else ""}')
+        return r.Execute(),bad
 
 # %% ../nbs/00_volume.ipynb #61cdf0c2
 def _read_series(path):
@@ -208,23 +210,23 @@ def _read_series(path):
         f'{path}: slices are {usual:g} mm apart, but {step[i]:g} mm between {Path(files[i]).name} and {Path(files[i+1]).name}: a slice is missing or there twice; export the series again')
     return im
 
-# %% ../nbs/00_volume.ipynb #86c865a2
+# %% ../nbs/00_volume.ipynb #5a20bbfd
 def read_volume(
     path,           # NIfTI (`.nii`, `.nii.gz`), MetaImage (`.mha`, `.mhd`) or NRRD (`.nrrd`, `.nhdr`) file, or the folder of one DICOM series
     channels=False, # Are several channels expected (4D, RGB)? The array is then (c,z,y,x) always
-    nan=None        # A number to put in place of NaN and infinite voxels, which are an error otherwise
+    nan_to_zero=False # Put 0 in place of NaN and infinite voxels? They are an error otherwise
 )->Volume:
     "Read a scan; raises `VolumeError`"
     path = os.fspath(path)
     _check_path(path)
-    vol = Volume.from_sitk(_read_series(path) if os.path.isdir(path) else _read_file(path, channels), path)
+    im,bad = (_read_series(path),0) if os.path.isdir(path) else _read_file(path, channels)
+    vol = Volume.from_sitk(im, path)
     if vol.array.ndim==4 and not channels: vol.array = vol.array[0]
     if vol.array.ndim==3 and channels: vol.array = vol.array[None]
     _check_geometry(vol)
-    if vol.array.dtype.kind=='f' and not (ok := np.isfinite(vol.array)).all():
-        if nan is None: raise VolumeError(f'{path}: {(~ok).sum():,} of {ok.size:,} voxels are NaN or infinite; correct the file, or give nan=0 to replace them')
-        vol.array = np.where(ok, vol.array, vol.array.dtype.type(nan))
-        _warn(path, f'{(~ok).sum():,} voxels were NaN or infinite and are now {nan}')
+    if vol.array.dtype.kind=='f' and not (ok := np.isfinite(vol.array)).all(): bad,vol.array = bad+int((~ok).sum()),np.where(ok, vol.array, vol.array.dtype.type(0))
+    if bad and not nan_to_zero: raise VolumeError(f'{path}: {bad:,} of {vol.array.size:,} voxels are NaN or infinite; correct the file, or give nan_to_zero=True')
+    if bad: _warn(path, f'{bad:,} voxels were NaN or infinite and are now 0')
     return vol
 
 # %% ../nbs/00_volume.ipynb #e367990f
@@ -274,17 +276,17 @@ def _classes(a, path, classes, labels):
 
 def _list(o, n=9): return ', '.join(map(str,list(o)[:n]))+(', ...' if len(o)>n else '')
 
-# %% ../nbs/00_volume.ipynb #5ccfc068
+# %% ../nbs/00_volume.ipynb #d14ae784
 def read_scan(
     image,          # File, or folder of a DICOM series
     mask=None,      # Its mask, if it has one
     channels=False, # As for `read_volume`
-    nan=None,       # As for `read_volume`
+    nan_to_zero=False, # As for `read_volume`
     classes=None,   # As for `read_mask`
     labels=None     # As for `read_mask`
 )->tuple:           # Image, and mask or None
     "Read an image and its mask, with all checks; raises `VolumeError`"
-    x = read_volume(image, channels=channels, nan=nan)
+    x = read_volume(image, channels=channels, nan_to_zero=nan_to_zero)
     if x.array.min()==x.array.max(): _warn(image, f'has a constant value of {x.array.flat[0]:g}')
     if x.shape[0]==1: _warn(image, 'has a single slice')
     if mask is None: return x,None

@@ -15,6 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+# %% ../nbs/00_intact.ipynb #f1022386
+__all__ = ['check_intact']
+
 # %% ../nbs/00_intact.ipynb #73374099
 _nifti_bits = {2:8, 4:16, 8:32, 16:32, 64:64, 128:24, 256:8, 512:16, 768:32, 1024:64, 1280:64, 2304:32}
 

@@ -21,6 +21,10 @@ import SimpleITK as sitk
 
 from .intact import check_intact, extension, extensions
 
+# %% ../nbs/00_volume.ipynb #c32b50f7
+__all__ = ['Volume', 'VolumeError', 'VolumeWarning', 'read_volume', 'write_volume', 'read_mask', 'read_scan', 'check_same_geometry', 'resample',
+           'collect_warnings', 'summarise_warnings']
+
 # %% ../nbs/00_volume.ipynb #52bfa8f3
 class VolumeError(ValueError): "A scan that cannot be used"
 

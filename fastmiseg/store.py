@@ -8,8 +8,8 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['SliceStore']
 
-# %% ../nbs/02a_store.ipynb #823f7c65
-import hashlib, json, multiprocessing, os, signal, sys, threading, time, uuid, warnings
+# %% ../nbs/02a_store.ipynb #6f965ab8
+import hashlib, json, multiprocessing, os, re, signal, sys, threading, time, uuid, warnings
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -19,20 +19,17 @@ import SimpleITK as sitk
 from fastcore.basics import num_cpus, patch
 from fastprogress.fastprogress import progress_bar
 
-from .intact import _formats, extension
 from .slices import Placement, Recipe
 from .volume import VolumeError, VolumeWarning, collect_warnings, read_volume, summarise_warnings
 
-# %% ../nbs/02a_store.ipynb #355bd89a
+# %% ../nbs/02a_store.ipynb #d1677918
 def _files(path):
     "The files that hold a scan; for a folder also the folder, whose time changes when files come or go"
     if os.path.isdir(path): return [path, *sorted(o.path for o in os.scandir(path) if o.is_file())]
-    if extension(path) in ('.mhd','.nhdr'):
-        with open(path, 'rb') as f: head = f.read(1<<20)
-        try: other = _formats[extension(path)](head, len(head))[3]
-        except ValueError: other = None
-        if other and os.path.isfile(other := os.path.join(os.path.dirname(path), other)): return [path, other]
-    return [path]
+    if not path.lower().endswith(('.mhd','.nhdr')): return [path]
+    with open(path, errors='surrogateescape') as f: named = re.search(r'(?mi)^(?:ElementDataFile *=|data ?file:) *(.+?)\s*$', f.read(1<<20))
+    data = named and os.path.join(os.path.dirname(path), named[1])
+    return [path, data] if data and os.path.isfile(data) else [path]
 
 def _stat(files):
     s = [os.stat(o) for o in files]
@@ -131,7 +128,7 @@ def _usable(read, recipe, images):
         except VolumeError: pass
     return out
 
-# %% ../nbs/02a_store.ipynb #d3718e4c
+# %% ../nbs/02a_store.ipynb #f21e2132
 _start_method = 'fork' if sys.platform=='linux' else 'spawn'
 
 def _start_worker():
@@ -145,7 +142,7 @@ def _start_worker():
 
 def _parallel(f, jobs, workers):
     "Yield (job, f(job)) as they finish; a job that kills its process yields a BrokenProcessPool instead"
-    if workers<2: yield from ((j, f(j)) for j in jobs); return
+    if not workers: yield from ((j, f(j)) for j in jobs); return
     pool = lambda n: ProcessPoolExecutor(n, multiprocessing.get_context(_start_method), _start_worker)
     jobs = list(reversed(jobs))
     while jobs:
@@ -201,7 +198,7 @@ class _Index:
         try: return h if seen and _stat([o for o,*_ in seen])==[list(o) for o in seen] else None
         except OSError: return None
 
-# %% ../nbs/02a_store.ipynb #9296b75f
+# %% ../nbs/02a_store.ipynb #4eb28149
 class SliceStore:
     "The slices of a cohort on disk, each scan prepared once"
     def __init__(self,
@@ -214,7 +211,7 @@ class SliceStore:
 
     def prepare(self,
         df,             # Cohort: `subject`, `scan`, `image`, and where there are any `mask` and `split`
-        workers=None,   # Processes; 0 or 1 work in this one; None: one per core, at most 8
+        workers=None,   # Processes; 0 works in this one; None: one per core, at most 8
         progress=True,  # Show a bar?
         skip_bad=False  # Leave scans that cannot be used out (they are listed in `problems`), instead of raising at the end?
     )->SliceStore:
@@ -233,7 +230,7 @@ class SliceStore:
         skip = set(self.problems.scan)
         self._keys,self._open = {k:v[:2] for k,v in keys.items() if k not in skip},{}
         self.scans = pd.DataFrame([dict(subject=r['subject'], scan=r['scan'], split=r['split'], n=keys[r['scan']][2], image=r['image'], mask=r['mask'])
-                                   for r in rows if r['scan'] not in skip])
+                                   for r in rows if r['scan'] not in skip], dtype=object).astype({'n':int})
         return self
 
     def image(self,

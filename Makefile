@@ -14,8 +14,8 @@ demo: .venv/installed
 	$(BIN)/fastmiseg-demo $(if $(DATA),--data "$(DATA)")
 
 test: .venv/installed
-	$(BIN)/nbdev-test --n_workers 2
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q
 
 prepare: .venv/installed
 	$(BIN)/nbdev-export

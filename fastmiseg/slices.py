@@ -229,7 +229,7 @@ def _channels(vol, n):
         if c.min()==c.max(): raise VolumeError(f'{name}: every voxel is {c.flat[0]}, expected an image: check how it was written, or leave it out')
     return a
 
-# %% ../nbs/02_slices.ipynb #108d35b8
+# %% ../nbs/02_slices.ipynb #4c667333
 @patch
 def limits(self:Recipe,
     *vols:Volume # The scan, or all scans of the subject
@@ -254,7 +254,7 @@ def slices(self:Recipe,
     for c,(lo,hi) in enumerate(limits or self.limits(vol)):
         v = np.clip(a[c].astype(np.result_type(a.dtype, np.float32)), lo, hi)
         out[:,c] = where.forward(((v-lo)/(hi-lo)).astype(np.float32))
-    return out, where
+    return out.clip(0, 1, out=out), where # interpolation may overshoot by a rounding error
 
 # %% ../nbs/02_slices.ipynb #87c7f66d
 @patch

@@ -1,0 +1,207 @@
+"""Any scan to slices and back: random geometries, recipes and orientations, against SimpleITK and scipy"""
+import itertools, json, os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np, pandas as pd, pytest
+import SimpleITK as sitk
+from hypothesis import given, settings, strategies as st
+from scipy.ndimage import map_coordinates
+
+from fastmiseg.slices import Placement, Recipe, _canonical, _warp
+from fastmiseg.volume import Volume, VolumeError, read_volume, resample, write_volume
+
+quick = settings(max_examples=60, deadline=None)
+codes = [''.join(o) for p in itertools.permutations(('LR','PA','SI')) for o in itertools.product(*p)]
+
+@st.composite
+def rotations(draw):
+    "Direction cosines: a random tilt of a random order and sign of the axes"
+    rng = np.random.default_rng(draw(st.integers(0, 9999)))
+    q,_ = np.linalg.qr(np.eye(3)+draw(st.sampled_from([0,.05,.15]))*rng.normal(size=(3,3)))
+    return (q*np.sign(np.diag(q)))[:,rng.permutation(3)]*rng.choice([-1,1], 3)
+
+@st.composite
+def scans(draw, smallest=1):
+    shape = tuple(draw(st.integers(smallest, 14)) for _ in range(3))
+    spacing = tuple(draw(st.sampled_from([.5,.7,1.,1.2,2.,5.])) for _ in range(3))
+    rng = np.random.default_rng(draw(st.integers(0, 9999)))
+    a = rng.normal(size=shape).astype(np.float32)
+    a.flat[0] += 5
+    return Volume(a, spacing, tuple(rng.normal(size=3)*50), tuple(draw(rotations()).ravel()), 'scan.nii.gz')
+
+recipes = st.builds(lambda kw: Recipe(percentiles=(0,100), **kw), st.fixed_dictionaries(dict(
+    spacing=st.sampled_from([None, .5, 1., (1.3,.9), 3.]), size=st.sampled_from([None, 16, (7,24), 5]), axis=st.sampled_from([0,1,2,'auto']),
+    orientation=st.sampled_from([None,'LPS','RAS','IRP']))))
+resizing = st.builds(lambda size, axis: Recipe(size=size, fit='resize', axis=axis), st.sampled_from([16, (7,24)]), st.sampled_from([0,'auto']))
+
+@quick
+@given(rotations(), st.sampled_from(codes))
+def test_orientation_is_simpleitks(d, code):
+    a = np.random.default_rng(0).integers(0, 999, (3,4,5)).astype(np.int16)
+    order,flip = _canonical(tuple(d.ravel()), code)
+    im = sitk.DICOMOrient(Volume(a, direction=tuple(d.ravel())).to_sitk(), code)
+    assert np.array_equal(np.flip(a.transpose(order), [i for i,f in enumerate(flip) if f]), sitk.GetArrayFromImage(im))
+
+@quick
+@given(st.floats(.3, 3), st.floats(.3, 3), st.floats(-4, 4), st.floats(-4, 4))
+def test_warp_is_linear_interpolation(sr, sc, orow, ocol):
+    a = np.random.default_rng(0).normal(size=(2,9,11))
+    scale,shift,size = (min(sr, 1), min(sc, 1)),(orow,ocol),(8,13)          # coarser grids also average
+    out = _warp(a, scale, shift, size, fill=-9)
+    r,c = (s*np.arange(n)+o for s,o,n in zip(scale, shift, size))
+    want = np.stack([map_coordinates(p, np.meshgrid(r, c, indexing='ij'), order=1, mode='nearest') for p in a])
+    inside = ((r>-.5+1e-6)&(r<8.5-1e-6))[:,None]&((c>-.5+1e-6)&(c<10.5-1e-6))
+    outside = ((r<-.5-1e-6)|(r>8.5+1e-6))[:,None]|((c<-.5-1e-6)|(c>10.5+1e-6))
+    assert np.allclose(out[:,inside], want[:,inside], atol=1e-5) and (out[:,outside]==-9).all()
+
+@quick
+@given(scans(), st.sampled_from([0,1,2,'auto']), st.sampled_from([None,*codes[::5]]), st.integers(0, 9))
+def test_without_interpolation_the_way_back_is_exact(vol, axis, code, pad):
+    r = Recipe(axis=axis, orientation=code)
+    where = r.place(vol)
+    if pad: where = replace(r, size=tuple(n+pad for n in where.size)).place(vol)
+    lab = np.random.default_rng(1).integers(0, 4, vol.shape)
+    assert np.array_equal(where.inverse(where.forward(lab.astype(np.uint8), nearest=True)), lab)
+    assert np.array_equal(where.inverse(where.forward(vol.array)), vol.array)
+    onehot = np.eye(4, dtype=np.float32)[where.forward(lab.astype(np.uint8), nearest=True)].transpose(0,3,1,2)
+    assert np.array_equal(where.inverse(onehot), np.eye(4)[lab].transpose(3,0,1,2))
+    assert where.covers(lab) and where.volume(lab).spacing==vol.spacing
+
+@quick
+@given(scans(2), st.one_of(recipes, resizing))
+def test_what_comes_out_fits(vol, r):
+    x,where = r.slices(vol)
+    assert x.dtype==np.float32 and x.shape==(where.n,1,*where.size) and (not r.size or where.size==r.size) and 0<=x.min()<=x.max()<=1
+    assert Placement.from_dict(json.loads(json.dumps(where.to_dict())))==where
+    y = r.masks(vol.like((vol.array>0).astype(np.float32)), where)
+    assert y.shape==x[:,0].shape and y.dtype==np.uint8
+    assert where.inverse(y).shape==vol.shape and where.inverse(y).dtype==np.uint8 and where.inverse(x.astype(np.float16)).dtype==np.float16
+    p = where.inverse(np.stack([1.-y, y], 1))
+    assert p.shape==(2,*vol.shape) and np.allclose(p.sum(0), 1, atol=1e-5)
+    if r.spacing: assert np.allclose(where.slice_spacing[1:], r.spacing, rtol=1e-4)
+
+@quick
+@given(scans(4), recipes, st.integers(0, 99))
+def test_intensities_lie_where_they_are_in_the_patient(vol, r, seed):
+    "An image that is linear in millimetres: after whatever a recipe does, each pixel holds the value of its place"
+    g = np.random.default_rng(seed).normal(size=3)
+    world = lambda zyx: np.array(vol.origin) + (zyx*np.array(vol.spacing))[...,::-1]@np.array(vol.direction).reshape(3,3).T
+    ramp = world(np.stack(np.meshgrid(*map(np.arange, vol.shape), indexing='ij'), -1).astype(float))@g
+    r = replace(r, window=(float(ramp.min())-1, float(ramp.max())+1))
+    x,where = r.slices(vol.like(ramp.astype(np.float32)))
+    ijk = np.stack(np.meshgrid(*map(np.arange, (where.n, *where.size)), indexing='ij'), -1).astype(float)
+    ijk[...,1:] = ijk[...,1:]*where.scale+where.shift
+    n = np.array([vol.shape[o] for o in where.order])
+    margin = np.array([0, *(max(0, s-1)*2 for s in where.scale)])           # coarser grids average: not linear at the border
+    inside = ((ijk>=margin)&(ijk<=n-1-margin)).all(-1)
+    zyx = np.empty_like(ijk)
+    for i,(o,f) in enumerate(zip(where.order, where.flip)): zyx[...,o] = n[i]-1-ijk[...,i] if f else ijk[...,i]
+    lo,hi = r.window
+    assert np.abs(x[:,0]*(hi-lo)+lo-world(zyx)@g)[inside].max(initial=0) < 2e-3*(hi-lo)
+    if r.size: return
+    centre = (np.array(where.size)-1)/2*where.scale+where.shift             # the field of view keeps its centre
+    assert np.allclose(centre, (n[1:]-1)/2)
+
+def blob(n, spacing, seed=0):
+    z,y,x = np.meshgrid(*[(np.arange(k)-(k-1)/2)*s for k,s in zip(n, spacing)], indexing='ij')
+    rng = np.random.default_rng(seed)
+    d = lambda: np.sqrt((z/40-rng.uniform(-.2,.2))**2+(y/22-rng.uniform(-.4,.4))**2+(x/18-rng.uniform(-.4,.4))**2)
+    return np.where(d()<1, 1, np.where(d()<1.1, 2, 0)).astype(np.uint8)
+
+@pytest.mark.parametrize('scan_mm, recipe_mm', [(1., 1.), (1., .7), (1.56, 1.25), (1.95, 1.), (.8, .8), (1.3, .65), (2., 1.7)])
+@pytest.mark.parametrize('tilt', [0, 31])
+def test_round_trip_of_masks(scan_mm, recipe_mm, tilt):
+    "Dice at least 0.97 where the recipe's spacing is no coarser than the scan's"
+    c,s = np.cos(np.deg2rad(tilt)),np.sin(np.deg2rad(tilt))
+    spacing = (6.,scan_mm,scan_mm)
+    mask = Volume(blob((11,81,75), spacing), spacing, (9.,-4.,30.), (c,-s,0, s,c,0, 0,0,1))
+    r = Recipe(spacing=recipe_mm, size=288, classes=('background','a','b'))
+    where = r.place(mask)
+    back = where.inverse(r.masks(mask, where))
+    soft = where.inverse(np.eye(3, dtype=np.float32)[r.masks(mask, where)].transpose(0,3,1,2)).argmax(0)
+    for k in (1,2):
+        for o in (back, soft): assert 2*np.sum((o==k)&(mask.array==k))/(np.sum(o==k)+np.sum(mask.array==k)) >= .97
+
+def test_resize_covers_the_field_of_view():
+    mask = Volume(blob((8,120,90), (4,.5,.5)), (4,.5,.5))
+    r = Recipe(size=(256,256), fit='resize', classes=('background','a','b'))
+    where = r.place(mask)
+    assert np.array_equal(where.inverse(r.masks(mask, where))>0, mask.array>0) and where.covers(np.ones(mask.shape))
+
+def test_single_slices_are_slices():
+    a = np.random.default_rng(0).normal(size=(40,1,30))
+    for spacing in ((1,1,1),(1,5,1),(5,1,1)): assert Recipe().slices(Volume(a, spacing))[0].shape==(1,1,40,30)
+    assert Recipe(axis=0).slices(Volume(a))[0].shape==(40,1,1,30)
+
+def test_nearly_empty_scans_fall_back_to_minimum_and_maximum():
+    a = np.zeros((4,20,20), np.int16); a[1,3,3] = 900
+    x,_ = Recipe().slices(Volume(a))
+    assert x.max()==1 and x.sum()==1
+
+def test_outliers_do_not_matter_and_types_do_not_either():
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 200, (5,30,30))
+    x = Recipe().slices(Volume(a.astype(np.uint8)))[0]
+    for t in (np.int16, np.int32, np.float32, np.float64, np.uint16): assert np.allclose(Recipe().slices(Volume(a.astype(t)))[0], x, atol=1e-6)
+    wild = a.astype(np.float64); wild[0,0,:3] = 1.7e306
+    assert np.abs(Recipe().slices(Volume(wild))[0]-x).mean()<.01
+
+@pytest.mark.parametrize('kw, text', [(dict(spacing=-1), 'spacing=(-1.0, -1.0), expected two positive numbers of mm'), (dict(percentiles=(99,1)), 'percentiles=(99.0, 1.0), expected (lower, upper)'),
+    (dict(per='patient'), "per='patient', expected 'scan' or 'subject'"), (dict(classes=()), 'classes=(), expected 1 to 256 names'), (dict(channels=0), 'channels=0, expected at least 1'),
+    (dict(flip='x'), "flip='x', expected 'h', 'v', 'hv'"), (dict(rotate=-5), 'rotate=-5.0, expected degrees'), (dict(jitter=2), 'jitter=2.0, expected a strength'), (dict(fit='pad'), "fit='pad', expected 'crop'")])
+def test_what_a_recipe_refuses(kw, text):
+    with pytest.raises(ValueError) as e: Recipe(**kw)
+    assert text in str(e.value)
+
+# -- Recipe.auto -------------------------------------------------------------------------------------------------------
+
+def cohort(root, n=4, ct=False, spacing=lambda i: (6.,1.2+.1*i,1.2+.1*i), values=(0,1,2)):
+    rows = []
+    for i in range(n):
+        s = spacing(i)
+        m = blob((8,60,50), (8.,1.2,1.2), i)
+        img = np.random.default_rng(i).normal(size=m.shape)*20+np.array([0,90,140])[m]
+        if ct: img[:,:6] = -1000
+        rows.append(dict(subject=f'p{i}', scan=f's{i}', split=('labeled','unlabeled','valid','test')[i%4],
+                         image=str(write_volume(Volume(img.astype(np.int16), s), root/f'{i}.nii.gz')),
+                         mask=str(write_volume(Volume(np.array(values, np.int16)[m], s), root/f'{i}_m.nii.gz'))))
+    return pd.DataFrame(rows)
+
+def test_auto_proposes_what_fits(tmp_path):
+    df = cohort(tmp_path)
+    for o in df['mask'][1:]: os.remove(o)                                   # only a labelled scan's mask may be opened
+    for o in df.image[2:]: os.remove(o)                                     # only training scans are looked at
+    r = Recipe.auto(df)
+    assert eval(repr(r))==r
+    assert (r.spacing, r.size, r.axis, r.window, r.percentiles, r.classes, r.labels)==((1.25,1.25), (64,64), 0, None, (1.,99.), ('background','class1','class2'), None)
+    df.attrs.update(classes=('background','ball','shell'), labels={205:1, 420:2})
+    assert (Recipe.auto(df).classes, Recipe.auto(df).labels)==(('background','ball','shell'), {205:1, 420:2})
+
+def test_auto_maps_odd_values_and_sees_ct(tmp_path):
+    r = Recipe.auto(cohort(tmp_path, ct=True, values=(0,205,420)))
+    assert r.labels=={0:0, 205:1, 420:2} and -20<=r.window[0]<=60 and 150<=r.window[1]<=210
+    df = cohort(tmp_path, ct=True)
+    assert Recipe.auto(df.drop(columns='mask')).window==(-160.,240.)
+
+def test_auto_of_mixed_and_bad_scans(tmp_path):
+    df = cohort(tmp_path, spacing=lambda i: (6.,1.,1.) if i else (1.,6.,1.))
+    assert Recipe.auto(df).axis=='auto'
+    Path(df.image[0]).write_bytes(b'no scan')
+    assert Recipe.auto(df).axis==0
+    with pytest.raises(VolumeError, match='0.nii.gz'): Recipe.auto(df[:1])
+    with pytest.raises(ValueError, match='no training scans'): Recipe.auto(df[2:])
+
+# -- real scans --------------------------------------------------------------------------------------------------------
+
+def test_hippocampus_recipe_holds_real_scans():
+    root = os.environ.get('FASTMISEG_DATA')
+    if not root or not (Path(root)/'labelsTr').is_dir(): pytest.skip('set FASTMISEG_DATA to the folder of MSD Hippocampus (imagesTr, labelsTr)')
+    r = Recipe.hippocampus()
+    for o in sorted((Path(root)/'labelsTr').glob('hippo*.nii.gz'))[::13]:
+        img,mask = read_volume(Path(root)/'imagesTr'/o.name),read_volume(o)
+        x,where = r.slices(img)
+        assert where.order==(0,1,2) and where.covers(np.ones(img.shape)) and x.shape==(img.shape[0],1,64,48)
+        assert np.array_equal(where.inverse(r.masks(mask, where)), mask.array)
+        tilted = resample(img, spacing=(1.5,.8,.9))                         # another spacing, the same picture
+        assert np.abs(r.slices(tilted)[0].mean(0)-x.mean(0)).mean()<.05

@@ -116,7 +116,7 @@ class _Projectors:
     def zero_grad(self):
         for p in self.params: p.grad = None
 
-# %% ../../nbs/07_callback.semisup.ipynb #0cc2fef7
+# %% ../../nbs/07_callback.semisup.ipynb #fde4d909
 def _endless(dl):
     while True:
         n = 0
@@ -173,7 +173,7 @@ class PairedBatchCallback(Callback):
     def before_batch(self):
         self._x_l = self._v = None
         y = self.yb[-1] if len(self.yb) else None
-        self._ids = {k: getattr(y, k) for k in ('scan','index') if hasattr(y, k)}
+        self._ids = {k: vars(y)[k] for k in ('scan','index') if k in vars(y)} if y is not None else {} # `CastToTensor` drops them
         x_u = None
         if len(self.yb)==2 and getattr(self.dl, 'unlabeled', None) is not None: x_u,self.learn.yb = self.yb[0],self.yb[1:]
         if not self.training or not self._regs: return

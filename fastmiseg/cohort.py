@@ -58,9 +58,10 @@ def _describe(df):
     classes = df.attrs.get('classes')
     return f'{len(df)} scans of {df.subject.nunique()} subjects, {has.sum()} with masks ({df.subject[has].nunique()} subjects)'+(f'; classes {", ".join(classes)}' if classes else '')
 
-# %% ../nbs/01a_cohort.ipynb #52613edb
+# %% ../nbs/01a_cohort.ipynb #ee9c4449
 def _size(path):
     if not extension(path): return read_volume(path).shape[::-1]
+    if not os.path.isfile(path): raise VolumeError(f'{path}: does not exist')
     r = sitk.ImageFileReader()
     r.SetFileName(_text(path)); r.SetImageIO(_io[extension(path)])
     with _itk(path): r.ReadImageInformation()

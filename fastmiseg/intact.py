@@ -88,8 +88,8 @@ def _nrrd(head):
     if file and (skip[0] or skip[1]>0): raise ValueError('skips lines or bytes of its data file, which is not supported: save it as one .nrrd file')
     return _Claim(0 if file else m.end(), math.prod(dims)*per, 'end' if skip[1]==-1 and how=='raw' else how, file)
 
-# %% ../nbs/00_intact.ipynb #e435c06d
-def _pieces(path, start, how):
+# %% ../nbs/00_intact.ipynb #3e071f2d
+def _pieces(path, start, how, size=1<<20):
     "The bytes of `path` from `start` on, unpacked, in pieces"
     with open(path,'rb') as f:
         f.seek(start)
@@ -103,7 +103,7 @@ def _pieces(path, start, how):
                     piece = z.unconsumed_tail
         else:
             g = gzip.GzipFile(fileobj=f) if how=='gzip' else f
-            while piece := g.read(1<<20): yield piece
+            while piece := g.read(size): yield piece
 
 def _count(pieces, limit, skip=0, floats=None):
     "How many bytes come after the first `skip`, at most about `limit`; how many of the `floats` in them are not finite"
@@ -121,7 +121,7 @@ def _count(pieces, limit, skip=0, floats=None):
     except (OSError, zlib.error) as e: raise ValueError(f'is damaged: its compressed voxels cannot be unpacked ({e}); copy it again from where it came') from None
     return n,bad
 
-# %% ../nbs/00_intact.ipynb #614b849d
+# %% ../nbs/00_intact.ipynb #cdad38a8
 _formats = {'.nii':_nifti, '.nii.gz':_nifti, '.mha':_meta, '.mhd':_meta, '.nrrd':_nrrd, '.nhdr':_nrrd}
 extensions = tuple(_formats)
 
@@ -162,5 +162,5 @@ def check_intact(
 
 def _first(path): # enough of a .nii.gz for its header
     found = []
-    _count((found.append(o) or o for o in _pieces(path,0,'gzip')), 352)
+    _count((found.append(o) or o for o in _pieces(path,0,'gzip',352)), 351)
     return b''.join(found)

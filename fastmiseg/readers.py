@@ -23,7 +23,7 @@ from .intact import extension
 # %% ../nbs/01_readers.ipynb #e6429fca
 __all__ = ['CohortError', 'cohort_frame', 'layouts']
 
-# %% ../nbs/01_readers.ipynb #3f094e91
+# %% ../nbs/01_readers.ipynb #82855282
 class CohortError(ValueError): "A cohort that cannot be used; the message names the folder, file or argument, and what to do"
 
 def cohort_frame(
@@ -36,7 +36,7 @@ def cohort_frame(
     "A cohort from its rows; a scan's name must be unique"
     first = ['subject','scan','image','mask']
     df = pd.DataFrame(rows, dtype=object)
-    df = df[first+[o for o in df if o not in first]]
+    df = df[first+[o for o in df if o not in first]].where(df.notna(), None)
     twice = df[df.scan.duplicated(keep=False)]
     if len(twice):
         name = twice.scan.iloc[0]
@@ -90,7 +90,7 @@ def layout(
         return read
     return _enter
 
-# %% ../nbs/01_readers.ipynb #a60c0e64
+# %% ../nbs/01_readers.ipynb #38742e09
 @layout('msd', 'a Decathlon task: `dataset.json` beside a folder `imagesTr`', lambda root: (root/'dataset.json').is_file() and (root/'imagesTr').is_dir())
 def read_msd(root:Path)->pd.DataFrame:
     "A task of the Medical Segmentation Decathlon"
@@ -98,14 +98,15 @@ def read_msd(root:Path)->pd.DataFrame:
     try:
         info = json.loads(file.read_text(encoding='utf-8'))
         names = {int(k):str(v) for k,v in info['labels'].items()}
-        classes,channels = [names[i] for i in range(len(names))],max(1,len(info.get('modality',{})))
+        stored,channels = sorted(names),max(1,len(info.get('modality',{})))
     except FileNotFoundError: raise CohortError(f'{file}: does not exist; expected {layouts["msd"].expects}') from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise CohortError(f'{file}: cannot be used ({type(e).__name__}: {e}); expected `labels` like {{"0": "background", "1": "spleen"}}') from None
     masks = [(_stem(o),o) for o in _scans(root/'labelsTr',0)]
     hippocampus = info.get('name')=='Hippocampus'
     def subject(s): return f'subject_{(int(m[1])+1)//2:03d}' if hippocampus and (m := re.search(r'(\d+)$',s)) else s
-    return _pair([(_stem(o), o) for d in ('imagesTr','imagesTs') for o in _scans(root/d,0)], masks, subject, root, 'msd', classes=classes, channels=channels)
+    return _pair([(_stem(o), o) for d in ('imagesTr','imagesTs') for o in _scans(root/d,0)], masks, subject, root, 'msd', channels=channels,
+        classes=[names[i] for i in stored], labels=None if stored==list(range(len(stored))) else {o:i for i,o in enumerate(stored)})
 
 # %% ../nbs/01_readers.ipynb #e481fa2c
 def _pair(images, masks, subject, root, layout, **kw):
@@ -164,7 +165,7 @@ def read_mmwhs(root:Path,
         classes=('background','LV myocardium','left atrium','left ventricle','right atrium','right ventricle','ascending aorta','pulmonary artery'),
         labels={o:i for i,o in enumerate((205,420,500,550,600,820,850), 1)})
 
-# %% ../nbs/01_readers.ipynb #e0be30ae
+# %% ../nbs/01_readers.ipynb #232b63d6
 _image_dirs,_mask_dirs = ('images','image','imgs','img','scans','imagesTr'),('masks','mask','labels','label','segmentations','seg','labelsTr')
 _image_ends,_mask_ends = ('_image','_img','_scan',''),('_mask','_label','_seg','_segmentation','_gt')
 
@@ -214,7 +215,9 @@ def read_folder(root:Path,
     else:
         ff = [(name(f,root),f) for f in _scans(root)]
         ii,mm = [o for o in ff if not o[0].endswith(mends)],[(_cut(s,mends),f) for s,f in ff if s.endswith(mends)]
-    ii,mm = [(_cut(s,iends),f) for s,f in ii if not image_suffix or s.endswith(image_suffix)],[(_cut(s,iends),f) for s,f in mm]
+    ii = [(_cut(s,iends),f) for s,f in ii if not image_suffix or s.endswith(image_suffix)]
+    names = {s for s,_ in ii}
+    mm = [(s if s in names else _cut(s,iends),f) for s,f in mm] # the mask of a_image may be called a_seg or a_image_seg
     return _pair(ii, mm, _subject(subject), root, 'folder')
 
 # %% ../nbs/01_readers.ipynb #44c87e97
@@ -239,7 +242,7 @@ def read_dicom(root:Path,
     if masks and used=={None}: raise CohortError(f'{root}: no mask belongs to a series; series are called {_some(o["scan"] for o in rows)}, masks {_some(_stem(o) for o in masks)}; rename them')
     return cohort_frame(sorted(rows, key=lambda o: o['scan']), 'dicom')
 
-# %% ../nbs/01_readers.ipynb #86742acd
+# %% ../nbs/01_readers.ipynb #cf25630d
 _note = '# fastmiseg '
 
 @layout('csv', 'a file .csv with a column `image`', lambda root: root.suffix.lower()=='.csv')
@@ -255,12 +258,12 @@ def read_csv(root)->pd.DataFrame: # Path of the file, or a DataFrame
         except (OSError, ValueError) as e: raise CohortError(f'{root}: cannot be read as a table ({e})') from None
         df = df.drop(columns=[o for o in df if str(o).startswith('Unnamed:')])
     if 'image' not in df: raise CohortError(f'{root}: has no column `image`, only {_some(df.columns,8)}; expected image, and mask, subject, scan if there are')
-    df = df.astype(object).where(df.notna(), None)
+    df = df.astype(object)
     if df.image.isna().any(): raise CohortError(f'{root}: row {int(df.image.isna().to_numpy().argmax())+1} has no image')
     df['image'] = [str(base/o) for o in df.image]
-    df['mask'] = [str(base/o) if o else None for o in df['mask']] if 'mask' in df else None
+    df['mask'] = [str(base/o) if isinstance(o,(str,Path)) else None for o in df['mask']] if 'mask' in df else None
     if 'scan' not in df: df['scan'] = [_stem(o) for o in df.image]
     if 'subject' not in df: df['subject'] = df.scan
-    for o in ('scan','subject'): df[o] = [str(i) if i is not None else s for i,s in zip(df[o], df.image.map(_stem) if o=='scan' else df.scan)]
+    for o in ('scan','subject'): df[o] = [s if pd.isna(i) else str(i) for i,s in zip(df[o], df.image.map(_stem) if o=='scan' else df.scan)]
     labels = {int(k):v for k,v in attrs['labels'].items()} if attrs.get('labels') else None
     return cohort_frame(df.to_dict('records'), 'csv', attrs.get('classes'), labels, attrs.get('channels',1))

@@ -175,7 +175,7 @@ def _check_geometry(vol):
 
 def _mm(o): return f'({", ".join(f"{i:g}" for i in o)}) mm'
 
-# %% ../nbs/00_volume.ipynb #2b65bcb8
+# %% ../nbs/00_volume.ipynb #f52a0ca9
 _io = {'.nii':'NiftiImageIO', '.nii.gz':'NiftiImageIO', '.mha':'MetaImageIO', '.mhd':'MetaImageIO', '.nrrd':'NrrdImageIO', '.nhdr':'NrrdImageIO'}
 
 def _read_file(path, channels):
@@ -185,29 +185,39 @@ def _read_file(path, channels):
     r = sitk.ImageFileReader()
     r.SetFileName(str(path))
     r.SetImageIO(_io[extension(path)])
-    with _itk(path):
-        r.ReadImageInformation()
-        n,size,c = r.GetDimension(),r.GetSize(),r.GetNumberOfComponents()
-        if 'complex' in sitk.GetPixelIDValueAsString(r.GetPixelID()): raise VolumeError(f'{path}: has complex voxels; save their magnitude')
-        if not 2<=n<=4 or (n==4 and c>1) or (not channels and (n==4 and size[3]>1 or c>1)):
-            raise VolumeError(f'{path}: has {n} dimensions of sizes {size}{f" and {c} components per voxel" if c>1 else ""}, expected 3'
-                              f'{"; give channels=True to keep several channels, or save one of them as a 3D file" if 2<=n<=4 else ""}')
-        return r.Execute(),bad
+    with _itk(path): im = r.Execute()
+    n,size,c = im.GetDimension(),im.GetSize(),im.GetNumberOfComponentsPerPixel()
+    if 'complex' in im.GetPixelIDTypeAsString(): raise VolumeError(f'{path}: has complex voxels; save their magnitude')
+    if not 2<=n<=4 or (n==4 and c>1) or (not channels and (n==4 and size[3]>1 or c>1)):
+        raise VolumeError(f'{path}: has {n} dimensions of sizes {size}{f" and {c} components per voxel" if c>1 else ""}, expected 3'
+                          f'{"; give channels=True to keep several channels, or save one of them as a 3D file" if 2<=n<=4 else ""}')
+    return im,bad
 
-# %% ../nbs/00_volume.ipynb #61cdf0c2
+# %% ../nbs/00_volume.ipynb #6544388c
+def _is_dicom(path):
+    if path.lower().endswith(('.dcm','.ima')): return True
+    try:
+        with open(path,'rb') as f: head = f.read(132)
+    except OSError: return False
+    return head[128:]==b'DICM' and os.path.basename(path)!='DICOMDIR'
+
 def _read_series(path):
+    there = [o for o in sorted(os.listdir(path)) if not o.startswith('.') and os.path.isfile(_text(os.path.join(path,o)))]
     with collect_warnings(),_itk(path): ids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(path)
     if not ids: raise VolumeError(f'{path}: is a folder without DICOM files; expected a file, or the folder of one DICOM series')
     if len(ids)>1: raise VolumeError(f'{path}: holds {len(ids)} DICOM series, expected one; move each into a folder of its own ({", ".join(ids[:4])}{", ..." if len(ids)>4 else ""})')
     r = sitk.ImageSeriesReader()
     files = r.GetGDCMSeriesFileNames(path, ids[0])
+    lost = [o for o in there if o not in {os.path.basename(f) for f in files} and _is_dicom(os.path.join(path,o))]
+    if lost: raise VolumeError(f'{path}: {len(lost)} DICOM files cannot be read, for example {lost[0]}; export the series again')
     with _itk(path):
         if len(files)==1: return sitk.ReadImage(files[0], imageIO='GDCMImageIO')
         r.SetFileNames(files)
         r.MetaDataDictionaryArrayUpdateOn()
         im = r.Execute()
     if not all(r.HasMetaDataKey(i,'0020|0032') for i in range(len(files))): return im
-    at = np.array([[float(o) for o in r.GetMetaData(i,'0020|0032').split('\\')] for i in range(len(files))])
+    try: at = np.array([[float(o) for o in r.GetMetaData(i,'0020|0032').split('\\')] for i in range(len(files))])
+    except ValueError: raise VolumeError(f'{path}: the positions of its slices are no numbers; export the series again') from None
     step = np.linalg.norm(np.diff(at, axis=0), axis=1)
     i,usual = np.abs(step-np.median(step)).argmax(),np.median(step)
     if abs(step[i]-usual)>.01*usual: raise VolumeError(

@@ -1,0 +1,287 @@
+"Every layout as a small tree of real files of its format; splits over many random cohorts; a hospital's mess"
+import json, os, sys, warnings
+from pathlib import Path
+
+import numpy as np, pandas as pd, pytest, SimpleITK as sitk
+from hypothesis import given, settings, strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_volume import odd_sform, write_series
+
+from fastmiseg.cohort import CohortError, check_cohort, find_duplicates, load_cohort, save_cohort, split_cohort
+from fastmiseg.volume import Volume, VolumeError, read_mask, read_scan, read_volume, write_volume
+
+def image(seed=0, shape=(4,10,12)): return Volume(np.random.default_rng(seed).integers(1, 900, shape).astype(np.int16), (5.,1.5,1.25))
+def mask_of(vol, values=(0,1)): return vol.like(np.choose((vol.array[-1] if vol.array.ndim==4 else vol.array)%len(values), values).astype(np.uint16 if max(values)>255 else np.uint8))
+def put(folder, name, mask_name=None, seed=0, values=(0,1), shape=(4,10,12)):
+    vol = image(seed, shape)
+    write_volume(vol, folder/name)
+    if mask_name: write_volume(mask_of(vol, values), folder/mask_name)
+
+def all_read(df):
+    for o in df.itertuples():
+        x,y = read_scan(o.image, o.mask, channels=df.attrs['channels']>1, classes=df.attrs['classes'], labels=df.attrs['labels'])
+        assert (y is None)==(o.mask is None)
+    return True
+
+# ---- layouts
+
+def acdc(root, flat=False):
+    for n,part,group in [(1,'training','DCM'),(2,'training','NOR'),(101,'testing',None)]:
+        p = f'patient{n:03d}'
+        d = root/p if flat else root/part/p
+        put(d, f'{p}_4d.nii.gz', shape=(3,4,10,12))
+        for f in (1,12): put(d, f'{p}_frame{f:02d}.nii.gz', f'{p}_frame{f:02d}_gt.nii.gz', seed=n*100+f, values=(0,1,2,3))
+        if group: (d/'Info.cfg').write_text(f'ED: 1\nES: 12\nGroup: {group}\nHeight: 184.0\nNbFrame: 30\n')
+    return root
+
+@pytest.mark.parametrize('flat', [False,True])
+def test_acdc(flat, tmp_path, capsys):
+    df = load_cohort(acdc(tmp_path, flat))
+    assert capsys.readouterr().out=='acdc: 6 scans of 3 subjects, 6 with masks (3 subjects); classes background, RV, Myo, LV\n'
+    assert df.scan.tolist()==[f'patient{n}_frame{f}' for n in ('001','002','101') for f in ('01','12')]
+    assert df.group.tolist()==['DCM']*2+['NOR']*2+[None]*2 and df.phase.tolist()==['ED','ES']*2+[None]*2
+    assert not df.image.str.contains('4d').any() and all_read(df)
+
+def test_acdc_without_folders(tmp_path):
+    acdc(tmp_path/'a')
+    (tmp_path/'flat').mkdir()
+    for f in (tmp_path/'a').rglob('*.nii.gz'): f.rename(tmp_path/'flat'/f.name)
+    df = load_cohort(tmp_path/'flat')
+    assert df.attrs['layout']=='acdc' and df.subject.nunique()==3 and all_read(df)
+
+def test_promise12(tmp_path, capsys):
+    for n in range(3): put(tmp_path/f'TrainingData_Part{n%2+1}', f'Case{n:02d}.mhd', f'Case{n:02d}_segmentation.mhd', seed=n, shape=(3,8+n,8))
+    put(tmp_path/'TestData', 'Case00.mhd', seed=9)
+    assert len(list(tmp_path.rglob('*.zraw')))==7                 # compressed MetaImage in two files
+    df = load_cohort(tmp_path)
+    assert 'promise12: 4 scans of 4 subjects, 3 with masks' in capsys.readouterr().out
+    assert df.scan.tolist()==['Case00','Case01','Case02','test_Case00'] and df.subject.tolist()==df.scan.tolist()
+    assert df['mask'].isna().tolist()==[False,False,False,True] and all_read(df)
+
+def msd(root, name, ids, test=(), shape=(4,10,12), modality={'0':'MRI'}, labels={'0':'background','1':'A','2':'B'}, stem=None):
+    stem = stem or name.lower()
+    for i in ids: put(root, f'imagesTr/{stem}_{i:03d}.nii.gz', f'labelsTr/{stem}_{i:03d}.nii.gz', seed=i, values=tuple(range(len(labels))), shape=shape)
+    for i in test: put(root, f'imagesTs/{stem}_{i:03d}.nii.gz', seed=i, shape=shape)
+    for d in ('imagesTr','labelsTr'): (root/d/f'._{stem}_{ids[0]:03d}.nii.gz').write_bytes(b'Mac OS X        ')
+    (root/'dataset.json').write_text(json.dumps(dict(name=name, modality=modality, labels=labels, numTraining=len(ids),
+        training=[dict(image=f'./imagesTr/{stem}_{i:03d}.nii.gz', label=f'./labelsTr/{stem}_{i:03d}.nii.gz') for i in ids], test=['./imagesTs/gone_999.nii.gz'])))
+    return root
+
+def test_msd_hippocampus(tmp_path):
+    df = load_cohort(msd(tmp_path, 'Hippocampus', [1,3,4,6], test=[2,8]))
+    assert dict(zip(df.scan, df.subject))=={'hippocampus_001':'subject_001','hippocampus_002':'subject_001','hippocampus_003':'subject_002',
+        'hippocampus_004':'subject_002','hippocampus_006':'subject_003','hippocampus_008':'subject_004'}
+    assert df['mask'].isna().sum()==2 and df.attrs['classes']==('background','A','B') and all_read(df)
+
+def test_msd_spleen_is_not_paired(tmp_path):
+    df = load_cohort(msd(tmp_path, 'Spleen', [2,3,10], test=[1], labels={'0':'background','1':'spleen'}))
+    assert df.subject.nunique()==4 and all_read(df)
+
+def test_msd_channels(tmp_path):
+    df = load_cohort(msd(tmp_path, 'Prostate', [0,1], shape=(2,4,10,12), modality={'0':'T2','1':'ADC'}))
+    assert df.attrs['channels']==2 and read_volume(df.image[0], channels=True).array.shape==(2,4,10,12) and all_read(df)
+
+def test_msd_with_gaps_in_its_labels(tmp_path):
+    df = load_cohort(msd(tmp_path, 'Liver', [1,2], labels={'0':'background','2':'tumour'}))
+    assert df.attrs['classes']==('background','tumour') and df.attrs['labels']=={0:0,2:1}
+
+def test_msd_damaged_list(tmp_path):
+    msd(tmp_path, 'Spleen', [1,2])
+    (tmp_path/'dataset.json').write_text('{"labels": ["background"]')
+    with pytest.raises(CohortError, match='dataset.json: cannot be used .*expected `labels` like'): load_cohort(tmp_path)
+    (tmp_path/'dataset.json').write_text('[]')
+    with pytest.raises(CohortError, match='dataset.json: cannot be used'): load_cohort(tmp_path)
+
+def test_mmwhs(tmp_path, capsys):
+    values = (0,205,420,500,550,600,820,850)
+    for n in (1001,1002): put(tmp_path/'ct_train', f'ct_train_{n}_image.nii.gz', f'ct_train_{n}_label.nii.gz', seed=n, values=values)
+    put(tmp_path/'ct_test', 'ct_test_2001_image.nii.gz', seed=5)
+    put(tmp_path/'mr_train', 'mr_train_1001_image.nii.gz', 'mr_train_1001_label.nii.gz', seed=6, values=values)
+    df = load_cohort(tmp_path)
+    assert 'mmwhs: 3 scans of 3 subjects, 2 with masks' in capsys.readouterr().out
+    assert all_read(df) and len(df.attrs['classes'])==8
+    m = read_mask(df['mask'].dropna().iloc[0], labels=df.attrs['labels'])
+    assert np.unique(m.array).tolist()==list(range(8))
+    assert load_cohort(tmp_path, 'mmwhs', modality='mr').scan.tolist()==['mr_train_1001']
+
+def test_folder(tmp_path, capsys):
+    for i,s in enumerate(['P1_a','P1_b','P2_a']): put(tmp_path, f'images/{s}.nrrd', f'masks/{s}.nii.gz' if i else None, seed=i)
+    df = load_cohort(tmp_path, subject=r'^(P\d)', classes=('background','organ'))
+    assert 'folder: 3 scans of 2 subjects, 2 with masks (2 subjects); classes background, organ' in capsys.readouterr().out
+    assert df['mask'].isna().tolist()==[True,False,False] and all_read(df)
+    assert load_cohort(tmp_path, 'folder', subject=lambda s: s[-1]).subject.tolist()==['a','b','a']
+    with pytest.raises(CohortError, match=r"subject='\(X\)': does not match the scan 'P1_a'"): load_cohort(tmp_path, 'folder', subject='(X)')
+    with pytest.raises(CohortError, match="the reader for 'folder' does not take this"): load_cohort(tmp_path, 'folder', colour=1)
+
+def test_folder_with_suffixes_and_subfolders(tmp_path, capsys):
+    for p in ('anna','bert'): put(tmp_path/p, 'scan_image.nii.gz', 'scan_label.nii.gz', seed=len(p))
+    put(tmp_path/'carl', 'scan_image.nii.gz')
+    df = load_cohort(tmp_path, subject=r'^[a-z]+')
+    assert df.attrs['layout']=='folder' and df.scan.tolist()==['anna_scan','bert_scan','carl_scan'] and df.subject.tolist()==['anna','bert','carl'] and all_read(df)
+
+def test_folder_names(tmp_path):
+    put(tmp_path, 'mr/a_t1.mha', 'truth/a_roi.mha'); put(tmp_path, 'mr/a_t2.mha', seed=1); put(tmp_path, 'mr/b_t1.mha', seed=2)
+    df = load_cohort(tmp_path, 'folder', images='mr', masks='truth', image_suffix='_t1', mask_suffix='_roi')
+    assert df.scan.tolist()==['a','b'] and df['mask'].notna().tolist()==[True,False]
+    with pytest.raises(CohortError, match='wahrheit: is not a folder; expected the one with the masks'): load_cohort(tmp_path, 'folder', images='mr', masks='wahrheit')
+
+def test_dicom(tmp_path, capsys):
+    vols = {p:image(i) for i,p in enumerate(['anna','bert','carl'])}
+    write_series(tmp_path/'anna/study/T2', vols['anna'], '1.2.1'); write_volume(mask_of(vols['anna']), tmp_path/'anna/study/seg.nii.gz')
+    write_series(tmp_path/'bert/study/T2', vols['bert'], '1.2.2'); write_volume(mask_of(vols['bert']), tmp_path/'masks/bert_study_T2.nii.gz')
+    write_series(tmp_path/'carl/study/T2', vols['carl'], '1.2.3')
+    df = load_cohort(tmp_path)
+    assert 'dicom: 3 scans of 3 subjects, 2 with masks' in capsys.readouterr().out
+    assert df.subject.tolist()==['anna','bert','carl'] and df.scan.tolist()==['anna_study_T2','bert_study_T2','carl_study_T2']
+    assert df['mask'].notna().tolist()==[True,True,False] and all_read(df)
+
+def test_dicom_in_images_and_masks(tmp_path):
+    for i,p in enumerate(['anna','bert']):
+        write_series(tmp_path/'images'/p, image(i), f'1.2.{i}'); write_volume(mask_of(image(i)), tmp_path/'masks'/f'{p}_seg.nii.gz')
+    df = load_cohort(tmp_path)
+    assert df.attrs['layout']=='dicom' and df.subject.tolist()==['anna','bert'] and df['mask'].notna().all() and all_read(df)
+
+def test_csv_and_frame(tmp_path, monkeypatch):
+    put(tmp_path/'sub', 'a.nii.gz', 'a_m.nii.gz'); put(tmp_path/'sub', 'b.nii.gz', seed=1)
+    (tmp_path/'list.csv').write_text(f'image,mask,subject,age\nsub/a.nii.gz,sub/a_m.nii.gz,007,61\n{tmp_path}/sub/b.nii.gz,,NA,\n')
+    df = load_cohort(tmp_path/'list.csv', classes=['background','x'])
+    assert df.subject.tolist()==['007','NA'] and df.scan.tolist()==['a','b'] and df['mask'][1] is None and df.age.tolist()==['61',None] and all_read(df)
+    (tmp_path/'semi.csv').write_text('﻿image;mask\nsub/a.nii.gz;sub/a_m.nii.gz\n', encoding='utf-8')
+    assert load_cohort(tmp_path/'semi.csv', 'csv')['mask'].notna().all()
+    monkeypatch.chdir(tmp_path)
+    assert all_read(load_cohort(pd.DataFrame(dict(image=['sub/a.nii.gz'], mask=[np.nan]))))
+    (tmp_path/'bad.csv').write_text('picture,mask\na,b\n')
+    with pytest.raises(CohortError, match='has no column `image`, only mask, picture'): load_cohort(tmp_path/'bad.csv')
+    (tmp_path/'bad.csv').write_text('')
+    with pytest.raises(CohortError, match='bad.csv: '): load_cohort(tmp_path/'bad.csv')
+    (tmp_path/'twice.csv').write_text('image,scan\nsub/a.nii.gz,x\nsub/b.nii.gz,x\n')
+    with pytest.raises(CohortError, match="1 scan names are there twice, for example 'x': .*a.nii.gz and .*b.nii.gz; give each"): load_cohort(tmp_path/'twice.csv')
+
+def test_nothing_recognised(tmp_path):
+    (tmp_path/'notes.txt').write_text('x')
+    with pytest.raises(CohortError) as e: load_cohort(tmp_path)
+    for o in ('msd','acdc','promise12','mmwhs','folder','dicom','csv'): assert f'\n- {o}: ' in str(e.value)
+    assert 'Found notes.txt.' in str(e.value)
+
+def test_symlink_loop_and_dead_links(tmp_path):
+    put(tmp_path, 'images/a.nii.gz', 'masks/a.nii.gz')
+    (tmp_path/'images/again').symlink_to(tmp_path); (tmp_path/'images/self.nii.gz').symlink_to(tmp_path/'images/self.nii.gz'); (tmp_path/'images/dead.nii.gz').symlink_to('nowhere')
+    df = load_cohort(tmp_path, 'folder')
+    assert 'a' in df.scan.tolist() and len(df)<=3
+    (tmp_path/'real').mkdir(); put(tmp_path/'real', 'images/b.nii.gz', 'masks/b.nii.gz'); (tmp_path/'linked').mkdir()
+    (tmp_path/'linked/images').symlink_to(tmp_path/'real/images'); (tmp_path/'linked/masks').symlink_to(tmp_path/'real/masks')
+    assert load_cohort(tmp_path/'linked').scan.tolist()==['b']
+
+def test_lost_masks(tmp_path):
+    put(tmp_path, 'images/a.nii.gz', 'masks/a.nii.gz'); put(tmp_path, 'masks/z.nii.gz')
+    with pytest.warns(UserWarning, match='1 masks without an image are left out: z'): load_cohort(tmp_path, 'folder')
+
+# ---- splits
+
+def table(n, rng, labelled=.8):
+    rows = []
+    for i in range(n):
+        for j in range(int(rng.integers(1,4))): rows.append(dict(subject=f's{i}', scan=f's{i}_{j}', image=f'/nowhere/s{i}_{j}.nii.gz', mask=f'm{i}{j}' if rng.random()<labelled else None, group='AB'[i%2]))
+    return pd.DataFrame(rows, dtype=object)
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0,2**31), n=st.integers(3,30), scans=st.booleans(), stratify=st.sampled_from([None,'group']))
+def test_split_laws(seed, n, scans, stratify):
+    rng = np.random.default_rng(seed)
+    df = table(n, rng)
+    has = df[df['mask'].notna()]
+    total = len(has) if scans else has.subject.nunique()
+    if total<4: return
+    test,valid = (int(rng.integers(0,(total-2)//2+1)) for _ in range(2))
+    ties = [tuple(rng.choice(df.scan, 2, replace=False))] if rng.random()<.5 else ()
+    def split(labeled, df=df):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            return split_cohort(df, labeled, valid, test, seed=seed, scans=scans, stratify=stratify, duplicates=ties)
+    try: a,b = split(1),split(2)
+    except CohortError as e:
+        assert 'are left for it' in str(e) and (scans or ties)          # whole people or ties had used them up
+        return
+    train = a.split.isin(['labeled','unlabeled'])
+    assert not set(a.subject[train])&set(a.subject[~train])             # nobody straddles
+    assert not set(a.subject[a.split=='valid'])&set(a.subject[a.split=='test'])
+    assert a['mask'][a.split!='unlabeled'].notna().all()
+    assert set(a.scan[a.split=='labeled'])<=set(b.scan[b.split=='labeled'])
+    for o in ('valid','test'): assert a.scan[a.split==o].tolist()==b.scan[b.split==o].tolist()
+    other = split(1, df.sample(frac=1, random_state=seed%1000)).set_index('scan').split
+    assert other.sort_index().equals(a.set_index('scan').split.sort_index())
+    part = a.drop_duplicates('subject').set_index('subject').split.replace('labeled','unlabeled')
+    for x,y in ties: assert part[x.split('_')[0]]==part[y.split('_')[0]]
+    if not scans and not ties: assert a[a.split=='valid'].subject.nunique()==valid and a[a.split=='test'].subject.nunique()==test and a[a.split=='labeled'].subject.nunique()==1
+
+def test_growing_cohort_keeps_its_order():
+    df = table(40, np.random.default_rng(0), 1)
+    a = split_cohort(df[df.subject!='s7'], 5, 5, 5, duplicates=False).drop_duplicates('subject').set_index('subject').split
+    b = split_cohort(df, 5, 5, 5, duplicates=False).drop_duplicates('subject').set_index('subject').split
+    assert (a!=b[a.index]).sum()<=3
+
+def test_as_in_the_paper():
+    "100 patients with two scans each: 8 labelled, 25 validation scans"
+    df = pd.DataFrame([dict(subject=f'p{i}', scan=f'p{i}_{j}', image='x', mask='y') for i in range(100) for j in (1,12)])
+    n = split_cohort(df, labeled=8, valid=25, scans=True, duplicates=False).split.value_counts()
+    assert n['labeled']==8 and n['valid'] in (24,26) and n.sum()==200
+
+def test_seeds_differ():
+    df = table(60, np.random.default_rng(0), 1)
+    assert len({tuple(split_cohort(df, 8, 8, seed=s, duplicates=False).split) for s in range(20)})==20
+
+def test_duplicates_like_acdc(tmp_path):
+    acdc(tmp_path)
+    for f in (1,12):                                                     # patient050 is patient001 with other masks and in another type
+        v = read_volume(tmp_path/f'training/patient001/patient001_frame{f:02d}.nii.gz')
+        write_volume(v.like(v.array.astype(np.float32)), tmp_path/f'training/patient050/patient050_frame{f:02d}.nii.gz')
+        write_volume(v.like((v.array>400).astype(np.uint8)), tmp_path/f'training/patient050/patient050_frame{f:02d}_gt.nii.gz')
+    df = load_cohort(tmp_path)
+    assert find_duplicates(df)==[('patient001_frame01','patient050_frame01'),('patient001_frame12','patient050_frame12')]
+    for seed in range(8):
+        with pytest.warns(UserWarning, match='patient001_frame01 = patient050_frame01'): s = split_cohort(df, labeled=1, valid=1, seed=seed)
+        assert s[s.subject.isin(['patient001','patient050'])].split.nunique()==1
+
+def test_duplicates_survive_bad_files(tmp_path):
+    for i in range(3): put(tmp_path, f'images/{i}.nii.gz', f'masks/{i}.nii.gz', seed=5)
+    f = tmp_path/'images/1.nii.gz'; f.write_bytes(f.read_bytes()[:200])
+    assert find_duplicates(load_cohort(tmp_path, 'folder'))==[('0','2')]
+
+def test_saved_split(tmp_path):
+    root = acdc(tmp_path/'Daten Ä')
+    s = split_cohort(load_cohort(root), labeled=1, valid=1)
+    s.attrs['labels'] = {7:1}
+    save_cohort(s, root/'split.csv')
+    moved = root.rename(tmp_path/'moved')
+    back = load_cohort(moved/'split.csv', 'csv')
+    assert back.drop(columns=['image','mask']).equals(s.drop(columns=['image','mask']).astype(object)) and all(Path(o).exists() for o in [*back.image,*back['mask']])
+    assert back.attrs['classes']==s.attrs['classes'] and back.attrs['labels']=={7:1}
+
+# ---- one bad scan among many
+
+@pytest.mark.parametrize('workers', [0,2])
+def test_check_cohort(workers, tmp_path, capfd):
+    for i in range(8): put(tmp_path, f'images/s{i}.nii.gz', f'masks/s{i}.nii.gz', seed=i)
+    (tmp_path/'images/s1.nii.gz').write_bytes(b'')
+    write_volume(Volume(np.zeros((4,10,13),np.uint8)), tmp_path/'masks/s2.nii.gz')
+    write_volume(image(3).like(np.full((4,10,12),9,np.uint8)), tmp_path/'masks/s3.nii.gz')
+    for i in (4,5,6): odd_sform(tmp_path/f'images/s{i}.nii.gz', i); (tmp_path/f'masks/s{i}.nii.gz').unlink()
+    df = load_cohort(tmp_path, 'folder', classes=('background','x'))
+    bad = check_cohort(df, workers=workers)
+    err = bad[bad.level=='error'].set_index('scan').problem
+    assert set(err.index)=={'s1','s2','s3'} and 's1.nii.gz: is empty' in err['s1'] and 'has (4, 10, 13) voxels' in err['s2'] and 'holds the value 9' in err['s3']
+    out,stderr = capfd.readouterr()
+    assert '8 scans, 3 of them cannot be used' in out and '3 files: has unexpected scales in sform' in out and 'WARNING' not in stderr+out
+
+# ---- real scans
+
+def test_real_hippocampus():
+    root = os.environ.get('FASTMISEG_DATA')
+    if not root or not Path(root).is_dir(): pytest.skip('set FASTMISEG_DATA to the folder of MSD Task04_Hippocampus to run this')
+    df = load_cohort(root)
+    if df.attrs['classes']!=('background','Anterior','Posterior'): pytest.skip(f'{root} is not MSD Task04_Hippocampus')
+    assert (len(df), df.subject.nunique(), df['mask'].notna().sum())==(260, 170, 260)
+    assert len(check_cohort(df, show=False).query('level=="error"'))==0
+    s = split_cohort(df, labeled=8, valid=25, test=25)
+    assert s.groupby('subject').split.nunique().max()==1

@@ -121,7 +121,7 @@ def _count(pieces, limit, skip=0, floats=None):
     except (OSError, zlib.error) as e: raise ValueError(f'is damaged: its compressed voxels cannot be unpacked ({e}); copy it again from where it came') from None
     return n,bad
 
-# %% ../nbs/00_intact.ipynb #cdad38a8
+# %% ../nbs/00_intact.ipynb #df9ab88d
 _formats = {'.nii':_nifti, '.nii.gz':_nifti, '.mha':_meta, '.mhd':_meta, '.nrrd':_nrrd, '.nhdr':_nrrd}
 extensions = tuple(_formats)
 
@@ -140,7 +140,7 @@ def check_intact(
     with open(path,'rb') as f: head = f.read(1<<20)
     zipped = head[:2]==b'\x1f\x8b'
     if ext=='.nii' and zipped: raise ValueError('is gzip-compressed, though it is named .nii: rename it to .nii.gz')
-    if ext=='.nii.gz' and not zipped: raise ValueError(f'is not gzip-compressed, though it is named .nii.gz{": rename it to .nii" if head[344:348]==b"n+1" else ""}')
+    if ext=='.nii.gz' and not zipped: raise ValueError(f'is not gzip-compressed, though it is named .nii.gz{": rename it to .nii" if head[344:347]==b"n+1" else ""}')
     if zipped: head = _first(path)
     claim = _formats[ext](head)
     if claim.file:

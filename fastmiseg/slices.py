@@ -269,7 +269,7 @@ def masks(self:Recipe,
     check_same_geometry(replace(where.volume(np.broadcast_to(np.uint8(0), where.shape)), path=image), vol)
     return where.forward(_classes(a, vol.path or 'the mask', self.classes, self.labels), nearest=True)
 
-# %% ../nbs/02_slices.ipynb #18feb7b6
+# %% ../nbs/02_slices.ipynb #78ffe018
 @patch(cls_method=True)
 def acdc(cls:Recipe):
     "ACDC, section 4.1: 1 mm, percentiles of each patient, crop 384, training crops 224, rotations to 45 degrees"
@@ -288,13 +288,14 @@ def spleen(cls:Recipe):
 @patch(cls_method=True)
 def mmwhs(cls:Recipe):
     "MMWHS CT, section 4.1: 1 mm, centre crop 256, all else as ACDC; axial slices are our reading"
-    return cls(spacing=1, size=256, axis=0, classes=('background','Myo','LA','LV','RA','RV','aorta','pulmonary artery'),
+    return cls(spacing=1, size=256, axis=0, classes=('background','LV myocardium','left atrium','left ventricle','right atrium',
+                                                   'right ventricle','ascending aorta','pulmonary artery'),
                labels={205:1, 420:2, 500:3, 550:4, 600:5, 820:6, 850:7}, crop=224, rotate=45., flip='hv', jitter=.3)
 
 @patch(cls_method=True)
 def hippocampus(cls:Recipe):
     "Hippocampus (Decathlon task 4), not in the paper: axial slices of 64 by 48 hold every released scan whole and go through four poolings; left and right mirror each other"
-    return cls(spacing=1, size=(64,48), axis=0, classes=('background','anterior','posterior'), rotate=10., flip='h', jitter=.3)
+    return cls(spacing=1, size=(64,48), axis=0, classes=('background','Anterior','Posterior'), rotate=10., flip='h', jitter=.3)
 
 # %% ../nbs/02_slices.ipynb #ea7ac555
 def _look(r, labelled):

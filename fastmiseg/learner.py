@@ -5,11 +5,8 @@
 # %% auto #0
 __all__ = ['miseg_learner']
 
-# %% ../nbs/08b_learner.ipynb #ca4ec15d
-from fastai.basics import *
-from fastai.losses import CrossEntropyLossFlat
-from fastai.vision.learner import model_meta, _default_meta
-from fastai.vision.models.unet import DynamicUnet
+# %% ../nbs/08b_learner.ipynb #230fcf96
+from fastai.vision.all import *
 
 from .models import create_unet
 

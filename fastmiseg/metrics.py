@@ -16,26 +16,14 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd, torch, torch.distributed as dist
 from fastai.learner import Metric
 
-# %% ../nbs/08_metrics.ipynb #2cde0cbb
-def _winner(logits):
-    "Class of each pixel: (N,C,...) -> (N,...) uint8"
-    best, win = logits[:,0], torch.zeros_like(logits[:,0], dtype=torch.uint8)
-    for c in range(1, logits.shape[1]):
-        win = win.masked_fill(logits[:,c]>best, c)
-        best = torch.maximum(best, logits[:,c])
-    return win
-
-# %% ../nbs/08_metrics.ipynb #5a0cf93a
+# %% ../nbs/08_metrics.ipynb #44a17b26
 def _counts(pred, y, n_classes):
-    "Pixels common to prediction and mask, in the prediction, in the mask: (N,...) x 2 -> (N,3,C) int64"
-    n, C = len(y), n_classes
-    y = torch.where((y>=0) & (y<C), y.long(), C)
-    cell = (pred.long()*(C+1) + y).flatten(1) + torch.arange(n, device=y.device)[:,None]*C*(C+1)
-    cell = cell.flatten()
-    conf = torch.zeros(n*C*(C+1), dtype=torch.int64, device=y.device).scatter_add_(0, cell, torch.ones_like(cell[:1]).expand_as(cell)).view(n, C, C+1)
-    return torch.stack([conf.diagonal(dim1=1, dim2=2), conf.sum(2), conf.sum(1)[:,:C]], 1)
+    "Pixels common to prediction and mask, in the prediction, in the mask: (N,...) x 2 -> (N,3,C-1), foreground only"
+    size = lambda o: o.flatten(1).sum(1, dtype=torch.int32) # twice as fast as int64 on CPUs
+    masks = ((pred==c, y==c) for c in range(1, n_classes))
+    return torch.stack([torch.stack([size(p&t), size(p), size(t)], 1) for p,t in masks], 2)
 
-# %% ../nbs/08_metrics.ipynb #06cfd815
+# %% ../nbs/08_metrics.ipynb #a6c83417
 _seen = [lambda: None]*2 + [None]*2 # of the last batch: its prediction and mask (weakly), and what all metrics of a learner share
 
 def _batch(learn):
@@ -45,8 +33,8 @@ def _batch(learn):
         p, t = (o.detach().as_subclass(torch.Tensor) for o in (pred, y))
         if p.shape[:1]+p.shape[2:]!=t.shape:
             raise ValueError(f'Predictions of shape {tuple(p.shape)} do not fit masks of shape {tuple(t.shape)}; expected (N,C,H,W) and (N,H,W)')
-        win = _winner(p)
-        _seen[:] = weakref.ref(pred), weakref.ref(y), win, _counts(win, t, p.shape[1])
+        win = p.max(1)[1] # as argmax, whose CPU version takes ten times longer
+        _seen[:] = weakref.ref(pred), weakref.ref(y), win.byte(), _counts(win, t, p.shape[1])
     return _seen[2:]
 
 # %% ../nbs/08_metrics.ipynb #ae78fa93
@@ -132,7 +120,7 @@ class _VolumeMetric(Metric):
         "A column in the recorder for each class: `metrics=[VolumeDice(), *VolumeDice.per_class(dls.vocab)]`"
         return [cls(cls=c, name=f'{cls.base}_{o}', **kwargs) for c,o in enumerate(names) if c]
 
-# %% ../nbs/08_metrics.ipynb #b0bc9603
+# %% ../nbs/08_metrics.ipynb #c5ea30f5
 class _VolumeRatio(_VolumeMetric):
     def __init__(self,
         cls=None,   # One foreground class, by number or name; by default the mean over all
@@ -146,7 +134,7 @@ class _VolumeRatio(_VolumeMetric):
     def _score(self, where, counts):
         total = np.zeros((len(self._scans), *counts.shape[1:]), np.int64)
         np.add.at(total, where, counts)
-        a, b = self._ratio(*total.transpose(1,0,2)[:,:,1:])
+        a, b = self._ratio(*total.transpose(1,0,2))
         return np.where(b>0, a/np.maximum(b, 1), self.empty)
 
 class VolumeDice(_VolumeRatio):

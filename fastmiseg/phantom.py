@@ -164,19 +164,19 @@ def phantom_scan(
     image = Volume(np.ascontiguousarray(img[::-1]), (dz,px,px), tuple(origin.tolist()), tuple(d.ravel().tolist()))
     return image, image.like(np.ascontiguousarray(mask[1::3][::-1]))
 
-# %% ../nbs/01b_phantom.ipynb #2d2bf194
+# %% ../nbs/01b_phantom.ipynb #dcc8e87d
 _about = 'phantom.json'
 
 def _claim(root, args):
     "Make `root` the place of the phantom described by `args`, or say why it cannot be"
-    file, found = root/_about, None
+    file, others = root/_about, root.is_dir() and [o for o in root.iterdir() if not o.name.startswith(f'.{_about}')] # looked at first: another process may be starting too
     if file.exists():
         try: found = json.loads(file.read_text())
-        except ValueError: pass
+        except ValueError: raise CohortError(f'{file} cannot be read. Delete {root}, or use another folder') from None
         if found!=args: raise CohortError(f'{root} holds another phantom: {found} found, {args} asked for. Use another folder, or delete this one')
         return
     if root.is_file(): raise CohortError(f'{root} is a file, but the phantom needs a folder')
-    if root.is_dir() and any(root.iterdir()): raise CohortError(f'{root} is not empty and has no {_about}, so what it holds is no phantom. Use another folder')
+    if others: raise CohortError(f'{root} is not empty and has no {_about}, so what it holds is no phantom. Use another folder')
     root.mkdir(parents=True, exist_ok=True)
     tmp = root/f'.{_about}-{os.getpid()}'
     tmp.write_text(json.dumps(args)); tmp.replace(file)

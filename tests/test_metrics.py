@@ -1,0 +1,172 @@
+"Scores against medpy, monai and surface-distance; metrics under any sharding, in several processes"
+import os, subprocess, sys, textwrap
+from types import SimpleNamespace
+
+import numpy as np, pytest, torch
+from hypothesis import given, settings, strategies as st
+from scipy.ndimage import gaussian_filter
+
+from fastmiseg.metrics import VolumeDice, VolumePrecision, VolumeSensitivity, _counts
+from fastmiseg.surface import VolumeASSD, VolumeHD95, assd, dice, hd95, score_volume, surface_distances
+
+
+def _blob(rng, shape, share):
+    x = gaussian_filter(rng.standard_normal(shape), 2)
+    return x > np.quantile(x, 1-share)
+
+def _cases():
+    "50 pairs of masks with their spacing: random, touching the border, flat, thin, single voxels, equal, disjoint, nested"
+    rng, out = np.random.default_rng(0), []
+    for i in range(38):
+        shape = tuple(int(o) for o in rng.integers(6, 20, 3))
+        sp = tuple(float(o) for o in rng.uniform(.5, [10, 2, 2]))
+        a = _blob(rng, shape, rng.uniform(.02, .6))
+        b = (_blob(rng, shape, rng.uniform(.02, .6)), np.roll(a, int(rng.integers(1, 4)), int(rng.integers(0, 3))))[i%2]
+        out.append((f'random{i}', a, b, sp))
+    z = lambda: np.zeros((8,9,10), bool)
+    def put(*at):
+        m = z(); m[at] = True
+        return m
+    one, far, full = put(0,0,0), put(7,8,9), ~z()
+    box, inner, line, plane = (put(*o) for o in ((slice(2,6),)*3, (slice(3,5),)*3, (3,4,slice(0,10)), (4,slice(None),slice(None))))
+    hollow = box & ~inner
+    pairs = dict(single_voxels=(one,far), equal_voxel=(one,one), full_voxel=(full,one), full_full=(full,full), nested=(box,inner), hollow=(hollow,box), line_plane=(line,plane),
+                 corner_box=(one,box), equal_box=(box,box), far_box=(far,box), plane_box=(plane,box), line_voxel=(line,far))
+    return out + [(k,a,b,(7.,1.4,1.25)) for k,(a,b) in pairs.items()]
+
+cases = _cases()
+ids = [o[0] for o in cases]
+
+def test_there_are_50_cases(): assert len(cases)==50 and all(a.any() and b.any() for _,a,b,_ in cases)
+
+def _cls(a): return torch.tensor(np.stack([~a, a])[None])
+
+@pytest.mark.parametrize('name,a,b,spacing', cases, ids=ids)
+def test_medpy(name, a, b, spacing):
+    medpy = pytest.importorskip('medpy.metric.binary')
+    assert abs(dice(a, b)-medpy.dc(a, b)) < 1e-12
+    assert abs(hd95(a, b, spacing)-medpy.hd95(a, b, spacing)) < 1e-6
+    assert abs(hd95(a, b, spacing, percentile=100)-medpy.hd(a, b, spacing)) < 1e-6
+    assert abs(assd(a, b, spacing)-medpy.assd(a, b, spacing)) < 1e-6     # of medpy 0.5
+    assert abs(assd(a, b, spacing, pooled=False)-(medpy.asd(a, b, spacing)+medpy.asd(b, a, spacing))/2) < 1e-6 # of medpy 0.4
+
+@pytest.mark.parametrize('name,a,b,spacing', cases, ids=ids)
+def test_monai(name, a, b, spacing):
+    monai = pytest.importorskip('monai.metrics')
+    kw = dict(include_background=False, spacing=list(spacing))
+    assert abs(dice(a, b)-monai.compute_dice(_cls(a).double(), _cls(b).double(), include_background=False).item()) < 1e-6 # float32
+    scale = float(np.linalg.norm(np.multiply(a.shape, spacing)))     # monai computes in float32
+    assert abs(hd95(a, b, spacing, pooled=False)-monai.compute_hausdorff_distance(_cls(a), _cls(b), percentile=95, **kw).item()) < 1e-6*scale
+    assert abs(assd(a, b, spacing)-monai.compute_average_surface_distance(_cls(a), _cls(b), symmetric=True, **kw).item()) < 1e-6*scale
+
+@pytest.mark.parametrize('name,a,b,spacing', cases, ids=ids)
+def test_surface_distance(name, a, b, spacing):
+    "DeepMind's surface elements lie between voxels, within half a voxel's diagonal of ours, so no distance can differ by more than one diagonal"
+    sd = pytest.importorskip('surface_distance')
+    assert abs(dice(a, b)-sd.compute_dice_coefficient(a, b)) < 1e-12
+    d = sd.compute_surface_distances(a, b, spacing)
+    assert abs(hd95(a, b, spacing, percentile=100)-sd.compute_robust_hausdorff(d, 100)) <= np.linalg.norm(spacing)+1e-9
+
+def test_medpy_and_monai_disagree_on_some():
+    "The two definitions of HD95 are not the same: `pooled` matters"
+    assert any(abs(hd95(a, b, s)-hd95(a, b, s, pooled=False))>.1 for _,a,b,s in cases)
+
+# how fastai calls a metric
+
+def _feed(metric, preds, masks, scan, order, bs, C=3, marks=True):
+    metric.reset()
+    n = int(scan.max())+1
+    dl = SimpleNamespace(scans=[f's{i}' for i in range(n)], spacings=[(5.,1.,2.)]*n)
+    for i in torch.as_tensor(order).split(bs):
+        y = masks[i].clone()
+        if marks: y.scan, y.index = scan[i], i
+        metric.accumulate(SimpleNamespace(pred=torch.nn.functional.one_hot(preds[i], C).movedim(-1,1).float(), y=y, dl=dl, dls=None))
+    return metric.to_frame()
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(1, 7), st.integers(0, 10**6), st.booleans())
+def test_any_batches_any_order_same_values(sizes, bs, seed, repeat):
+    g = torch.Generator().manual_seed(seed)
+    n = sum(sizes)
+    p, y = torch.randint(0, 3, (2,n,6,7), generator=g)
+    scan = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    order = torch.randperm(n, generator=g)
+    if repeat: order = torch.cat([order, order[:2]])
+    want = [score_volume(p[scan==k].numpy(), y[scan==k].numpy(), (5.,1.,2.), ['bg','1','2']) for k in range(len(sizes))]
+    for cls,col in ((VolumeDice,'dice'), (VolumeSensitivity,'sensitivity'), (VolumePrecision,'precision'), (VolumeHD95,'hd95'), (VolumeASSD,'assd')):
+        got = _feed(cls(), p, y, scan, order, bs)
+        assert list(got.scan)==[f's{k}' for k in range(len(sizes)) for _ in '12'] and list(got['class'])==['1','2']*len(sizes)
+        np.testing.assert_allclose(got[col], np.concatenate([w[col] for w in want]), rtol=1e-12)
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 6), st.integers(0, 10**6))
+def test_counts(C, seed):
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, C, 5, 4, generator=g).mul(2).round()
+    y = torch.randint(-1, C+2, (3,5,4), generator=g)
+    p = logits.max(1)[1]
+    assert (p==logits.argmax(1)).all() # ties go to the lower class in both
+    want = torch.stack([torch.stack([((p==c)&(y==c)).flatten(1).sum(1), (p==c).flatten(1).sum(1), (y==c).flatten(1).sum(1)], 1) for c in range(1, C)], 2)
+    assert (_counts(p, y, C)==want).all()
+
+def test_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match=r'Predictions of shape \(2, 3, 4, 4\) do not fit masks of shape \(2, 8, 8\)'):
+        VolumeDice().accumulate(SimpleNamespace(pred=torch.zeros(2,3,4,4), y=torch.zeros(2,8,8).long(), dl=None, dls=None))
+
+def test_a_metric_can_be_exported():
+    import pickle
+    m = VolumeDice.per_class(['bg','a','b'])[1]
+    p, y = torch.randint(0, 3, (2,4,8,8))
+    _feed(m, p, y, torch.tensor([0,0,1,1]), range(4), 2)
+    m.value
+    assert pickle.loads(pickle.dumps(m)).value==m.value and len(pickle.dumps(m))<2000
+
+# several processes
+
+_worker = textwrap.dedent('''
+    import sys, torch, torch.distributed as dist
+    from types import SimpleNamespace
+    from fastai.distributed import DistributedDL
+    from fastai.data.load import DataLoader
+    from fastmiseg.metrics import VolumeDice
+    from fastmiseg.surface import VolumeHD95
+    rank, world, init = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    dist.init_process_group('gloo', rank=rank, world_size=world, init_method=init)
+    DistributedDL._broadcast = lambda self, t, rank: t  # fastai's goes through CUDA
+    g = torch.Generator().manual_seed(0)
+    n = 11                                              # not a multiple of the world: a slice comes twice
+    p, y = torch.randint(0, 3, (2,n,6,7), generator=g)
+    scan = torch.tensor([0]*5 + [1]*4 + [2]*2)
+    class DL(DataLoader):
+        scans, spacings, device = ['a','b','c'], [(5.,1.,2.)]*3, torch.device('cpu')
+    for marks in (True, False):
+        dl = DistributedDL(DL(list(range(n)), bs=2, num_workers=0), rank=rank, world_size=world)
+        dice, hd = VolumeDice(), VolumeHD95()
+        for i in dl:
+            t = y[i].clone()
+            if marks: t.scan, t.index = scan[i], i
+            learn = SimpleNamespace(pred=torch.nn.functional.one_hot(p[i], 3).movedim(-1,1).float(), y=t, dl=dl, dls=None)
+            dice.accumulate(learn); hd.accumulate(learn)
+        print('RESULT', dice.value, hd.value, len(dice.to_frame()), dice.to_frame().scan[0], flush=True)
+    dist.destroy_process_group()
+''')
+
+def test_processes_agree(tmp_path):
+    "Two processes share the slices, one slice comes twice: the values are those of one process"
+    pytest.importorskip('accelerate') # fastai.distributed needs it
+    g = torch.Generator().manual_seed(0)
+    p, y = torch.randint(0, 3, (2,11,6,7), generator=g)
+    scan = torch.tensor([0]*5 + [1]*4 + [2]*2)
+    env = {**os.environ, 'OMP_NUM_THREADS':'1', 'CUDA_VISIBLE_DEVICES':''}
+    ps = [subprocess.Popen([sys.executable, '-c', _worker, str(r), '2', f'file://{tmp_path}/init'], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    for o in ps:
+        out, err = o.communicate(timeout=300)
+        lines = [l for l in out.splitlines() if l.startswith('RESULT')]
+        assert len(lines)==2, err[-2000:]
+        for line,marks,first in zip(lines, (True,False), ('a','image')):
+            want = [_feed(cls(), p, y, scan, range(11), 11, marks=marks) for cls in (VolumeDice, VolumeHD95)]
+            d, h, rows, name = line.split()[1:5]
+            assert (int(rows), name)==(len(want[0]), first)
+            assert abs(float(d)-_mean(want[0])) < 1e-12 and abs(float(h)-_mean(want[1])) < 1e-9
+
+def _mean(df): return df.groupby('class', sort=False)[df.columns[-1]].mean().mean()

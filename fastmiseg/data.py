@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['palette', 'SliceImage', 'SliceMask', 'show_slice', 'show_results', 'SliceRef', 'SliceBlock', 'SliceMaskBlock',
-           'ScanDL', 'PairedDL', 'SemiSupDataBlock', 'MISegDataLoaders']
+           'ScanDL', 'processes', 'PairedDL', 'SemiSupDataBlock', 'MISegDataLoaders']
 
-# %% ../nbs/03b_data.ipynb #65516f36
+# %% ../nbs/03b_data.ipynb #9c2a4c21
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd, torch, torch.distributed as dist
 from fastai.data.all import *
 from fastai.vision.core import TensorImage, TensorMask
 from fastai.losses import CrossEntropyLossFlat
@@ -126,7 +126,12 @@ class ScanDL(TfmdDL):
             del res[-1].ref
         return res
 
-# %% ../nbs/03b_data.ipynb #aed7a2b9
+# %% ../nbs/03b_data.ipynb #042c6468
+def processes():
+    "Rank and number of the processes that train together"
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0,1)
+
+# %% ../nbs/03b_data.ipynb #b8e57dd9
 class _Pairwise(Pipeline):
     "Batch transforms for the two streams of a paired batch, drawn separately"
     def __call__(self, b):
@@ -149,18 +154,18 @@ class PairedDL(TfmdDL):
     ):
         for k in ('shuffle','drop_last','n'): kwargs.pop(k, None)
         super().__init__(dataset, bs=bs, num_workers=num_workers, n=n_iters, **kwargs)
-        self.unlabeled,self.unlabeled_bs,self.n_iters,self.seed,self.epoch = unlabeled,unlabeled_bs,n_iters,seed,0
+        self.unlabeled,self.unlabeled_bs,self.n_iters,self.seed,self.epoch,self.first = unlabeled,unlabeled_bs,n_iters,seed,0,0
         self.after_batch = _Pairwise(self.after_batch)
 
     def __len__(self): return self.n_iters
     def get_idxs(self):
-        "For each batch of the epoch the indices of its labelled and unlabelled items"
-        rng = np.random.default_rng([self.seed, self.epoch])
-        draw = lambda ds,bs: rng.integers(len(ds), size=(self.n_iters,bs)).tolist() if ds else [[]]*self.n_iters
+        "For each batch of the epoch the indices of its labelled and unlabelled items: this process's part of what is drawn for all"
+        rng,(rank,world) = np.random.default_rng([self.seed, self.epoch]),processes()
+        draw = lambda ds,bs: rng.integers(len(ds), size=(self.n_iters,world*bs))[:,rank*bs:(rank+1)*bs].tolist() if ds else [[]]*self.n_iters
         self._idxs = list(zip(draw(self.dataset, self.bs), draw(self.unlabeled, self.unlabeled_bs)))
         return self._idxs
 
-    def sample(self): return (b for i,b in enumerate(self._idxs) if i%self.num_workers==self.offs)
+    def sample(self): return (b for i,b in enumerate(self._idxs[self.first:]) if i%self.num_workers==self.offs)
     def create_batches(self, samps): return map(self.create_pair, samps)
     def create_pair(self, idxs):
         l,u = (self.do_batch([self.after_item(ds[i]) for i in ix]) if ix else () for ds,ix in zip((self.dataset, self.unlabeled), idxs))
@@ -168,10 +173,12 @@ class PairedDL(TfmdDL):
         return (l[0], *u, l[1])
 
     def __iter__(self):
-        it,epoch,i = super().__iter__(),self.epoch,0
+        it,epoch,i,rank = super().__iter__(),self.epoch,self.first,processes()[0]
+        def seed(*o): return hash((self.seed, epoch, *o) + (rank,)*(rank>0))%2**32
+        self.fake_l.generator = torch.Generator().manual_seed(seed()) # of the workers' seeds
         while True:
-            with no_random(hash((self.seed, epoch, i))%2**32, reproducible=False): b = next(it, None)
-            if i==0: self.epoch = epoch+1
+            with no_random(seed(i), reproducible=False): b = next(it, None)
+            self.epoch,self.first = epoch+1,0
             if b is None: return
             yield b
             i += 1

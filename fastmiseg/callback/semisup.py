@@ -5,38 +5,43 @@
 # %% auto #0
 __all__ = ['Views', 'sigmoid_rampup', 'SemiSupCallback', 'PairedBatchCallback']
 
-# %% ../../nbs/07_callback.semisup.ipynb #25a69127
+# %% ../../nbs/07_callback.semisup.ipynb #10a47ae6
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
 
-import torch
+import torch, torch.distributed as dist
 from fastai.basics import *
 from fastai.callback.schedule import LRFinder
 
+from ..data import PairedDL, processes
 from ..models import find_stages
 from ..views import RandomFlips, Flip
 
 # %% ../../nbs/07_callback.semisup.ipynb #6cdf6706
 __all__ = ['Views', 'SemiSupCallback', 'PairedBatchCallback', 'sigmoid_rampup']
 
-# %% ../../nbs/07_callback.semisup.ipynb #362d29f4
+# %% ../../nbs/07_callback.semisup.ipynb #b13ceacb
 @dataclass
 class Views:
     "The unlabelled half of a step, seen twice: as it is, and transformed"
     T:Flip                # the transformation of this step: T(x), and T.inverse
     pct:float             # how much of the training is done, 0 to 1
     x:Tensor              # (N,C,H,W) unlabelled images
-    logits:Tensor = None  # f(x), if the view 'x' was asked for
-    t_logits:Tensor = None# f(T(x)), if the view 'tx' was asked for
-    feats:dict = field(default_factory=dict)   # stage -> its map for x
-    t_feats:dict = field(default_factory=dict) # stage -> its map for T(x)
+    logits:Tensor = None    # view 'x': f(x), or the teacher's answer to x (without gradient) where there is a teacher
+    t_logits:Tensor = None  # view 'tx': f(T(x))
+    own_logits:Tensor = None# view 'own': f(x), teacher or not
+    feats:dict = field(default_factory=dict)     # stage -> its map, for each of the views
+    t_feats:dict = field(default_factory=dict)
+    own_feats:dict = field(default_factory=dict)
 
     @cached_property
     def probs(self): return self.logits.float().softmax(1)
     @cached_property
     def t_probs(self): return self.t_logits.float().softmax(1)
+    @cached_property
+    def own_probs(self): return self.own_logits.float().softmax(1)
 
-# %% ../../nbs/07_callback.semisup.ipynb #3aa53239
+# %% ../../nbs/07_callback.semisup.ipynb #bcf8a0a3
 def sigmoid_rampup(
     weight:float,  # the weight in the end
     until:float=1. # the training fraction at which it is reached
@@ -46,7 +51,12 @@ def sigmoid_rampup(
 
 def _at(weight, pct): return weight(pct) if callable(weight) else weight
 
-# %% ../../nbs/07_callback.semisup.ipynb #91937948
+def _mean_of_all(x):
+    "Mean over all processes, in place"
+    if processes()[1]>1: dist.all_reduce(x); x /= processes()[1]
+    return x
+
+# %% ../../nbs/07_callback.semisup.ipynb #5cf4c19d
 class SemiSupCallback(Callback):
     "Base of all regularisers: `penalty(views)` times a weight is added to the supervised loss"
     order = Recorder.order+1 # writes its columns after fastai's recorder, before those that print them
@@ -57,13 +67,15 @@ class SemiSupCallback(Callback):
     ):
         super().__init__()
         self.unlabeled,self.weights,self.projectors = unlabeled,weights,None
-        self._fitting,self._sums,self._count = False,{},0
+        self._fitting,self._sums,self._count,self._terms = False,{},0,{}
 
     def penalty(self,
         v:Views # of this step
     ): # the penalty, or a dictionary with one for each name in `weights`
         "To be written by each method"
         raise NotImplementedError(f"{type(self).__name__} needs a method penalty(self, views)")
+
+    def join(self, regs): "Called when a fit begins, with all its regularisers, before anything is asked of this one"
 
     def make_projectors(self,
         found # the stages of `layers`: name -> `Stage`
@@ -74,9 +86,19 @@ class SemiSupCallback(Callback):
         "The weighted sum of the terms of a step; each is noted for the log"
         vals = self.penalty(v)
         if not isinstance(vals, dict): vals = {next(iter(self.weights)): vals}
-        for k,o in vals.items(): self._sums[k] = self._sums.get(k, 0) + o.detach()
+        self._terms = {k:o.detach() for k,o in vals.items()}
+        for k,o in self._terms.items(): self._sums[k] = self._sums.get(k, 0) + o
         self._count += 1
         return sum(_at(self.weights[k], v.pct)*o for k,o in vals.items())
+
+    def state_dict(self):
+        "What has been learnt beside the network: tensors and numbers"
+        return {} if self.projectors is None else {'projectors': self.projectors.state_dict()}
+
+    def load_state_dict(self, sd):
+        if self.projectors is not None: self.projectors.load_state_dict(sd['projectors'])
+
+    def undo(self): "Take back what the method has done to the learner: called when a fit ends, however it ends"
 
     def before_fit(self):
         self._fitting = True
@@ -91,10 +113,10 @@ class SemiSupCallback(Callback):
     def before_train(self): self._sums,self._count = {},0
     def after_validate(self):
         if self._fitting and hasattr(self.learn, 'recorder'):
-            self.recorder.log += [float(self._sums[k]/self._count) if k in self._sums else float('nan') for k in self.weights]
+            self.recorder.log += [float(_mean_of_all(self._sums[k]/self._count)) if k in self._sums else float('nan') for k in self.weights]
     def after_fit(self): self._fitting = False
 
-# %% ../../nbs/07_callback.semisup.ipynb #fcfe22cf
+# %% ../../nbs/07_callback.semisup.ipynb #690600b0
 def _last_group(opt): return opt.opt.param_groups[-1]['params'] if isinstance(opt, OptimWrapper) else opt.param_lists[-1].items
 
 class _Projectors:
@@ -116,7 +138,31 @@ class _Projectors:
     def zero_grad(self):
         for p in self.params: p.grad = None
 
-# %% ../../nbs/07_callback.semisup.ipynb #fde4d909
+    def state_dict(self): return [self.state[p] for p in self.params]
+    def load_state_dict(self, sd): self.state = dict(zip(self.params, sd))
+
+# %% ../../nbs/07_callback.semisup.ipynb #f19d730b
+class _Guard:
+    "Stops before a step whose loss is no number"
+    def __init__(self, terms): # name -> scalar
+        self.names = list(terms)
+        vals = torch.stack([o.detach().float() for o in terms.values()])
+        self.vals,self.done = vals.to('cpu', non_blocking=True),None
+        if vals.is_cuda: (done:=torch.cuda.Event()).record(); self.done = done
+
+    def bad(self):
+        "The terms that are no numbers, as text"
+        if self.done: self.done.synchronize()
+        return ' and '.join(f'{n} is {o}' for n,o in zip(self.names, self.vals.tolist()) if not math.isfinite(o))
+
+def _items(dl, i):
+    "What batch `i` was made of, as far as its loader can tell"
+    if isinstance(dl, PairedDL): groups = dict(zip(('labelled','unlabelled'), zip((dl.dataset, dl.unlabeled), dl._idxs[i])))
+    else: groups = {'labelled': (dl.dataset, L(getattr(dl, '_DataLoader__idxs', None))[i*dl.bs:(i+1)*dl.bs] if dl.bs else [])}
+    name = lambda ds,j: str(getattr(o:=getattr(ds, 'items', range(j+1))[j], 'scan', o))
+    return '; '.join(f"{k}: {', '.join(dict.fromkeys(name(ds,j) for j in ix))}" for k,(ds,ix) in groups.items() if len(ix)) or 'unknown'
+
+# %% ../../nbs/07_callback.semisup.ipynb #2c6b86de
 def _endless(dl):
     while True:
         n = 0
@@ -128,7 +174,7 @@ def _endless(dl):
 class PairedBatchCallback(Callback):
     "Takes paired batches apart, and runs the regularisers that are attached to the learner"
     order = TrainEvalCallback.order+1 # before everything that looks at the batch
-    _regs,_x_l,_v,_ids,_handles,_heads,_stream,_undo_lr_find = (),None,None,{},(),None,None,None
+    _regs,_teacher,_x_l,_v,_ids,_handles,_maps,_heads,_stream,_guard,_undo_lr_find = (),None,None,None,{},(),None,None,None,None,None
 
     def __init__(self):
         super().__init__()
@@ -138,11 +184,22 @@ class PairedBatchCallback(Callback):
 
     # before training: find the stages, make the projectors
     def before_fit(self):
+        if hasattr(self.learn, 'distributed_trainer'): _share_out(self.learn.distributed_trainer)
         self._regs = [cb for cb in self.learn.cbs if isinstance(cb, SemiSupCallback)]
         if not self._regs: return
+        for r in self._regs: r.join(self._regs)
+        self._teacher = next((r for r in self._regs if hasattr(type(r), 'see')), None)
+        asked = {p for r in self._regs for p in r.views}
+        self._teaches = self._teacher is not None and 'x' in asked
+        self._parts = ['x']*('own' in asked or 'x' in asked and not self._teaches) + ['tx']*('tx' in asked)
         self._stream = self._own_stream()
         if self.generator is None: self.generator = torch.Generator().manual_seed(torch.initial_seed())
         found = find_stages(self.model, list(dict.fromkeys(n for r in self._regs for n in r.layers)))
+        self._make_projectors(found)
+        if any(isinstance(cb, LRFinder) for cb in self.learn.cbs): self._undo_lr_find = self._snapshot()
+        self._handles = [self.model.get_submodule(s.module).register_forward_hook(partial(self._keep, n)) for n,s in found.items()]
+
+    def _make_projectors(self, found):
         device = next(self.model.parameters()).device
         for r in self._regs:
             if r.projectors is None:
@@ -151,15 +208,17 @@ class PairedBatchCallback(Callback):
         modules = [r.projectors for r in self._regs if r.projectors is not None]
         if self._heads is None or self._heads.opt is not self.opt or len(self._heads.params)!=sum(len(list(m.parameters())) for m in modules):
             self._heads = _Projectors(self.learn, modules)
-        if any(isinstance(cb, LRFinder) for cb in self.learn.cbs): self._undo_lr_find = self._snapshot()
-        self._maps = {}
-        self._handles = [self.model.get_submodule(s.module).register_forward_hook(partial(self._keep, n)) for n,s in found.items()]
+        if processes()[1]>1:
+            for p in self._heads.params: dist.broadcast(p.data, 0)
 
     def _own_stream(self):
         given = [r.unlabeled for r in self._regs if r.unlabeled is not None]
         if given:
             dl = given[0]
-            if not hasattr(dl, 'dataset'): dl = self.dls.test_dl(dl, shuffle=True, drop_last=len(dl)>=self.dls.bs)
+            if not hasattr(dl, 'dataset'):
+                if not len(dl): raise ValueError("unlabeled: the list of unlabelled images is empty")
+                dl = self.dls.test_dl(dl, shuffle=True, drop_last=len(dl)>=self.dls.bs)
+            if hasattr(self.learn, 'distributed_trainer'): dl = self.learn.distributed_trainer._wrap_dl(dl)
             return _endless(dl)
         if getattr(self.dls.train, 'unlabeled', None) is None:
             raise ValueError(f"{', '.join(type(r).__name__ for r in self._regs)}: there are no unlabelled images. Either train on paired batches "
@@ -167,7 +226,13 @@ class PairedBatchCallback(Callback):
                 "or pass them: unlabeled=files or unlabeled=DataLoader")
 
     def _keep(self, name, module, inp, out):
-        if self._x_l is not None: self._maps[name] = out
+        if self._maps is not None: self._maps[name] = out
+
+    def _draw(self, n):
+        "T for the `n` images of this process: the same as for these images in one process with the batches of all"
+        rank,world = processes()
+        T = self.flips.draw(n*world, self.generator)
+        return T if world==1 else type(T)(T.axes[rank*n:(rank+1)*n])
 
     # each batch: build the views, and take the outputs apart
     def before_batch(self):
@@ -182,8 +247,7 @@ class PairedBatchCallback(Callback):
         if x_l.shape[1:]!=x_u.shape[1:]:
             raise ValueError(f"unlabelled images are {tuple(x_u.shape[1:])} (channels, height, width), labelled ones {tuple(x_l.shape[1:])}; "
                              "they go through the network together, so give both the same size and channels")
-        self._x_l,self._v = x_l,Views(self.flips.draw(len(x_u), self.generator), self.pct_train, x_u)
-        self._parts = [p for p in ('x','tx') if any(p in r.views for r in self._regs)]
+        self._x_l,self._v,self._maps = x_l,Views(self._draw(len(x_u)), self.pct_train, x_u),{}
         self.learn.xb = (torch.cat([x_l] + [x_u if p=='x' else self._v.T(x_u) for p in self._parts]),)
 
     def after_pred(self):
@@ -191,62 +255,84 @@ class PairedBatchCallback(Callback):
         if self._v is None: return
         v,sizes = self._v,[len(self._x_l)] + [len(self._v.x)]*len(self._parts)
         def parts(o): return dict(zip(['l']+self._parts, o.split(sizes)))
-        logits = parts(self.pred)
-        self.learn.pred,v.logits,v.t_logits = logits['l'],logits.get('x'),logits.get('tx')
-        for n,m in self._maps.items():
-            m = parts(m)
-            if 'x'  in m: v.feats[n] = m['x']
-            if 'tx' in m: v.t_feats[n] = m['tx']
-        self.learn.xb,self._x_l,self._maps = (self._x_l,),None,{}
+        logits,maps = parts(self.pred),{n:parts(m) for n,m in self._maps.items()}
+        feats = lambda p: {n:m[p] for n,m in maps.items() if p in m}
+        self.learn.pred,self._maps = logits['l'],{}
+        v.t_logits,v.t_feats = logits.get('tx'),feats('tx')
+        v.own_logits,v.own_feats = logits.get('x'),feats('x')
+        v.logits,v.feats = (self._teacher.see(v.x), self._maps) if self._teaches else (v.own_logits, v.own_feats)
+        self.learn.xb,self._x_l,self._maps = (self._x_l,),None,None
 
     def after_loss(self):
         if self._v is None: return
+        if self.loss_grad.ndim:
+            raise ValueError(f"loss_func: returned a tensor of shape {tuple(self.loss_grad.shape)}; regularisers are added to one number, "
+                             "so give the loss reduction='mean'")
+        terms = {'the supervised loss': self.loss}
         with torch.autocast(self.loss_grad.device.type, enabled=False):
-            for r in self._regs: self.learn.loss_grad = self.learn.loss_grad + r.weighted(self._v)
-        self._v = None
+            for r in self._regs:
+                self.learn.loss_grad = self.learn.loss_grad + r.weighted(self._v)
+                terms.update(r._terms)
+        self._v,self._guard = None,_Guard(terms)
 
     # the optimiser's step, with the projectors
     def before_step(self):
-        if self._regs: self._heads.attach()
+        if not self._regs: return
+        if self._guard and (bad:=self._guard.bad()):
+            self.opt.zero_grad()
+            if self._undo_lr_find: raise CancelFitException() # the rate has grown too large: the end of the search
+            raise FloatingPointError(f"{bad} at step {self.train_iter} (epoch {self.epoch}, batch {self.iter}). Training stopped before the step, "
+                                     f"with the weights of the one before. The batch came from {_items(self.dl, self.iter)}")
+        for p in self._heads.params:
+            if p.grad is not None: _mean_of_all(p.grad)
+        self._heads.attach()
     def after_step(self):
         if self._regs: self._heads.detach(); self._heads.zero_grad()
     def after_cancel_batch(self):
         if self._regs: self._heads.detach()
 
     # afterwards: no trace
-    def after_fit(self):
-        self.undo()
-        if self._undo_lr_find: self._undo_lr_find(); self._undo_lr_find = None
+    def after_fit(self): self.undo()
 
     def undo(self):
         "Take everything back: hooks, batch, optimiser; also called when a fit ends with an exception"
         for h in self._handles: h.remove()
         if self._regs and self._heads: self._heads.detach(); self._heads.zero_grad()
         if self._x_l is not None: self.learn.xb = (self._x_l,)
-        for r in self._regs: r._fitting = False
-        self._regs,self._handles,self._stream,self._x_l,self._v,self._maps,self._ids = (),(),None,None,None,{},{}
+        for r in self._regs: r._fitting = False; r.undo()
+        self._regs,self._handles,self._teacher,self._stream,self._x_l,self._v,self._maps,self._guard,self._ids = (),(),None,None,None,None,None,None,{}
+        if self._undo_lr_find: self._undo_lr_find(); self._undo_lr_find = None
+
+    # what has to be kept to go on later
+    def state_dict(self): return dict(generator=self.generator.get_state(), heads=self._heads.state_dict(), regs=[r.state_dict() for r in self._regs])
+    def load_state_dict(self, sd):
+        self.generator.set_state(sd['generator'])
+        self._heads.load_state_dict(sd['heads'])
+        for r,o in zip(self._regs, sd['regs']): r.load_state_dict(o)
 
     def _snapshot(self):
         "What `lr_find` must leave as it was, beyond the network and its optimiser"
-        mods = [(r.projectors, {k:t.clone() for k,t in r.projectors.state_dict().items()}) for r in self._regs if r.projectors is not None]
-        gen,rng,dl,epoch = self.generator.get_state(),get_random_states(),self.dls.train,getattr(self.dls.train, 'epoch', None)
-        heads = {p:dict(s) for p,s in self._heads.state.items()}
+        regs,state,rng,dl,epoch = self._regs,deepcopy(self.state_dict()),get_random_states(),self.dls.train,getattr(self.dls.train, 'epoch', None)
         def restore():
-            for m,s in mods: m.load_state_dict(s)
-            self._heads.state = heads
-            self.generator.set_state(gen)
+            self._regs = regs
+            self.load_state_dict(state)
+            self._regs = ()
             if epoch is not None: dl.epoch = epoch
             set_random_states(**rng)
         return restore
 
 if PairedBatchCallback not in defaults.callbacks: defaults.callbacks.append(PairedBatchCallback)
 
-# %% ../../nbs/07_callback.semisup.ipynb #802a6a98
+# %% ../../nbs/07_callback.semisup.ipynb #e13e9cfa
 def _always_undo(fit):
     if hasattr(fit, '_undoes'): return fit
     @wraps(fit)
     def _fit(self, *args, **kwargs):
         try: return fit(self, *args, **kwargs)
+        except ValueError as e:
+            if not str(e).startswith('Expected more than 1 value per channel'): raise
+            raise ValueError("a batch of one image cannot train a network with BatchNorm whose deepest map is a single pixel: "
+                             "give the loaders a batch size of at least 2, or larger images") from e
         finally:
             for cb in self._grab_cbs(PairedBatchCallback): cb.undo()
     _fit._undoes = True

@@ -26,10 +26,10 @@ from .inference import predict_volume, evaluate_cohort
 from .callback.semisup import sigmoid_rampup
 from .callback.mireg import MIRegCallback
 
-# %% ../nbs/12_demo.ipynb #b467ea72
-def _cohort(data, out, labeled, test, seed):
+# %% ../nbs/12_demo.ipynb #38580590
+def _cohort(data, out, subjects, labeled, test, seed):
     if data is None:
-        df = make_phantom(out/'scans', n_subjects=30, seed=0, progress=True)
+        df = make_phantom(out/'scans', n_subjects=subjects, seed=0, progress=True)
         recipe = Recipe(spacing=(2.5,2.5), size=(64,64), classes=df.attrs['classes'], rotate=20., flip='hv', jitter=.2)
     else: df,recipe = load_cohort(data),None
     df = split_cohort(df, labeled=labeled, valid=2, test=test, seed=seed)
@@ -61,7 +61,7 @@ def _picture(r, recipe, segs):
     fig.tight_layout()
     return fig
 
-# %% ../nbs/12_demo.ipynb #278bf87a
+# %% ../nbs/12_demo.ipynb #4c4c4b19
 def _table(scores):
     "Mean Dice of each class over the scans, their mean, and the mean 95 % Hausdorff distance"
     by = scores.groupby(['training','seed','class'], sort=False)[['dice','hd95']].mean().reset_index()
@@ -71,6 +71,7 @@ def _table(scores):
 def run_demo(
     data=None,       # folder or CSV of scans; by default hearts of the phantom
     out='demo',      # folder for scans, slices, segmentations, scores and the picture
+    subjects:int=30, # hearts to make, where no data is given
     labeled:int=2,   # subjects whose masks may be used; the masks of all others are not opened for training
     test:int=10,     # subjects for the scores
     epochs:int=5,    # passes of `n_iters` steps
@@ -82,7 +83,7 @@ def run_demo(
 )->pd.DataFrame:     # a row per training, test scan and class
     "Train with and without `MIRegCallback` on the same budget, and compare on unseen subjects"
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
-    df,recipe = _cohort(data, out, labeled, test, seed)
+    df,recipe = _cohort(data, out, subjects, labeled, test, seed)
     n = df.groupby('split').subject.nunique()
     print(f"{n.get('labeled',0)} subjects labelled, {n.get('unlabeled',0)} unlabelled, {n.get('test',0)} for testing; {epochs*n_iters} steps each; {recipe}")
     runs = {'labelled only': None, 'MIRegCallback': MIRegCallback(.02, .02, sigmoid_rampup(1., .6))}
@@ -97,11 +98,12 @@ def run_demo(
     fig.savefig(out/f'demo_{seed}.png', dpi=110); plt.close(fig)
     return pd.concat(scores, ignore_index=True)
 
-# %% ../nbs/12_demo.ipynb #f8c291a8
+# %% ../nbs/12_demo.ipynb #e6727396
 @call_parse
 def demo(
     data:str=None,   # Folder or CSV of scans; by default synthetic hearts
     out:str='demo',  # Folder for scans, slices, segmentations, scores and the picture
+    subjects:int=30, # Hearts to make, where no data is given
     labeled:int=2,   # Subjects whose masks may be used
     test:int=10,     # Subjects for the scores
     epochs:int=5,    # Epochs of training
@@ -114,7 +116,8 @@ def demo(
     "Semi-supervised segmentation end to end: train with and without MIRegCallback, compare on unseen subjects"
     matplotlib.use('Agg')
     warnings.filterwarnings('ignore', category=FutureWarning)
-    scores = pd.concat([run_demo(data, out, labeled, test, epochs, n_iters, lr, width, s) for s in range(seed, seed+seeds)])
+    try: scores = pd.concat([run_demo(data, out, subjects, labeled, test, epochs, n_iters, lr, width, s) for s in range(seed, seed+seeds)])
+    except (ValueError, OSError) as e: raise SystemExit(f'fastmiseg-demo: {e}')
     scores.to_csv(Path(out)/'scores.csv', index=False)
     print('\nDice on unseen subjects\n' + _table(scores).to_string(index=False, float_format='{:.3f}'.format))
     print(f"\n{Path(out)/f'demo_{seed}.png'}  scan, mask and both predictions\n{Path(out)/'scores.csv'}  every score of every scan")

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['MIRegCallback']
 
-# %% ../../nbs/07a_callback.mireg.ipynb #5a606f9d
+# %% ../../nbs/07a_callback.mireg.ipynb #bcfcd020
 from types import MappingProxyType
 
 from torch import nn
 
 from .semisup import SemiSupCallback
+from ..data import processes
 from ..mutual_info import consistency_loss
 from ..projectors import GlobalProjector, LocalProjector
 
-# %% ../../nbs/07a_callback.mireg.ipynb #4c008954
+# %% ../../nbs/07a_callback.mireg.ipynb #9202d765
 class MIRegCallback(SemiSupCallback):
     "Regularise with mutual information, globally and locally, and with consistency (Peng, Pedersoli and Desrosiers, section 3)"
     def __init__(self,
@@ -36,6 +37,8 @@ class MIRegCallback(SemiSupCallback):
         self.local_layers  = tuple(n for n in layers if n not in self.global_layers)
         weights = {k:w for k,w,on in [('global_mi',global_weight,self.global_layers), ('local_mi',local_weight,self.local_layers),
                                       ('consistency',consistency_weight,True)] if on and (callable(w) or w)}
+        for name,o,least in (('n_clusters',n_clusters,2), ('n_heads',n_heads,1)):
+            if not isinstance(o, int) or o<least: raise ValueError(f"{name}: {o!r} is too few, it takes at least {least}; the paper uses 10 clusters and 5 heads")
         if not weights: raise ValueError("MIRegCallback: every weight is 0 (or its layers are missing), so there is nothing to do; leave the callback out")
         super().__init__(unlabeled, **weights)
         self.layers = tuple(n for n in layers if ('global_mi' if n in self.global_layers else 'local_mi') in weights)
@@ -49,7 +52,18 @@ class MIRegCallback(SemiSupCallback):
 
     def _mean_loss(self, names, f, g, **kw):
         proj = lambda n: self.projectors[n.replace('.','/')]
-        return sum(proj(n).loss(f(n), g(n), symmetric=self.symmetric, prior=self.prior, **{k:o(n) for k,o in kw.items()}) for n in names)/len(names)
+        loss = sum(proj(n).loss(f(n), g(n), symmetric=self.symmetric, prior=self.prior, **{k:o(n) for k,o in kw.items()}) for n in names)/len(names)
+        n = processes()[1] # each has the information of the whole batch and its own part of the gradient, and the parts will be averaged
+        return loss if n==1 else n*loss - (n-1)*loss.detach()
+
+    def _window(self, name, size):
+        "The neighbourhood of a stage, checked against its map"
+        w = self.neighborhood.get(name, 1)
+        for o,n in zip(w if isinstance(w, (tuple,list)) else [w]*len(size), size):
+            if isinstance(o, int) and o>2*n-1:
+                raise ValueError(f"neighborhood: {w} is more than the map of {name!r} allows, which is {'×'.join(map(str,size))} "
+                                 f"(at most {2*min(size)-1}); choose a smaller window, a stage of a finer scale, or larger images")
+        return w
 
     def penalty(self, v):
         res = {}
@@ -57,6 +71,6 @@ class MIRegCallback(SemiSupCallback):
             res['global_mi'] = self._mean_loss(self.global_layers, v.t_feats.get, v.feats.get)
         if 'local_mi' in self.weights:
             res['local_mi'] = self._mean_loss(self.local_layers, v.t_feats.get, lambda n: v.T(v.feats[n]),
-                                              size=lambda n: self.neighborhood.get(n, 1), subtract_min=lambda n: self.subtract_min)
+                                              size=lambda n: self._window(n, v.feats[n].shape[2:]), subtract_min=lambda n: self.subtract_min)
         if 'consistency' in self.weights: res['consistency'] = consistency_loss(v.t_probs, v.T(v.probs))
         return res

@@ -1,0 +1,72 @@
+"What the loaders may and may not touch, and what a learner carries away"
+import gc, os, pickle
+from pathlib import Path
+
+import numpy as np, pandas as pd, psutil, pytest, torch
+from fastai.basics import first
+from fastmiseg.cohort import split_cohort
+from fastmiseg.phantom import make_phantom
+from fastmiseg.slices import Recipe
+from fastmiseg.data import MISegDataLoaders
+from fastmiseg.learner import miseg_learner
+from fastmiseg.callback.mireg import MIRegCallback
+
+@pytest.fixture(scope='module')
+def cohort(tmp_path_factory):
+    df = make_phantom(tmp_path_factory.mktemp('scans'), n_subjects=6, seed=0, size=(48,64), n_slices=(3,4))
+    return split_cohort(df, labeled=2, valid=1, seed=0)
+
+recipe = Recipe(spacing=(4.,4.), size=(32,32), classes=('background','RV','Myo','LV'), flip='hv', rotate=10., jitter=.2)
+def loaders(df, store, **kw): return MISegDataLoaders.from_cohort(df, recipe, store=store, bs=2, unlabeled_bs=3, n_iters=2, workers=0, **kw)
+
+def test_masks_of_unlabelled_scans_are_never_opened(cohort, tmp_path):
+    df = cohort.copy()
+    hidden = df['split']=='unlabeled'
+    df.loc[hidden, 'mask'] = [str(tmp_path/f'{s}.nii.gz') for s in df.scan[hidden]] # no such files
+    dls = loaders(df, tmp_path/'store')
+    learn = miseg_learner(dls, width=2, path=tmp_path)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=MIRegCallback(n_heads=2, n_clusters=4))
+    assert hidden.sum()==3 and len(dls.train.unlabeled)==dls.store.scans.query("split=='unlabeled'").n.sum()
+
+def test_no_subject_is_in_two_streams(cohort, tmp_path):
+    dls = loaders(cohort, tmp_path/'store')
+    scans = [{o.scan for o in ds.items} for ds in (dls.train.dataset, dls.train.unlabeled, dls.valid.dataset)]
+    assert not (scans[0]&scans[1] or scans[0]&scans[2] or scans[1]&scans[2])
+    assert set().union(*scans)==set(cohort.scan)
+
+def test_an_exported_learner_carries_no_data(cohort, tmp_path):
+    learn = miseg_learner(loaders(cohort, tmp_path/'store'), width=2, path=tmp_path)
+    learn.export('model.pkl')
+    blob = (tmp_path/'model.pkl').read_bytes()
+    assert not any(s.encode() in blob for s in cohort.scan)
+    x = torch.randn(2,1,32,32)
+    from fastai.learner import load_learner
+    back = load_learner(tmp_path/'model.pkl')
+    assert torch.equal(back.model.eval()(x), learn.model.eval()(x)) and back.dls.recipe==recipe
+
+def test_memory_stays_flat(cohort, tmp_path):
+    dls = loaders(cohort, tmp_path/'store')
+    def rss(): gc.collect(); return psutil.Process().memory_info().rss
+    def draw(n):
+        for _ in range(n): first(dls.train)
+    draw(200); before = rss(); draw(1000)
+    assert rss()-before < 20e6
+
+def test_sizes_that_differ_are_named(cohort, tmp_path):
+    with pytest.raises(ValueError, match='slices come in .* sizes'):
+        MISegDataLoaders.from_cohort(cohort, Recipe(classes=recipe.classes), store=tmp_path/'store', workers=0)
+
+def test_plain_validation_when_nothing_is_unlabelled(cohort, tmp_path):
+    df = cohort.copy(); df.loc[df['split']=='unlabeled', 'split'] = 'labeled'
+    dls = loaders(df, tmp_path/'store')
+    assert len(dls.one_batch())==2
+    learn = miseg_learner(dls, width=2, path=tmp_path)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+        with pytest.raises(ValueError, match='there are no unlabelled images'): learn.fit(1, cbs=MIRegCallback())
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_cuda(cohort, tmp_path):
+    dls = loaders(cohort, tmp_path/'store').to('cuda')
+    assert all(o.is_cuda for o in dls.one_batch())

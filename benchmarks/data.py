@@ -1,0 +1,46 @@
+"Batches a second from the slice store, with augmentation, against the training step of the paper's U-Net on the same batch: python benchmarks/data.py [DATA]"
+import argparse, os, platform, tempfile, time, warnings
+warnings.filterwarnings('ignore')
+from pathlib import Path
+
+import torch
+from fastmiseg.cohort import load_cohort, split_cohort
+from fastmiseg.phantom import make_phantom
+from fastmiseg.slices import Recipe
+from fastmiseg.data import MISegDataLoaders
+from fastmiseg.learner import miseg_learner
+
+def rate(it, n, work=lambda b: None):
+    "Milliseconds to a batch, the first one (start of workers, warming up) left out"
+    work(next(it)); t = time.perf_counter()
+    for _ in range(n): work(next(it))
+    return (time.perf_counter()-t)/n*1e3
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('data', nargs='?', default=os.environ.get('FASTMISEG_DATA'), help='a cohort; by default FASTMISEG_DATA, or else the phantom')
+    p.add_argument('--repeats', type=int, default=3)
+    a = p.parse_args()
+    with tempfile.TemporaryDirectory() as tmp:
+        df = load_cohort(a.data) if a.data else make_phantom(Path(tmp)/'scans', 20)
+        df = split_cohort(df, labeled=4, valid=4)
+        recipe = Recipe.auto(df)
+        recipe = Recipe(**{**recipe.to_dict(), 'rotate':10., 'flip':'hv', 'jitter':.3})
+        print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; slices {recipe.size}; batches of 4 labelled + 10 unlabelled\n')
+        print('| | ms to a batch | times faster than the step |\n|---|---|---|')
+        best = {}
+        for _ in range(a.repeats):
+            for w in (0,1):
+                dls = MISegDataLoaders.from_cohort(df, recipe, store=Path(tmp)/'store', n_iters=200, num_workers=w)
+                best[w] = min(best.get(w, 1e9), rate(iter(dls.train), 150))
+            learn = miseg_learner(dls); learn.create_opt()
+            def step(b):
+                x_l,x_u,y = b
+                loss = learn.loss_func(learn.model(torch.cat([x_l,x_u,x_u]).as_subclass(torch.Tensor))[:len(x_l)], y)
+                loss.backward(); learn.opt.step(); learn.opt.zero_grad()
+            b = dls.one_batch()
+            best['step'] = min(best.get('step', 1e9), rate(iter([b]*8), 6, step))
+        for w in (0,1): print(f"| loading and augmentation, {w} workers | {best[w]:.1f} | {best['step']/best[w]:.1f} |")
+        print(f"| training step, 4 + 10 + 10 images | {best['step']:.0f} | 1 |")
+
+if __name__=='__main__': main()

@@ -103,9 +103,9 @@ def global_mi_loss(
     "Minus the mutual information between two views of the same images, mean over heads (equation 9)"
     return _mi_loss(_raw_global(p, q)[:, None], symmetric, prior).to(_at_least_float32(p, q))
 
-# %% ../nbs/04_mutual_info.ipynb #35901b1a
+# %% ../nbs/04_mutual_info.ipynb #61fa1b96
 _CHUNK = 1 << 14 # pixels in one float32 sum; longer sums are added up in float64
-_BLOCK = 1 << 16 # pixels in a block of images on the CPU
+_BLOCK = 1 << 15 # pixels in a block of images on the CPU
 
 def _pair_sums(
     p: torch.Tensor, # (lead + total + tail, K): pixels in a line, zeros after each row, slice and image

@@ -34,11 +34,11 @@ class SliceImage(TensorImage):
 class SliceMask(TensorMask):
     "A mask (H,W) of class indices, or a batch of them; in a batch `scan` and `index` say which volume each slice belongs to"
 
-# %% ../nbs/03b_data.ipynb #3775fd9b
+# %% ../nbs/03b_data.ipynb #4f81ed5b
 palette = ['#000000','#E69F00','#56B4E9','#CC79A7','#009E73','#F0E442','#D55E00','#0072B2'] # Okabe-Ito: safe for the colour-blind
 
 def show_slice(
-    x,            # (C,H,W); the first channel is shown
+    x,            # (C,H,W), tensor or array; the first channel is shown
     y=None,       # mask (H,W), drawn as contours
     ax=None,      # matplotlib axis; a new one by default
     classes=None, # names, for a legend
@@ -46,10 +46,10 @@ def show_slice(
 ): # the axis
     "A slice in grey with the contours of its mask"
     if ax is None: _,ax = plt.subplots(figsize=(3,3))
-    ax.imshow(to_np(x)[0], cmap='gray', vmin=0, vmax=1); ax.axis('off')
+    x,y = (to_np(o) if isinstance(o, Tensor) else o for o in (x,y))
+    ax.imshow(x[0], cmap='gray', vmin=0, vmax=1); ax.axis('off')
     if title: ax.set_title(title, fontsize=9)
     if y is None: return ax
-    y = to_np(y)
     for c in range(1, len(classes) if classes is not None else int(y.max())+1):
         if (y==c).any(): ax.contour(y==c, levels=[.5], colors=[palette[c%len(palette)]], linewidths=1.2)
     if classes is not None:

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['run_demo', 'demo']
 
-# %% ../nbs/12_demo.ipynb #eb4d6fd7
-import os, warnings
+# %% ../nbs/12_demo.ipynb #74018760
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -26,18 +27,19 @@ from .inference import predict_volume, evaluate_cohort
 from .callback.semisup import sigmoid_rampup
 from .callback.mireg import MIRegCallback
 
-# %% ../nbs/12_demo.ipynb #38580590
+# %% ../nbs/12_demo.ipynb #b31ec531
 def _cohort(data, out, subjects, labeled, test, seed):
     if data is None:
         df = make_phantom(out/'scans', n_subjects=subjects, seed=0, progress=True)
-        recipe = Recipe(spacing=(2.5,2.5), size=(64,64), classes=df.attrs['classes'], rotate=20., flip='hv', jitter=.2)
+        recipe = Recipe(spacing=3., size=48, classes=df.attrs['classes'])
     else: df,recipe = load_cohort(data),None
     df = split_cohort(df, labeled=labeled, valid=2, test=test, seed=seed)
-    return df, recipe or Recipe.auto(df)
+    return df, replace(recipe or Recipe.auto(df), rotate=20., flip='hv', jitter=.8)
 
-# %% ../nbs/12_demo.ipynb #b5f5ec35
+# %% ../nbs/12_demo.ipynb #9e0969ed
 def _train(df, recipe, out, cbs, epochs, n_iters, lr, width, seed, workers):
-    dls = MISegDataLoaders.from_cohort(df, recipe, store=out/'slices', n_iters=n_iters, seed=seed, path=out, workers=workers)
+    dls = MISegDataLoaders.from_cohort(df, recipe, store=out/'slices', bs=4, unlabeled_bs=4, n_iters=n_iters,
+                                      seed=seed, path=out, workers=workers)
     set_seed(seed)
     learn = miseg_learner(dls, width=width, metrics=VolumeDice())
     learn.fit_one_cycle(epochs, lr, cbs=cbs)
@@ -61,7 +63,7 @@ def _picture(r, recipe, segs):
     fig.tight_layout()
     return fig
 
-# %% ../nbs/12_demo.ipynb #4c4c4b19
+# %% ../nbs/12_demo.ipynb #8b46c69a
 def _table(scores):
     "Mean Dice of each class over the scans, their mean, and the mean 95 % Hausdorff distance"
     by = scores.groupby(['training','seed','class'], sort=False)[['dice','hd95']].mean().reset_index()
@@ -72,12 +74,12 @@ def run_demo(
     data=None,       # folder or CSV of scans; by default hearts of the phantom
     out='demo',      # folder for scans, slices, segmentations, scores and the picture
     subjects:int=30, # hearts to make, where no data is given
-    labeled:int=2,   # subjects whose masks may be used; the masks of all others are not opened for training
+    labeled:int=1,   # subjects whose masks may be used; the masks of all others are not opened for training
     test:int=10,     # subjects for the scores
     epochs:int=5,    # passes of `n_iters` steps
-    n_iters:int=100, # steps to an epoch
-    lr:float=1e-2,   # peak learning rate of the one-cycle schedule
-    width:int=16,    # channels of the U-Net's first stage; the paper's is 16
+    n_iters:int=320, # steps to an epoch
+    lr:float=6e-3,   # peak learning rate of the one-cycle schedule
+    width:int=8,     # channels of the U-Net's first stage; the paper's is 16
     seed:int=0,      # of split, initialisation, draws and augmentation
     workers:int=None # processes that prepare slices
 )->pd.DataFrame:     # a row per training, test scan and class
@@ -86,7 +88,7 @@ def run_demo(
     df,recipe = _cohort(data, out, subjects, labeled, test, seed)
     n = df.groupby('split').subject.nunique()
     print(f"{n.get('labeled',0)} subjects labelled, {n.get('unlabeled',0)} unlabelled, {n.get('test',0)} for testing; {epochs*n_iters} steps each; {recipe}")
-    runs = {'labelled only': None, 'MIRegCallback': MIRegCallback(.02, .02, sigmoid_rampup(1., .6))}
+    runs = {'labelled only': None, 'MIRegCallback': MIRegCallback(sigmoid_rampup(.05), sigmoid_rampup(.05), sigmoid_rampup(4.))}
     unseen = df[df['split']=='test']
     first,scores,segs = next(unseen.itertuples()),[],{}
     for name,cb in runs.items():
@@ -98,18 +100,18 @@ def run_demo(
     fig.savefig(out/f'demo_{seed}.png', dpi=110); plt.close(fig)
     return pd.concat(scores, ignore_index=True)
 
-# %% ../nbs/12_demo.ipynb #e6727396
+# %% ../nbs/12_demo.ipynb #ac9599ff
 @call_parse
 def demo(
     data:str=None,   # Folder or CSV of scans; by default synthetic hearts
     out:str='demo',  # Folder for scans, slices, segmentations, scores and the picture
     subjects:int=30, # Hearts to make, where no data is given
-    labeled:int=2,   # Subjects whose masks may be used
+    labeled:int=1,   # Subjects whose masks may be used
     test:int=10,     # Subjects for the scores
     epochs:int=5,    # Epochs of training
-    n_iters:int=100, # Steps to an epoch
-    lr:float=1e-2,   # Peak learning rate
-    width:int=16,    # Channels of the U-Net's first stage
+    n_iters:int=320, # Steps to an epoch
+    lr:float=6e-3,   # Peak learning rate
+    width:int=8,     # Channels of the U-Net's first stage
     seed:int=0,      # First seed
     seeds:int=1      # How many seeds, one after the other
 ):

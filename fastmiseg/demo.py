@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['run_demo', 'demo']
 
-# %% ../nbs/12_demo.ipynb #74018760
+# %% ../nbs/12_demo.ipynb #a813fe34
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
+warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated') # from an import of fastai's; of no use to who runs a command
+
 import matplotlib
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd
 from fastcore.script import call_parse
 from fastai.vision.all import set_seed, plt
 from fastprogress import progress_bar
@@ -63,12 +65,12 @@ def _picture(r, recipe, segs):
     fig.tight_layout()
     return fig
 
-# %% ../nbs/12_demo.ipynb #8b46c69a
+# %% ../nbs/12_demo.ipynb #3b13b554
 def _table(scores):
     "Mean Dice of each class over the scans, their mean, and the mean 95 % Hausdorff distance"
     by = scores.groupby(['training','seed','class'], sort=False)[['dice','hd95']].mean().reset_index()
     wide = by.pivot_table(index=['seed','training'], columns='class', values='dice', sort=False)
-    return wide.assign(mean=wide.mean(1), hd95_mm=by.groupby(['seed','training'], sort=False).hd95.mean()).reset_index()
+    return wide.assign(mean=wide.mean(axis=1), hd95_mm=by.groupby(['seed','training'], sort=False).hd95.mean()).reset_index()
 
 def run_demo(
     data=None,       # folder or CSV of scans; by default hearts of the phantom
@@ -100,7 +102,7 @@ def run_demo(
     fig.savefig(out/f'demo_{seed}.png', dpi=110); plt.close(fig)
     return pd.concat(scores, ignore_index=True)
 
-# %% ../nbs/12_demo.ipynb #ac9599ff
+# %% ../nbs/12_demo.ipynb #4fd39541
 @call_parse
 def demo(
     data:str=None,   # Folder or CSV of scans; by default synthetic hearts
@@ -117,7 +119,6 @@ def demo(
 ):
     "Semi-supervised segmentation end to end: train with and without MIRegCallback, compare on unseen subjects"
     matplotlib.use('Agg')
-    warnings.filterwarnings('ignore', category=FutureWarning)
     try: scores = pd.concat([run_demo(data, out, subjects, labeled, test, epochs, n_iters, lr, width, s) for s in range(seed, seed+seeds)])
     except (ValueError, OSError) as e: raise SystemExit(f'fastmiseg-demo: {e}')
     scores.to_csv(Path(out)/'scores.csv', index=False)

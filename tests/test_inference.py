@@ -63,7 +63,8 @@ def test_other_spacing_and_size(heart, scan, tmp_path, factor):
     got = predict_volume(heart.learn, other, probabilities=tmp_path/'p.nii.gz')
     assert got.shape==other.shape!=want.shape
     back = resample(read_volume(tmp_path/'p.nii.gz', channels=True), to=want).array
-    assert min(agreement(back.argmax(0), want.array))>=.95
+    dices = agreement(back.argmax(0), want.array)
+    assert np.mean(dices)>=.95 and min(dices)>=.9
 
 def test_any_batch_size(heart, scan):
     vol = read_volume(scan)

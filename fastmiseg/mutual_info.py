@@ -103,9 +103,9 @@ def global_mi_loss(
     "Minus the mutual information between two views of the same images, mean over heads (equation 9)"
     return _mi_loss(_raw_global(p, q)[:, None], symmetric, prior).to(_at_least_float32(p, q))
 
-# %% ../nbs/04_mutual_info.ipynb #61fa1b96
+# %% ../nbs/04_mutual_info.ipynb #30d2c3dd
 _CHUNK = 1 << 14 # pixels in one float32 sum; longer sums are added up in float64
-_BLOCK = 1 << 15 # pixels in a block of images on the CPU
+_BLOCK = 1 << 15 # pixels in a block of images on the CPU, where blocks should fit the cache; 32 times as many elsewhere
 
 def _pair_sums(
     p: torch.Tensor, # (lead + total + tail, K): pixels in a line, zeros after each row, slice and image
@@ -128,7 +128,7 @@ def _pair_sums(
     out = _wide(out).flatten(1, 2).sum(1).view(-1, 2, K, step, K)
     return (out[:, 0, :, :-1] + out[:, 1, :, 1:]).transpose(1, 2).reshape(*w, K, K)
 
-# %% ../nbs/04_mutual_info.ipynb #f957adc7
+# %% ../nbs/04_mutual_info.ipynb #e3879600
 class _Side:
     "The cluster maps of one side, a block of images at a time, in memory that is used again"
     def __init__(self,
@@ -139,8 +139,8 @@ class _Side:
         self.x, self.map, self.n = x, x.shape[2 if head else 3:], -1
         (self.S, self.K), self.px = head[1].shape if head else x.shape[1:3], prod(self.map)
         self.like = x.new_empty(0, dtype=dtype)
-        self.head = head and [F.pad(o.to(dtype), [0]*2*(o.ndim - 2) + [0, 1]) for o in head] # a row more: see `memory`
-        most = max(1, _BLOCK//max(self.px, 1)) if x.device.type == 'cpu' else len(x)
+        self.head = head and [F.pad(o.to(dtype), [0]*2*(o.ndim - 2) + [0, 1]) for o in head] # with a row for the ones
+        most = max(1, (_BLOCK if x.device.type == 'cpu' else 32*_BLOCK)//max(self.px, 1))
         self.blocks = -(-len(x)//most)
 
     def load(self, i):
@@ -148,8 +148,9 @@ class _Side:
         block = self.x.tensor_split(self.blocks)[i]
         if self.n != len(block)*self.px:
             self.n, self.images = len(block)*self.px, len(block)
-            self.memory, self.eye = self.like.new_empty(self.S, self.K + 1, self.n), torch.eye(self.K, out=self.like.new_empty(self.K, self.K))
-            self.p, self.rows, self.t, self.buffer = self.memory[:, :-1], self.like.new_empty(self.n, self.K), self.like.new_empty(self.K, self.n), None
+            self.memory = self.like.new_empty(self.S, self.K + 1, self.n) # for each head its probabilities and a row of ones
+            self.p, self.rows, self.t = self.memory[:, :-1], self.like.new_empty(self.n, self.K), self.like.new_empty(self.K, self.n)
+            self.eye, self.buffer = torch.eye(self.K, dtype=self.like.dtype, device=self.like.device), None
         self.f = [x.flatten(1 if self.head else 2).to(self.like.dtype) for x in block]
         for j, x in enumerate(self.f):
             if self.head: torch.mm(self.head[0].flatten(0, 1), x, out=self.memory.flatten(0, 1)[:, j*self.px:(j + 1)*self.px])
@@ -223,18 +224,19 @@ def _spread(
     h = h.movedim(1, -1).flatten(1).to(x.dtype)
     return y.baddbmm_(inside[0].T.expand(len(x), -1, -1), h.expand(len(x), -1, -1)).view(-1, len(c))
 
-# %% ../nbs/04_mutual_info.ipynb #531b6b88
+# %% ../nbs/04_mutual_info.ipynb #a012594b
 @contextmanager
 def _plain_float32(x):
-    "No autocast and no TF32 convolutions inside"
-    flags = getattr(torch.backends.cudnn, 'conv', None)
-    owner, name, plain = (flags, 'fp32_precision', 'ieee') if hasattr(flags, 'fp32_precision') else (torch.backends.cudnn, 'allow_tf32', False)
-    before = getattr(owner, name)
+    "No autocast and, on CUDA, no TF32 inside"
+    new = hasattr(torch.backends.cudnn, 'conv') # torch 2.9 and later
+    name, plain = ('fp32_precision', 'ieee') if new else ('allow_tf32', False)
+    flags = [torch.backends.cuda.matmul, torch.backends.cudnn.conv if new else torch.backends.cudnn] if x.is_cuda else []
+    before = [getattr(o, name) for o in flags]
     with torch.autocast(x.device.type, enabled=False):
-        if x.is_cuda: setattr(owner, name, plain)
+        for o in flags: setattr(o, name, plain)
         try: yield
         finally:
-            if x.is_cuda: setattr(owner, name, before)
+            for o, was in zip(flags, before): setattr(o, name, was)
 
 # %% ../nbs/04_mutual_info.ipynb #c2193b87
 def _sides(x, y, weight, bias, w):

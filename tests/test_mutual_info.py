@@ -1,6 +1,6 @@
 "Exactness of joints and losses, whatever shape, dtype, layout and mode they are called in."
-import warnings
 from itertools import product
+from types import SimpleNamespace
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -205,7 +205,8 @@ def test_compiled_code_gives_the_same():
 
 @pytest.mark.parametrize('shape,size', [((2, 8, 16, 16), 7), ((2, 8, 6, 7, 8), 3)])
 def test_nothing_waits_for_the_device(shape, size):
-    "A fake CUDA tensor has no values: whatever asks for one raises."
+    "A fake CUDA tensor has no values: whatever asks for one raises. Autograd's engine needs a real device, so backward is called by hand."
+    flags = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device('cuda'):
         local, glob = LocalProjector(8), GlobalProjector(8)
         f, g = torch.empty(2, *shape)
@@ -213,6 +214,16 @@ def test_nothing_waits_for_the_device(shape, size):
         for loss in (local.loss(f, g, size, subtract_min=True, prior=[.1]*10), local_mi_loss(p, p, size), glob.loss(f, g),
                      consistency_loss(p[:, 0], p[:, 0]), entropy_loss(p[:, 0])):
             assert loss.device.type == 'cuda' and loss.shape == ()
+        w = (size,)*len(shape[2:])
+        for saved in ((f, g, torch.empty(5, 10, 8), torch.empty(5, 10)), (p, p, None, None)):
+            ctx = SimpleNamespace(saved_tensors=saved, w=w, needs_input_grad=(True, True, saved[2] is not None, saved[2] is not None, False))
+            with torch.no_grad(): grads = _RawJoint.backward.__wrapped__(ctx, torch.empty(5, size**len(w), 10, 10, dtype=f64))
+            for x, gx in zip(saved, grads): assert x is None and gx is None or gx.shape == x.shape and gx.device.type == 'cuda'
+    assert flags == (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
+
+def test_an_empty_batch():
+    loss, g = gradients(lambda p: local_mi_loss(p, p, 3), torch.ones(0, 2, 3, 4, 4))
+    assert loss == 0 and g.shape == (0, 2, 3, 4, 4)
 
 # the definition's options
 

@@ -20,7 +20,7 @@ test: .venv/installed
 prepare: .venv/installed
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
-	$(BIN)/jupyter nbconvert nbs/index.ipynb --to markdown --output-dir . --output README
+	$(BIN)/jupyter nbconvert nbs/index.ipynb --to markdown --output-dir . --output README --RegexRemovePreprocessor.patterns='^#\| hide'
 
 bench: .venv/installed
 	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #ec9870dd
+# %% ../nbs/99_all.ipynb #80077eab
 from fastai.vision.all import *
 
 from .volume import *
@@ -25,3 +25,5 @@ from .metrics import *
 from .surface import *
 from .learner import *
 from .inference import *
+
+__all__ = [o for o in globals() if not o.startswith('_')]

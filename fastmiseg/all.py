@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #80077eab
+# %% ../nbs/99_all.ipynb #c82a7fb4
 from fastai.vision.all import *
 
 from .volume import *
@@ -25,5 +25,10 @@ from .metrics import *
 from .surface import *
 from .learner import *
 from .inference import *
+from .segmenter import *
+from .plots import *
+from .callback.baselines import *
+from .callback.teacher import *
+from .callback.resume import *
 
 __all__ = [o for o in globals() if not o.startswith('_')]

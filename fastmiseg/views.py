@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['Flip', 'RandomFlips']
 
-# %% ../nbs/03a_views.ipynb #a4df27b3
+# %% ../nbs/03a_views.ipynb #a95fac8e
 from dataclasses import dataclass
 
 import torch
+
+__all__ = ['RandomFlips'] # `Flip` is also a transform of fastai's
 
 # %% ../nbs/03a_views.ipynb #a28e4ce8
 @dataclass

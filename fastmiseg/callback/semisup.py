@@ -116,24 +116,27 @@ class SemiSupCallback(Callback):
             self.recorder.log += [float(_mean_of_all(self._sums[k]/self._count)) if k in self._sums else float('nan') for k in self.weights]
     def after_fit(self): self._fitting = False
 
-# %% ../../nbs/07_callback.semisup.ipynb #690600b0
+# %% ../../nbs/07_callback.semisup.ipynb #9748f4d2
 def _last_group(opt): return opt.opt.param_groups[-1]['params'] if isinstance(opt, OptimWrapper) else opt.param_lists[-1].items
+def _state(opt): return opt.opt.state if isinstance(opt, OptimWrapper) else opt.state # `OptimWrapper` has a state that PyTorch's optimiser does not see
 
 class _Projectors:
     "Parameters of the regularisers, in the optimiser's last group while it steps"
     def __init__(self, learn, modules):
         self.learn,self.opt,self.params = learn,learn.opt,L(p for m in modules for p in m.parameters())
-        self.state = {p: {} if p.ndim>1 or learn.wd_bn_bias else {'do_wd': False} for p in self.params}
+        plain = learn.wd_bn_bias or isinstance(self.opt, OptimWrapper)
+        self.state = {p: {} if p.ndim>1 or plain else {'do_wd': False} for p in self.params}
 
     def attach(self):
         _last_group(self.learn.opt).extend(self.params)
-        self.learn.opt.state.update(self.state)
+        _state(self.learn.opt).update(self.state)
 
     def detach(self):
+        if self.learn.opt is None: return
         ours,group = {id(p) for p in self.params},_last_group(self.learn.opt)
         if not any(id(p) in ours for p in group): return
         group[:] = [p for p in group if id(p) not in ours]
-        self.state = {p: self.learn.opt.state.pop(p) for p in self.params}
+        self.state = {p: _state(self.learn.opt).pop(p, {}) for p in self.params}
 
     def zero_grad(self):
         for p in self.params: p.grad = None
@@ -364,14 +367,28 @@ class PairedBatchCallback(Callback):
 
 if PairedBatchCallback not in defaults.callbacks: defaults.callbacks.append(PairedBatchCallback)
 
-# %% ../../nbs/07_callback.semisup.ipynb #e13e9cfa
+# %% ../../nbs/07_callback.semisup.ipynb #bd072b0f
+def _share_out(trainer):
+    "Make fastai's `DistributedTrainer` leave paired loaders alone, and work without CUDA"
+    def broadcast(t, rank):
+        t = torch.LongTensor(t).to('cuda' if dist.get_backend()=='nccl' else 'cpu')
+        dist.broadcast(t, rank)
+        return t.tolist()
+    def wrap(dl):
+        if isinstance(dl, PairedDL): return dl
+        dl = type(trainer)._wrap_dl(trainer, dl)
+        dl._broadcast = broadcast
+        return dl
+    trainer._wrap_dl = wrap
+
+# %% ../../nbs/07_callback.semisup.ipynb #73ae6315
 def _always_undo(fit):
     if hasattr(fit, '_undoes'): return fit
     @wraps(fit)
     def _fit(self, *args, **kwargs):
         try: return fit(self, *args, **kwargs)
         except ValueError as e:
-            if not str(e).startswith('Expected more than 1 value per channel'): raise
+            if 'Expected more than 1 value per channel' not in str(e): raise
             raise ValueError("a batch of one image cannot train a network with BatchNorm whose deepest map is a single pixel: "
                              "give the loaders a batch size of at least 2, or larger images") from e
         finally:

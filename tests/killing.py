@@ -1,0 +1,94 @@
+"Trains each method whole, and again in a process that is killed with SIGKILL at random steps and called again; both results are written"
+import os, random, signal, sys, time, traceback, warnings; warnings.filterwarnings('ignore')
+from pathlib import Path
+import numpy as np, torch
+from torch import nn, tensor
+from fastai.basics import Callback, Datasets, set_seed
+from fastai.callback.progress import CSVLogger
+from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from fastai.callback.training import GradientAccumulation
+from fastai.vision.core import TensorImage, TensorMask
+from fastmiseg.callback.baselines import ConsistencyCallback, EntropyMinCallback
+from fastmiseg.callback.resume import ResumeCallback
+from fastmiseg.callback.teacher import EMATeacherCallback
+from toy import SemiSupCallback, UNet, disc, learner, loaders, quiet, small_mireg
+
+EPOCHS,STEPS = 3,4
+
+class Noise(nn.Module):
+    "Takes random numbers from PyTorch, NumPy and Python at each step"
+    def __init__(self): super().__init__(); self.net = UNet(1,2,width=2)
+    def forward(self, x):
+        if self.training: x = x + .01*torch.randn_like(x) + np.random.rand()*.01 + random.random()*.01
+        return self.net(x)
+
+def plain_loaders():
+    "fastai's own shuffled loader, with random numbers in its items"
+    ds = Datasets(list(range(14)), tfms=[[lambda i: TensorImage(disc(i)[0]+random.random()*.1)], [lambda i: TensorMask(disc(i)[1])]], splits=[range(10),range(10,14)])
+    return ds.dataloaders(bs=2, num_workers=0)
+
+METHODS = dict(
+    partial=lambda: [],
+    consistency=lambda: [ConsistencyCallback()],
+    entropy=lambda: [EntropyMinCallback(.1)],
+    teacher=lambda: [EMATeacherCallback(decay=.9)],
+    mireg=lambda: [small_mireg()],
+    both=lambda: [small_mireg(), EMATeacherCallback(decay=.9)],
+    accumulated=lambda: [small_mireg(), GradientAccumulation(4)],
+    tracked=lambda: [small_mireg(), SaveModelCallback(), EarlyStoppingCallback(patience=2), CSVLogger()],
+    files=lambda: [small_mireg(unlabeled=list(range(9,16)))],
+    torch_loader=lambda: [ConsistencyCallback(unlabeled=torch.utils.data.DataLoader([disc(i)[0] for i in range(9,16)], batch_size=3, shuffle=True))])
+
+def train(method, folder, log):
+    "A whole training; a dot is written to `log` at each step. Where there is something to go on from, it begins with other weights and random numbers"
+    seed = os.getpid() if list(folder.glob('ckpt/*.pt')) else 0
+    class Tick(Callback):
+        order = 80
+        def after_batch(self):
+            if self.training: os.write(log, b'.')
+    set_seed(seed)
+    learn = quiet(learner(folder, net=Noise, seed=seed, dls=plain_loaders() if method in ('files','torch_loader') else loaders(n_iters=STEPS)))
+    cbs = METHODS[method]()
+    learn.fit_one_cycle(EPOCHS, 1e-2, cbs=[*cbs, Tick(), ResumeCallback(folder/'ckpt', every=1 if method!='partial' else 3)])
+    res = dict(model=learn.model.state_dict(), losses=torch.stack(list(learn.recorder.losses)), lrs=tensor(learn.recorder.lrs), values=tensor(learn.recorder.values))
+    for i,cb in enumerate(cbs):
+        if isinstance(cb, SemiSupCallback): res[f'cb{i}'] = cb.state_dict()
+    torch.save(res, folder/'result.tmp'); os.replace(folder/'result.tmp', folder/'result.pt')
+
+def child(method, folder):
+    "A process that trains, forked from this one"
+    r,w = os.pipe()
+    if pid:=os.fork(): os.close(w); return pid,r
+    try:
+        os.close(r)
+        sys.stdout = sys.stderr = open(folder/'out.txt', 'a')
+        torch.set_num_threads(1)
+        train(method, folder, w)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc(); sys.stderr.flush()
+        os._exit(1)
+
+def finish(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def kill_and_call_again(method, root, kills):
+    "Returns what went wrong, or nothing"
+    rng,whole,cut = random.Random(method),root/method/'whole',root/method/'cut'
+    for o in (whole, cut): o.mkdir(parents=True)
+    pid,_ = child(method, whole)
+    if finish(pid): return (whole/'out.txt').read_text()
+    for _ in range(kills):
+        pid,r = child(method, cut)
+        for _ in range(rng.randint(1, 4)): # some steps
+            if not os.read(r, 1): break
+        time.sleep(rng.random()*.02)       # and perhaps into the writing of a file
+        os.kill(pid, signal.SIGKILL)
+        if finish(pid)!=-signal.SIGKILL: return (cut/'out.txt').read_text()
+        for f in (cut/'ckpt').glob('*.pt'): torch.load(f, weights_only=True)
+    pid,_ = child(method, cut)
+    if finish(pid): return (cut/'out.txt').read_text()
+
+if __name__=='__main__': # forking is cheap where nothing has been trained yet
+    torch.set_num_threads(1)
+    for method in METHODS:
+        if err:=kill_and_call_again(method, Path(sys.argv[1]), kills=2): print(method, err, sep='\n'); sys.exit(1)

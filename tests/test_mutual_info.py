@@ -221,6 +221,12 @@ def test_nothing_waits_for_the_device(shape, size):
             for x, gx in zip(saved, grads): assert x is None and gx is None or gx.shape == x.shape and gx.device.type == 'cuda'
     assert flags == (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
 
+def test_without_onednn(monkeypatch):
+    p, q = [soft(2, 1, 3, 4, 5, 6, dtype=f32) for _ in range(2)]
+    ref = gradients(lambda p, q: local_mi_loss(p, q, 3), p, q)
+    monkeypatch.setattr('torch.backends.mkldnn.is_available', lambda: False)
+    for a, b in zip(gradients(lambda p, q: local_mi_loss(p, q, 3), p, q), ref): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-9)
+
 def test_an_empty_batch():
     loss, g = gradients(lambda p: local_mi_loss(p, p, 3), torch.ones(0, 2, 3, 4, 4))
     assert loss == 0 and g.shape == (0, 2, 3, 4, 4)

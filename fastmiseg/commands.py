@@ -105,7 +105,7 @@ def prepare_run(
     _write_text(out/'config.json', json.dumps(_plain(dict(format=_format, fastmiseg=fastmiseg.__version__, store='slices', seed=seed, recipe=recipe.to_dict())), indent=1))
     return store.problems
 
-# %% ../nbs/11_commands.ipynb #74563703
+# %% ../nbs/11_commands.ipynb #45be147b
 methods = {
     'partial':       lambda: [],                                      # the labelled scans only
     'mireg':         lambda: [MIRegCallback()],                       # the paper's method
@@ -118,6 +118,8 @@ class _Log(Callback):
     "`log.csv`, after each epoch"
     order = 89 # the recorder has written; before `ResumeCallback` makes its checkpoint
     def __init__(self, path): self.path = path
+    def before_fit(self): # starts the clock of a progress bar whose first epoch is a later one
+        if getattr(getattr(self, 'progress', None), 'mbar', None): self.progress.mbar.update(0)
     def after_epoch(self):
         log = training_log(self.learn)
         _write_text(self.path, log.assign(epoch=range(1, len(log)+1))[['epoch',*log]].to_csv(index=False))

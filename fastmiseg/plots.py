@@ -202,7 +202,7 @@ def plot_training(
         if len(mine)>1: ax.legend(fontsize=7)
     return _done(fig, out)
 
-# %% ../nbs/10_plots.ipynb #08e99cfe
+# %% ../nbs/10_plots.ipynb #8c8d3a31
 _tol = ['#332288','#88CCEE','#44AA99','#117733','#999933','#DDCC77','#CC6677','#882255','#AA4499','#DDDDDD']
 def _colors(k): return [_tol[i%10] for i in range(k)]
 
@@ -249,12 +249,12 @@ def plot_clusters(
         p = proj(l)(maps[l])[:,head]           # (N,K,h,w)
         K = p.shape[1]
         for ax,o in zip(row, p.argmax(1).cpu()):
-            im = ax.imshow(o, cmap=ListedColormap(_colors(K)), vmin=-.5, vmax=K-.5, interpolation='nearest'); ax.axis('off')
+            im = ax.imshow(o.numpy(), cmap=ListedColormap(_colors(K)), vmin=-.5, vmax=K-.5, interpolation='nearest'); ax.axis('off')
         fig.colorbar(im, ax=list(row), ticks=range(K), label='cluster', shrink=.9).ax.tick_params(labelsize=6)
     for name,row in zip(['slice',*layers], axs): row[0].text(-.05, .5, name, rotation=90, ha='right', va='center', transform=row[0].transAxes, fontsize=9)
     return _done(fig, out)
 
-# %% ../nbs/10_plots.ipynb #497a353d
+# %% ../nbs/10_plots.ipynb #c9b61cc0
 def plot_joints(
     learn,      # a learner
     cb,         # the `MIRegCallback` that it was trained with
@@ -273,7 +273,7 @@ def plot_joints(
         for l,ax in zip(layers, axs[0]):
             P = global_joint(proj(l)(f[l]), proj(l)(g[l])) if l in cb.global_layers else local_joint(proj(l)(f[l]), proj(l)(T(g[l])), 1)[:,0]
             P = P[head].cpu()
-            im = ax.imshow(P, cmap='cividis', vmin=0)
+            im = ax.imshow(P.numpy(), cmap="cividis", vmin=0)
             ax.set(xlabel='cluster in x', ylabel='cluster in T(x)', xticks=range(len(P)), yticks=range(len(P))); ax.set_title(f'{l}: {mutual_info(P):.2f} of {np.log(len(P)):.2f} nats', fontsize=9)
             fig.colorbar(im, ax=ax, shrink=.85, label='probability')
     return _done(fig, out)

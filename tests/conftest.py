@@ -4,19 +4,23 @@ from types import SimpleNamespace
 import pytest
 
 @pytest.fixture(scope='session')
-def heart(tmp_path_factory):
-    "A small cohort of phantoms, and a U-Net that has learned a little of them: root, df, recipe, learn"
-    from fastai.basics import set_seed
+def hearts(tmp_path_factory):
+    "A small cohort of phantoms: root, df, recipe"
     from fastmiseg.cohort import split_cohort
-    from fastmiseg.data import MISegDataLoaders
-    from fastmiseg.learner import miseg_learner
     from fastmiseg.phantom import make_phantom
     from fastmiseg.slices import Recipe
     root = tmp_path_factory.mktemp('heart')
     df = split_cohort(make_phantom(root/'scans', n_subjects=12, seed=0), labeled=9, valid=2, test=1, seed=0)
-    recipe = Recipe(spacing=2., size=(64,64), classes=df.attrs['classes'], flip='hv', rotate=30., jitter=.1)
-    dls = MISegDataLoaders.from_cohort(df, recipe, store=root/'slices', bs=8, n_iters=120, workers=0)
+    return SimpleNamespace(root=root, df=df, recipe=Recipe(spacing=2., size=(64,64), classes=df.attrs['classes'], flip='hv', rotate=30., jitter=.1))
+
+@pytest.fixture(scope='session')
+def heart(hearts):
+    "The same, and a U-Net that has learned a little of them: learn"
+    from fastai.basics import set_seed
+    from fastmiseg.data import MISegDataLoaders
+    from fastmiseg.learner import miseg_learner
+    dls = MISegDataLoaders.from_cohort(hearts.df, hearts.recipe, store=hearts.root/'slices', bs=8, n_iters=120, workers=0)
     set_seed(0)
-    learn = miseg_learner(dls, width=8, path=root)
+    learn = miseg_learner(dls, width=8, path=hearts.root)
     with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(2, 2e-2)
-    return SimpleNamespace(root=root, df=df, recipe=recipe, learn=learn)
+    return SimpleNamespace(**vars(hearts), learn=learn)

@@ -20,6 +20,7 @@ test: .venv/installed
 prepare: .venv/installed
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
+	rm -rf README_files
 	$(BIN)/jupyter nbconvert nbs/index.ipynb --to markdown --output-dir . --output README --RegexRemovePreprocessor.patterns='^#\| hide'
 
 bench: .venv/installed

@@ -14,7 +14,7 @@ demo: .venv/installed
 	$(BIN)/fastmiseg-demo $(if $(DATA),--data "$(DATA)")
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
 prepare: .venv/installed

@@ -181,15 +181,16 @@ def restore_random_states(states):
     torch.set_rng_state(states['torch'].cpu())
     torch.cuda.set_rng_state_all([o.cpu() for o in states['cuda']])
 
-# %% ../../nbs/07_callback.semisup.ipynb #1a12dafb
+# %% ../../nbs/07_callback.semisup.ipynb #1c026b72
 class _Stream:
     "Batches of unlabelled images, without end; knows its place, so that it can be found again"
-    def __init__(self, dl): self.dl,self.it,self.n,self.begin = dl,None,0,None
+    def __init__(self, dl, wrap=noop): self.dl,self.wrap,self.it,self.n,self.begin = dl,wrap,None,0,None # wrap: called with the loader when it is first needed
 
     @property
     def _rng(self): return getattr(getattr(self.dl, 'dl', self.dl), 'rng', None) # a `DistributedDL` has another loader inside
 
     def _start(self):
+        self.dl,self.wrap = self.wrap(self.dl),noop
         self.begin = dict(loader=self._rng and _state_of(self._rng), all=random_states())
         self.it,self.n = iter(self.dl),0
 
@@ -257,8 +258,7 @@ class PairedBatchCallback(Callback):
             if not hasattr(dl, 'dataset'):
                 if not len(dl): raise ValueError("unlabeled: the list of unlabelled images is empty")
                 dl = self.dls.test_dl(dl, shuffle=True, drop_last=len(dl)>=self.dls.bs)
-            if hasattr(self.learn, 'distributed_trainer'): dl = self.learn.distributed_trainer._wrap_dl(dl)
-            return _Stream(dl)
+            return _Stream(dl, self.learn.distributed_trainer._wrap_dl if hasattr(self.learn, 'distributed_trainer') else noop)
         if getattr(self.dls.train, 'unlabeled', None) is None:
             raise ValueError(f"{', '.join(type(r).__name__ for r in self._regs)}: there are no unlabelled images. Either train on paired batches "
                 "(MISegDataLoaders.from_cohort with scans whose split is 'unlabeled', or SemiSupDataBlock with a splitter that returns a third list), "

@@ -1,0 +1,125 @@
+"""Cost of a training step: each method against partial supervision, and the paper's method against its textbook implementation.
+
+    OMP_NUM_THREADS=1 python benchmarks/step.py                                   # the paper's step, 224×224: step.md (some minutes)
+    OMP_NUM_THREADS=1 python benchmarks/step.py --size 64 --width 4 --repeats 3   # a look
+
+Processor time (`time.process_time`) from the first callback of a batch to the last, reading excluded; the methods take turns; medians. Ratios are what to compare.
+"""
+import argparse, os, platform, time
+from pathlib import Path
+from statistics import median
+import torch
+from torch import nn
+from fastai.basics import Callback, Learner, TransformBlock, noop, set_seed
+from fastai.losses import CrossEntropyLossFlat
+from fastai.vision.core import TensorImage, TensorMask
+from fastmiseg.callback.baselines import ConsistencyCallback, EntropyMinCallback
+from fastmiseg.callback.mireg import MIRegCallback
+from fastmiseg.callback.teacher import EMATeacherCallback
+from fastmiseg.data import SemiSupDataBlock
+from fastmiseg.models import UNet
+from fastmiseg.mutual_info import consistency_loss, global_mi_loss
+from fastmiseg.views import RandomFlips
+from mutual_info import textbook
+
+class TextbookMIReg(MIRegCallback):
+    "The same losses with separate heads and one convolution for each"
+    def make_projectors(self, found):
+        make = lambda n,c: nn.Linear(c, self.n_clusters) if n in self.global_layers else nn.Conv2d(c, self.n_clusters, 1)
+        return nn.ModuleDict({n: nn.ModuleList(make(n, s.channels) for _ in range(self.n_heads)) for n,s in found.items()})
+
+    def penalty(self, v):
+        f,g = v.t_feats,v.feats
+        one = lambda head,x: head(x.amax((2,3))).softmax(1)[:,None]
+        glob = [global_mi_loss(one(h, f[n]), one(h, g[n])) for n in self.global_layers for h in self.projectors[n]]
+        local = [textbook(self.projectors[n], f[n], v.T(g[n]), self.neighborhood[n]) for n in self.local_layers]
+        return dict(global_mi=sum(glob)/len(glob), local_mi=sum(local)/len(local), consistency=consistency_loss(v.t_probs, v.T(v.probs)))
+
+METHODS = {'partial supervision': lambda: [], 'entropy minimisation': lambda: [EntropyMinCallback()], 'consistency': lambda: [ConsistencyCallback()],
+           'Mean Teacher': lambda: [EMATeacherCallback()], 'all terms of the paper': lambda: [MIRegCallback()],
+           'all terms, with a teacher': lambda: [MIRegCallback(), EMATeacherCallback()], 'all terms, textbook losses': lambda: [TextbookMIReg()]}
+
+class _From(Callback):
+    order = -100
+    def before_batch(self): self.learn.begun = time.process_time()
+
+class _To(Callback):
+    order = 100
+    def before_fit(self): self.learn.took = []
+    def after_batch(self):
+        if self.training: self.learn.took.append(time.process_time()-self.learn.begun)
+
+def loaders(o, n_iters):
+    gen = lambda i: torch.Generator().manual_seed(i)
+    blocks = [TransformBlock(type_tfms=lambda i: TensorImage(torch.rand(1,o.size,o.size,generator=gen(i)))), TransformBlock(type_tfms=lambda i: TensorMask(torch.randint(4,(o.size,o.size),generator=gen(i))))]
+    block = SemiSupDataBlock(blocks=blocks, splitter=lambda items: (range(20), range(20,21), range(21,60)))
+    return block.dataloaders(list(range(60)), bs=o.labeled, unlabeled_bs=o.unlabeled, n_iters=n_iters, device='cpu')
+
+def learner(o, cbs):
+    set_seed(0)
+    learn = Learner(loaders(o, 2), UNet(1, 4, o.width), loss_func=CrossEntropyLossFlat(axis=1), wd=1e-5, cbs=[*cbs, _From(), _To()])
+    learn.remove_cbs([cb for cb in learn.cbs if type(cb).__name__=='ProgressCallback'])
+    learn.logger = noop
+    return learn
+
+def bare(o, cb):
+    "The step of all terms written out, with nothing of fastai or of the callbacks but the losses and the optimiser"
+    learn = learner(o, [])
+    learn.create_opt()
+    net,opt,flips = learn.model,learn.opt,RandomFlips()
+    opt.param_lists[-1].extend(cb.projectors.parameters())
+    maps,where = {},{n: s for n,s in zip(('Conv5','Upconv3','Upconv2'), (net.Conv5, net.Upconv3, net.Upconv2))}
+    for n,m in where.items(): m.register_forward_hook(lambda m,i,out,n=n: maps.__setitem__(n, out))
+    x_l,x_u,y = learn.dls.one_batch()
+    x_l,x_u,y = (t.as_subclass(torch.Tensor) for t in (x_l,x_u,y))
+    net.train()
+    def step():
+        T = flips.draw(len(x_u))
+        pred = net(torch.cat([x_l, x_u, T(x_u)]))
+        sizes = [len(x_l), len(x_u), len(x_u)]
+        l,x,tx = pred.split(sizes)
+        feats = {n: m.split(sizes) for n,m in maps.items()}
+        proj,f,g = cb.projectors,{n: m[2] for n,m in feats.items()},{n: m[1] for n,m in feats.items()}
+        loss = nn.functional.cross_entropy(l, y) + .1*proj['Conv5'].loss(f['Conv5'], g['Conv5'])
+        loss = loss + .1*sum(proj[n].loss(f[n], T(g[n]), w) for n,w in (('Upconv3',3), ('Upconv2',7)))/2
+        loss = loss + 5*consistency_loss(tx.softmax(1), T(x.softmax(1)))
+        loss.backward(); opt.step(); opt.zero_grad()
+    return step
+
+def measure(o):
+    learners = {k: learner(o, make()) for k,make in METHODS.items()}
+    for learn in learners.values(): learn.fit(1, 1e-4)
+    loop = bare(o, next(cb for cb in learners['all terms of the paper'].cbs if isinstance(cb, MIRegCallback)))
+    loop()
+    times = {k: [] for k in [*learners, 'bare']}
+    for _ in range(o.repeats):
+        for k,learn in learners.items():
+            learn.fit(1, 1e-4)
+            times[k] += learn.took
+        for _ in range(2):
+            begun = time.process_time(); loop()
+            times['bare'].append(time.process_time()-begun)
+    return {k: median(t) for k,t in times.items()}
+
+def report(o, t):
+    ours,book = t['all terms of the paper'],t['all terms, textbook losses']
+    rows = [f'| {k} | {t[k]/t["partial supervision"]:.2f} | {t[k]:.2f} |' for k in METHODS]
+    return '\n'.join([f'A step of {o.labeled} labelled and {o.unlabeled} unlabelled images of {o.size}×{o.size}, U-Net of width {o.width}, one thread, Adam.', '',
+        '| method | step, partial supervision = 1 | seconds |', '|---|---|---|', *rows, '',
+        f'- all terms against the same with textbook losses and separate heads: {ours/book:.2f} of the time',
+        f'- share of the step that mutual information takes (beyond a step of consistency alone, which sends the same images through the network): {100*(ours-t["consistency"])/ours:.1f} %',
+        f'- what callbacks and fastai\'s loop add to the same step written out by hand: {100*(ours-t["bare"])/ours:.1f} % of the step', '',
+        f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, median of {2*o.repeats} steps.', ''])
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--size', type=int, default=224); parser.add_argument('--width', type=int, default=16)
+    parser.add_argument('--labeled', type=int, default=4); parser.add_argument('--unlabeled', type=int, default=10)
+    parser.add_argument('--repeats', type=int, default=3, help='rounds of two steps of each method')
+    o = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
+    text = report(o, measure(o))
+    print(text)
+    if (o.size, o.width, o.labeled, o.unlabeled)==(224,16,4,10): (Path(__file__).parent/'step.md').write_text(text)
+
+if __name__=='__main__': main()

@@ -130,6 +130,19 @@ def test_full_disk(run, prepared, tmp_path, monkeypatch):
         left = [o.name for o in (tmp_path/name).iterdir()]
         assert name not in left and not [o for o in left if o.startswith('.')]
 
+def test_full_disk_for_a_checkpoint(prepared, tmp_path, monkeypatch):
+    import shutil
+    from collections import namedtuple
+    def full(state, f): f.write(b'half'); raise RuntimeError('[enforce fail at inline_container.cc:672] . unexpected pos 356032 vs 355928')
+    kw = {**tiny, 'epochs':1, 'n_iters':2}
+    with monkeypatch.context() as m:
+        m.setattr(torch, 'save', full)
+        with pytest.raises(RuntimeError, match='unexpected pos'): train_run(prepared, tmp_path/'other', workers=0, **kw) # for another reason
+        m.setattr(shutil, 'disk_usage', lambda o: namedtuple('usage', 'total used free')(9,9,0))
+        with pytest.raises(C.RunError, match='run: the disk is full; make room, and resume'): train_run(prepared, tmp_path/'run', workers=0, **kw)
+    assert not list((tmp_path/'run'/'checkpoints').iterdir())
+    resume_run(tmp_path/'run', 0)
+
 def test_bad_scan_while_preparing(hearts, tmp_path):
     df = hearts.df[:6].drop(columns='split'); df.attrs.update(hearts.df.attrs)
     (tmp_path/'bad.nii.gz').write_bytes(b'x'); df.loc[0,'image'] = str(tmp_path/'bad.nii.gz')

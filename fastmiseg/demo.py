@@ -29,14 +29,14 @@ from .inference import predict_volume, evaluate_cohort
 from .callback.semisup import sigmoid_rampup
 from .callback.mireg import MIRegCallback
 
-# %% ../nbs/12_demo.ipynb #b31ec531
+# %% ../nbs/12_demo.ipynb #89fc6489
 def _cohort(data, out, subjects, labeled, test, seed):
     if data is None:
         df = make_phantom(out/'scans', n_subjects=subjects, seed=0, progress=True)
-        recipe = Recipe(spacing=3., size=48, classes=df.attrs['classes'])
+        recipe = Recipe(spacing=3., size=48, classes=df.attrs['classes'], rotate=20., flip='hv', jitter=.8)
     else: df,recipe = load_cohort(data),None
     df = split_cohort(df, labeled=labeled, valid=2, test=test, seed=seed)
-    return df, replace(recipe or Recipe.auto(df), rotate=20., flip='hv', jitter=.8)
+    return df, recipe or replace(Recipe.auto(df), rotate=10., flip='h', jitter=.2)
 
 # %% ../nbs/12_demo.ipynb #9e0969ed
 def _train(df, recipe, out, cbs, epochs, n_iters, lr, width, seed, workers):

@@ -22,7 +22,7 @@ from fastprogress.fastprogress import progress_bar
 from .slices import Placement, Recipe
 from .volume import VolumeError, VolumeWarning, collect_warnings, read_volume, summarise_warnings
 
-# %% ../nbs/02a_store.ipynb #d1677918
+# %% ../nbs/02a_store.ipynb #412cb793
 def _files(path):
     "The files that hold a scan; for a folder also the folder, whose time changes when files come or go"
     if os.path.isdir(path): return [path, *sorted(o.path for o in os.scandir(path) if o.is_file())]
@@ -33,7 +33,7 @@ def _files(path):
 
 def _stat(files):
     s = [os.stat(o) for o in files]
-    return [[o, 0 if os.path.isdir(o) else i.st_size, i.st_mtime_ns] for o,i in zip(files, s)]
+    return [[o, 0 if os.path.isdir(o) else i.st_size, i.st_mtime_ns, i.st_ino] for o,i in zip(files, s)]
 
 def _fingerprint(path):
     "How the files of a scan look from outside, and a hash of what is in them"

@@ -202,7 +202,7 @@ def plot_training(
         if len(mine)>1: ax.legend(fontsize=7)
     return _done(fig, out)
 
-# %% ../nbs/10_plots.ipynb #8c8d3a31
+# %% ../nbs/10_plots.ipynb #6e37f62d
 _tol = ['#332288','#88CCEE','#44AA99','#117733','#999933','#DDCC77','#CC6677','#882255','#AA4499','#DDDDDD']
 def _colors(k): return [_tol[i%10] for i in range(k)]
 
@@ -250,7 +250,7 @@ def plot_clusters(
         K = p.shape[1]
         for ax,o in zip(row, p.argmax(1).cpu()):
             im = ax.imshow(o.numpy(), cmap=ListedColormap(_colors(K)), vmin=-.5, vmax=K-.5, interpolation='nearest'); ax.axis('off')
-        fig.colorbar(im, ax=list(row), ticks=range(K), label='cluster', shrink=.9).ax.tick_params(labelsize=6)
+    fig.colorbar(im, ax=axs, ticks=range(K), label='cluster', shrink=.6).ax.tick_params(labelsize=7)
     for name,row in zip(['slice',*layers], axs): row[0].text(-.05, .5, name, rotation=90, ha='right', va='center', transform=row[0].transAxes, fontsize=9)
     return _done(fig, out)
 

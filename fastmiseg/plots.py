@@ -28,9 +28,10 @@ from .inference import _recipe, predict_volume
 # %% ../nbs/10_plots.ipynb #930ae79d
 __all__ = ['plot_volume', 'plot_scans', 'plot_scores', 'plot_training', 'plot_clusters', 'plot_joints', 'plot_tsne']
 
-# %% ../nbs/10_plots.ipynb #3c34c3e6
+# %% ../nbs/10_plots.ipynb #18c9067c
 def _subplots(rows, cols, size, **kwargs):
     fig = Figure(figsize=size, layout='constrained')
+    fig.get_layout_engine().set(rect=(.015, 0, .985, 1)) # room for names of rows
     return fig,fig.subplots(rows, cols, squeeze=False, **kwargs)
 
 def _slice(img, mask, ax):

@@ -128,7 +128,7 @@ def _pair_sums(
     out = _wide(out).flatten(1, 2).sum(1).view(-1, 2, K, step, K)
     return (out[:, 0, :, :-1] + out[:, 1, :, 1:]).transpose(1, 2).reshape(*w, K, K)
 
-# %% ../nbs/04_mutual_info.ipynb #40c009f4
+# %% ../nbs/04_mutual_info.ipynb #9831f270
 class _Side:
     "The cluster maps of one side, a block of images at a time, in memory that is used again"
     def __init__(self,
@@ -177,6 +177,12 @@ class _Side:
             self.inner = self.buffer[lead:lead + total].view(*shape, self.K)[(slice(None), *map(slice, self.map))]
         self.inner.copy_(grid)
         return self.buffer, strides, lead, total
+
+    def new_gradient(self):
+        "Memory for the gradient of `x`: channels last if the features are, else contiguous"
+        last = torch.channels_last if self.x.ndim == 4 else torch.channels_last_3d
+        keep = self.head and self.x.is_contiguous(memory_format=last)
+        return torch.empty(self.x.shape, dtype=self.like.dtype, device=self.x.device, memory_format=last if keep else torch.contiguous_format)
 
     def backward(self,
         i, # block, as loaded
@@ -244,7 +250,7 @@ def _plain_float32(x):
         finally:
             for o, was in zip(flags, before): setattr(o, name, was)
 
-# %% ../nbs/04_mutual_info.ipynb #c2193b87
+# %% ../nbs/04_mutual_info.ipynb #5d48d1d7
 def _sides(x, y, weight, bias, w):
     head = None if weight is None else (weight, bias)
     p, q = [_Side(o, head, _at_least_float32(x, y)) for o in (x, y)]
@@ -278,7 +284,7 @@ class _RawJoint(torch.autograd.Function):
             p, q, inside = _sides(*ctx.saved_tensors, ctx.w)
             G = G.view(p.S, *ctx.w, p.K, p.K)
             Gt = G.flip(list(range(1, G.ndim - 2))).mT
-            gx, gy = [p.like.new_empty(o.x.shape) if need else None for o, need in ((p, need_x), (q, need_y))]
+            gx, gy = [o.new_gradient() if need else None for o, need in ((p, need_x), (q, need_y))]
             gw = [_wide(torch.zeros_like(o)) for o in ctx.saved_tensors[2:]] if any(need_head) else None
             z = None
             for i in range(p.blocks):

@@ -168,6 +168,9 @@ def test_features_in_any_memory_format_and_precision():
     ref = gradients(lambda f, g: proj.loss(f, g, 3), f, g)
     last = gradients(lambda f, g: proj.loss(f.to(memory_format=torch.channels_last), g.to(memory_format=torch.channels_last), 3), f, g)
     for a, b in zip(last, ref): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-9)
+    x = f.to(memory_format=torch.channels_last).requires_grad_().clone() # not a leaf: its gradient comes as it was made
+    gx, = torch.autograd.grad(proj.loss(x, g, 3), x)
+    assert gx.is_contiguous(memory_format=torch.channels_last) and torch.allclose(gx, ref[1], rtol=1e-4, atol=1e-9)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         for a, b in zip(gradients(lambda f, g: proj.loss(f, g, 3), f, g), ref): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-9)
         assert proj(f).dtype == f32 and GlobalProjector(8)(f.bfloat16()).dtype == f32

@@ -452,6 +452,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fastmiseg.mutual_info._Side.grid': ('mutual_info.html#_side.grid', 'fastmiseg/mutual_info.py'),
                                        'fastmiseg.mutual_info._Side.line': ('mutual_info.html#_side.line', 'fastmiseg/mutual_info.py'),
                                        'fastmiseg.mutual_info._Side.load': ('mutual_info.html#_side.load', 'fastmiseg/mutual_info.py'),
+                                       'fastmiseg.mutual_info._Side.new_gradient': ( 'mutual_info.html#_side.new_gradient',
+                                                                                     'fastmiseg/mutual_info.py'),
                                        'fastmiseg.mutual_info._at_least_float32': ( 'mutual_info.html#_at_least_float32',
                                                                                     'fastmiseg/mutual_info.py'),
                                        'fastmiseg.mutual_info._box_sums': ('mutual_info.html#_box_sums', 'fastmiseg/mutual_info.py'),

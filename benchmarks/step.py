@@ -17,7 +17,8 @@ from fastmiseg.callback.baselines import ConsistencyCallback, EntropyMinCallback
 from fastmiseg.callback.mireg import MIRegCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.data import SemiSupDataBlock
-from fastmiseg.models import UNet
+from fastmiseg.learner import reuse_memory
+from fastmiseg.models import create_unet
 from fastmiseg.mutual_info import consistency_loss, global_mi_loss
 from fastmiseg.views import RandomFlips
 from mutual_info import textbook
@@ -25,7 +26,7 @@ from mutual_info import textbook
 class TextbookMIReg(MIRegCallback):
     "The same losses with separate heads and one convolution for each"
     def make_projectors(self, found):
-        make = lambda n,c: nn.Linear(c, self.n_clusters) if n in self.global_layers else nn.Conv2d(c, self.n_clusters, 1)
+        make = lambda n,c: nn.Linear(c, self.n_clusters[n]) if n in self.global_layers else nn.Conv2d(c, self.n_clusters[n], 1)
         return nn.ModuleDict({n: nn.ModuleList(make(n, s.channels) for _ in range(self.n_heads)) for n,s in found.items()})
 
     def penalty(self, v):
@@ -57,7 +58,7 @@ def loaders(o, n_iters):
 
 def learner(o, cbs):
     set_seed(0)
-    learn = Learner(loaders(o, 2), UNet(1, 4, o.width), loss_func=CrossEntropyLossFlat(axis=1), wd=1e-5, cbs=[*cbs, _From(), _To()])
+    learn = Learner(loaders(o, 2), create_unet(n_in=1, n_out=4, width=o.width), loss_func=CrossEntropyLossFlat(axis=1), wd=1e-5, cbs=[*cbs, _From(), _To()])
     learn.remove_cbs([cb for cb in learn.cbs if type(cb).__name__=='ProgressCallback'])
     learn.logger = noop
     return learn

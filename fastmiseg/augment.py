@@ -13,8 +13,17 @@ import torch.nn.functional as F
 from fastai.vision.augment import RandTransform
 from fastai.torch_core import TensorImageBase, TensorMask
 
-# %% ../nbs/03_augment.ipynb #67fa312f
-def _uniform(n, lo, hi): return torch.empty(n).uniform_(lo, hi)
+# %% ../nbs/03_augment.ipynb #8233e824
+def _uniform(n, lo, hi, generator=None): return torch.empty(n).uniform_(lo, hi, generator=generator)
+
+def _draw_light(n, jitter, generator=None):
+    "Brightness, contrast and gamma for each of `n` images"
+    j = math.log1p(jitter)
+    return _uniform(n, -jitter/2, jitter/2, generator), _uniform(n, -j, j, generator).exp(), _uniform(n, -j, j, generator).exp()
+
+def _relight(x, bright, contrast, gamma):
+    bright,contrast,gamma = (o.view(-1, *[1]*(x.ndim-1)) for o in (bright, contrast, gamma))
+    return ((x-.5)*contrast + .5 + bright).clamp(0,1)**gamma
 
 def _matrix(n, size, out, rotate, flip, scale):
     "(n,2,3): output pixels, counted from the centre, to input pixels, counted from the centre; x before y"
@@ -34,7 +43,7 @@ def _grid(m, size, out, bend):
     if bend is None: return g
     return g + F.interpolate(bend, (h,w), mode='bicubic', align_corners=True).permute(0,2,3,1)*m.new_tensor([2/W, 2/H])
 
-# %% ../nbs/03_augment.ipynb #8281c3ce
+# %% ../nbs/03_augment.ipynb #460e5060
 class Augment(RandTransform):
     "Random crop, flip, rotation, scaling, elastic deformation and intensity jitter, different for each image of the batch"
     split_idx,order = 0,20
@@ -65,16 +74,11 @@ class Augment(RandTransform):
             m = _matrix(n, size, out, self.rotate, self.flip, self.scale)
             bend = torch.randn(n,2,5,5)*self.elastic if self.elastic else None
             self.grid = _grid(m, size, out, bend).to(x.device, non_blocking=True)
-        if self.jitter:
-            j = math.log1p(self.jitter)
-            self.light = [o.view(n,1,1,1).to(x.device, non_blocking=True) for o in
-                          (_uniform(n, -self.jitter/2, self.jitter/2), _uniform(n, -j, j).exp(), _uniform(n, -j, j).exp())]
+        if self.jitter: self.light = [o.to(x.device, non_blocking=True) for o in _draw_light(n, self.jitter)]
 
     def encodes(self, x:TensorImageBase):
         if self.grid is not None: x = F.grid_sample(x, self.grid, mode='bilinear', padding_mode='zeros', align_corners=False)
-        if self.light is None: return x
-        bright,contrast,gamma = self.light
-        return ((x-.5)*contrast + .5 + bright).clamp(0,1)**gamma
+        return x if self.light is None else _relight(x, *self.light)
 
     def encodes(self, y:TensorMask):
         if self.grid is None: return y

@@ -105,7 +105,7 @@ def prepare_run(
     _write_text(out/'config.json', json.dumps(_plain(dict(format=_format, fastmiseg=fastmiseg.__version__, store='slices', seed=seed, recipe=recipe.to_dict())), indent=1))
     return store.problems
 
-# %% ../nbs/11_commands.ipynb #8671c6ce
+# %% ../nbs/11_commands.ipynb #74563703
 methods = {
     'partial':       lambda: [],                                      # the labelled scans only
     'mireg':         lambda: [MIRegCallback()],                       # the paper's method
@@ -118,8 +118,6 @@ class _Log(Callback):
     "`log.csv`, after each epoch"
     order = 89 # the recorder has written; before `ResumeCallback` makes its checkpoint
     def __init__(self, path): self.path = path
-    def before_fit(self): # starts the clock of a progress bar whose first epoch is a later one
-        if getattr(getattr(self, 'progress', None), 'mbar', None): self.progress.mbar.update(0)
     def after_epoch(self):
         log = training_log(self.learn)
         _write_text(self.path, log.assign(epoch=range(1, len(log)+1))[['epoch',*log]].to_csv(index=False))
@@ -167,12 +165,7 @@ def resume_run(
     dls = MISegDataLoaders.from_cohort(df, c['recipe'], store=c['store'], bs=t['bs'], unlabeled_bs=t['unlabeled_bs'], n_iters=t['n_iters'], seed=c['seed'], workers=workers, path=run)
     set_seed(c['seed'])
     learn,regs = miseg_learner(dls, **t['net'], metrics=[VolumeDice(), *VolumeDice.per_class(dls.vocab)]),methods[t['method']]()
-    try: learn.fit_one_cycle(t['epochs'], t['lr'], cbs=[*regs, ResumeCallback(run/'checkpoints'), _Log(run/'log.csv')])
-    except (OSError, RuntimeError):
-        full = shutil.disk_usage(run).free<1<<20 # torch does not say so when it cannot write a checkpoint
-        for o in (run/'checkpoints').glob('*.tmp'): o.unlink()
-        if full: raise RunError(f'{run}: the disk is full; make room, and resume') from None
-        raise
+    learn.fit_one_cycle(t['epochs'], t['lr'], cbs=[*regs, ResumeCallback(run/'checkpoints'), _Log(run/'log.csv')])
     for o in regs:
         if isinstance(o, EMATeacherCallback) and o.evaluate=='teacher': o.to_model(learn.model) # who was validated is who is saved
     export_segmenter(learn, run/'model.safetensors', cohort=df.attrs.get('layout'), seed=c['seed'], method=t['method'], weights=method_of(regs), training=t)

@@ -5,18 +5,21 @@
 # %% auto #0
 __all__ = ['Flip', 'RandomFlips']
 
-# %% ../nbs/03a_views.ipynb #a95fac8e
+# %% ../nbs/03a_views.ipynb #82816ddd
 from dataclasses import dataclass
 
 import torch
 
+from .augment import _draw_light, _relight
+
 __all__ = ['RandomFlips'] # `Flip` is also a transform of fastai's
 
-# %% ../nbs/03a_views.ipynb #a28e4ce8
+# %% ../nbs/03a_views.ipynb #ff05c6a0
 @dataclass
 class Flip:
     "A flip for each image of a batch, applied to anything whose last axes are the image's: images, logits, features, masks"
     axes:list # for each image the axes to flip, counted from the end: `()`, `(-1,)`, `(-2,)` or `(-2,-1)`
+    light:tuple = None # brightness, contrast and gamma of each image (N,), for the images only
 
     def __call__(self,
         x:torch.Tensor # (N, ..., H, W), N = len(axes), at any resolution
@@ -32,16 +35,25 @@ class Flip:
         "Undo the flip: a flip is its own inverse"
         return self(x)
 
-# %% ../nbs/03a_views.ipynb #4c858a23
+    def images(self,
+        x:torch.Tensor # (N,C,H,W) in 0..1
+    )->torch.Tensor: # same shape
+        "T(x) for the network: moved, and in other intensities where such were drawn"
+        return self(x) if self.light is None else _relight(self(x), *(o.to(x.device, non_blocking=True) for o in self.light))
+
+    def __getitem__(self, part:slice): return Flip(self.axes[part], self.light and tuple(o[part] for o in self.light))
+
+# %% ../nbs/03a_views.ipynb #a1ed3520
 @dataclass
 class RandomFlips:
     "The paper's pool of transformations: each axis of each image is flipped with probability `p`"
     axes:tuple = (-2,-1) # axes that may be flipped, counted from the end; (-3,-2,-1) for volumes, (-1,) for left-right only
     p:float = .5         # the paper says random flips; the authors' code uses 0.8
+    jitter:float = 0.    # intensity changes of the transformed images, as in `Augment`; the paper has none
 
     def draw(self,
         n:int, # number of images
         generator:torch.Generator=None # on the CPU; default: torch's global one
     )->Flip: # a `Flip` for `n` images
         do = torch.rand(n, len(self.axes), generator=generator) < self.p
-        return Flip([tuple(a for a,d in zip(self.axes, row) if d) for row in do.tolist()])
+        return Flip([tuple(a for a,d in zip(self.axes, row) if d) for row in do.tolist()], _draw_light(n, self.jitter, generator) if self.jitter else None)

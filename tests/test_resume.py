@@ -45,6 +45,16 @@ def test_half_written_file_is_not_taken(tmp_path):
         with pytest.warns(UserWarning, match='is damaged'): quiet(learn:=learner(tmp_path, seed=1)).fit(1, 1e-2, cbs=ResumeCallback(tmp_path/'c', every=1, keep=3))
     assert torch.load(good[-1], weights_only=True)['over']
 
+def test_progress_bar_of_a_later_epoch(tmp_path):
+    "fastai's bar in a terminal, which has a clock that starts with its first step"
+    class Stop(Callback):
+        order = 95
+        def after_batch(self):
+            if self.training and self.epoch==1: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): learner(tmp_path).fit(2, cbs=[ResumeCallback(tmp_path/'c', every=1), Stop()])
+    learn = learner(tmp_path); learn.fit(2, cbs=ResumeCallback(tmp_path/'c', every=1))
+    assert hasattr(learn, 'progress') and len(learn.recorder.values)>0
+
 def test_several_fits_share_one_callback(tmp_path):
     "As `fine_tune` does: the fit that is over is passed over"
     class Stop(Callback):

@@ -15,7 +15,7 @@ from ..data import processes
 from ..mutual_info import consistency_loss
 from ..projectors import GlobalProjector, LocalProjector
 
-# %% ../../nbs/07a_callback.mireg.ipynb #9202d765
+# %% ../../nbs/07a_callback.mireg.ipynb #8c80aeed
 class MIRegCallback(SemiSupCallback):
     "Regularise with mutual information, globally and locally, and with consistency (Peng, Pedersoli and Desrosiers, section 3)"
     def __init__(self,
@@ -23,7 +23,7 @@ class MIRegCallback(SemiSupCallback):
         local_weight=.1,       # λ2
         consistency_weight=5., # λ3; the squared distance is divided by the number of classes, as in the authors' code
         layers=('Conv5','Upconv3','Upconv2'), # stages, or paths of modules; Conv.. are regularised globally, all others locally
-        n_clusters:int=10,     # K
+        n_clusters=10,         # K: a number, or one for each stage that differs from 10, as in {'Conv5':20}
         n_heads:int=5,         # independent projectors to a stage, averaged
         neighborhood=MappingProxyType({'Upconv3':3,'Upconv2':7}), # window of displacements of each local stage; 1 where nothing is said
         pool:str='max',        # of the global projectors: 'max' (the paper) or 'avg' (the authors' code)
@@ -37,18 +37,19 @@ class MIRegCallback(SemiSupCallback):
         self.local_layers  = tuple(n for n in layers if n not in self.global_layers)
         weights = {k:w for k,w,on in [('global_mi',global_weight,self.global_layers), ('local_mi',local_weight,self.local_layers),
                                       ('consistency',consistency_weight,True)] if on and (callable(w) or w)}
-        for name,o,least in (('n_clusters',n_clusters,2), ('n_heads',n_heads,1)):
+        clusters = n_clusters if isinstance(n_clusters, dict) else dict.fromkeys(layers, n_clusters)
+        if stray := set(clusters)-set(layers): raise ValueError(f"n_clusters: {', '.join(sorted(stray))} is not among the layers ({', '.join(layers)})")
+        for name,o,least in (*(('n_clusters',k,2) for k in clusters.values()), ('n_heads',n_heads,1)):
             if not isinstance(o, int) or o<least: raise ValueError(f"{name}: {o!r} is too few, it takes at least {least}; the paper uses 10 clusters and 5 heads")
         if not weights: raise ValueError("MIRegCallback: every weight is 0 (or its layers are missing), so there is nothing to do; leave the callback out")
         super().__init__(unlabeled, **weights)
         self.layers = tuple(n for n in layers if ('global_mi' if n in self.global_layers else 'local_mi') in weights)
-        self.n_clusters,self.n_heads,self.pool,self.neighborhood = n_clusters,n_heads,pool,dict(neighborhood)
+        self.n_clusters,self.n_heads,self.pool,self.neighborhood = {n: clusters.get(n, 10) for n in layers},n_heads,pool,dict(neighborhood)
         self.symmetric,self.subtract_min,self.prior = symmetric,subtract_min,prior
 
     def make_projectors(self, found):
-        kw = dict(n_clusters=self.n_clusters, n_heads=self.n_heads)
-        return nn.ModuleDict({n.replace('.','/'): GlobalProjector(s.channels, pool=self.pool, **kw) if n in self.global_layers else
-                              LocalProjector(s.channels, **kw) for n,s in found.items()})
+        new = lambda n,c,kw: GlobalProjector(c, pool=self.pool, **kw) if n in self.global_layers else LocalProjector(c, **kw)
+        return nn.ModuleDict({n.replace('.','/'): new(n, s.channels, dict(n_clusters=self.n_clusters[n], n_heads=self.n_heads)) for n,s in found.items()})
 
     def _mean_loss(self, names, f, g, **kw):
         proj = lambda n: self.projectors[n.replace('.','/')]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ResumeCallback']
 
-# %% ../../nbs/07d_callback.resume.ipynb #13f53265
-import pickle, zipfile
+# %% ../../nbs/07d_callback.resume.ipynb #ead7b413
+import pickle, shutil, zipfile
 
 import torch
 from fastai.basics import *
@@ -40,13 +40,18 @@ def _notes(o, but=(), tensors=True):
 def _set_notes(o, notes):
     for k,v in notes.items(): setattr(o, k, list(v['stacked'].unbind()) if isinstance(v, dict) and v.keys()=={'stacked'} else v)
 
-# %% ../../nbs/07d_callback.resume.ipynb #90ef9513
+# %% ../../nbs/07d_callback.resume.ipynb #e966e4ff
 def _write(state, path):
     tmp = path.with_suffix('.tmp')
-    with open(tmp, 'wb') as f:
-        torch.save(state, f)
-        f.flush(); os.fsync(f.fileno())
-    os.replace(tmp, path)
+    try:
+        with open(tmp, 'wb') as f:
+            torch.save(state, f)
+            f.flush(); os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as e: # torch has a RuntimeError for a full disk
+        tmp.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free>>20
+        raise OSError(f"ResumeCallback: {path} cannot be written ({free} MB are free there; {str(e).splitlines()[0]}); the checkpoints before it are whole: make room, and call the training again") from e
     if os.name=='posix':
         folder = os.open(path.parent, os.O_RDONLY)
         try: os.fsync(folder)
@@ -79,7 +84,7 @@ class _Rest(GetAttr):
         self.then()
         yield from it
 
-# %% ../../nbs/07d_callback.resume.ipynb #2d757ff3
+# %% ../../nbs/07d_callback.resume.ipynb #749f2c1a
 def _rng(dl): return getattr(getattr(dl, 'dl', dl), 'rng', None) # a `DistributedDL` has another loader inside
 
 class ResumeCallback(Callback):
@@ -113,6 +118,7 @@ class ResumeCallback(Callback):
             self._load(state)
             for line in state['lines']: self.learn.logger(line)
             self._lines,self._saved,self.learn._first_epoch = state['lines'],state['train_iter'],state['epoch']
+            if state['epoch'] and getattr(getattr(self.learn, 'progress', None), 'mbar', None): self.learn.progress.mbar.update(0) # its clock starts with its first step
             if not state['over']: self._state = state
         if state['over'] or state['fit']>self._fit:
             self._over = True

@@ -1,0 +1,93 @@
+"Studies: rows, columns, arithmetic, and the same figures again"
+import json, subprocess, sys
+from pathlib import Path
+import numpy as np, pandas as pd, pytest
+from dataclasses import replace
+from scipy.stats import ttest_rel
+from fastmiseg.experiments import Preset, Study, presets, run_study, studies, study_scores, study_table, _callbacks, _p, _settings
+from fastmiseg.phantom import make_phantom
+from fastmiseg.slices import Recipe
+
+tiny = Preset(Recipe(spacing=6., size=32, classes=('background','RV','Myo','LV')), labeled=1, valid=1, test=2, width=4, epochs=2, n_iters=10, bs=2, unlabeled_bs=2, lr=2e-2, weights=presets['cpu'].weights)
+
+@pytest.fixture(scope='module')
+def scans(tmp_path_factory):
+    make_phantom(root:=tmp_path_factory.mktemp('scans'), n_subjects=12, seed=0, size=(32,40))
+    return root
+
+@pytest.fixture(scope='module')
+def out(tmp_path_factory): return tmp_path_factory.mktemp('studies')
+
+def run(name, scans, out, **kw): return run_study(name, scans, out, **{**dict(preset=tiny, seeds=1, processes=2), **kw})
+
+@pytest.mark.parametrize('name', list(studies))
+def test_every_row_can_be_made(name):
+    for preset in presets.values():
+        for row in studies[name].rows.values():
+            s = _settings(preset, row)
+            assert s==_settings(preset, row) and json.dumps({**s, 'recipe':None})
+            _callbacks(s)
+
+@pytest.mark.parametrize('name', ['figure7','figure4','minimum','views','teacher'])
+def test_study_runs(name, scans, out):
+    kw = dict(rows=[k for k in studies[name].rows if k.endswith(('1','2'))]) if name=='figure4' else {}
+    scores = run(name, scans, out, **kw)
+    table = pd.read_csv(out/f'{name}.csv')
+    assert list(table.row)==kw.get('rows', list(studies[name].rows)) and set(scores.row)==set(table.row)
+    assert list(table.columns)[:10]==['row','seeds','RV','RV_sd','Myo','Myo_sd','LV','LV_sd','mean','mean_sd'] and 'hd95' in table
+    text = (out/f'{name}.md').read_text()
+    assert 'test 2 (2 scans)' in text and 'No subject is in two parts' in text and 'final checkpoint' in text and (out/f'{name}.png').stat().st_size>5000
+    test = set(pd.read_csv(out/'split_1.csv', comment='#').query("split=='test'").subject)
+    assert set(scores.subject)==test
+
+def test_table1_arithmetic_and_repetition(scans, out, tmp_path):
+    study,kw = 'table1',dict(seeds=2)
+    scores = run(study, scans, out, **kw)
+    t = pd.read_csv(out/'table1.csv').set_index('row')
+    means = {k: np.array([np.mean([g[(g.seed==s)&(g['class']==c)].dice.mean() for c in ('RV','Myo','LV')]) for s in (0,1)]) for k,g in scores.groupby('row')}
+    for k,m in means.items(): assert np.isclose(t['mean'][k], m.mean()) and np.isclose(t.mean_sd[k], m.std(ddof=1))
+    lo,hi = means['Partial supervision'].mean(),means['Full supervision'].mean()
+    assert np.isclose(t.gap_closed['All'], (means['All'].mean()-lo)/(hi-lo))
+    by = lambda k: [scores[(scores.row==k)&(scores.subject==s)].dice.mean() for s in sorted(set(scores.subject))]
+    assert np.isclose(t.p['Mean Teacher'], ttest_rel(by('All'), by('Mean Teacher'), alternative='greater').pvalue, equal_nan=True)
+    again = run(study, scans, tmp_path, rows=['All','Mean Teacher'], **kw)
+    first = scores[scores.row.isin(['All','Mean Teacher'])]
+    cols = ['row','seed','subject','class','dice','hd95','assd']
+    pd.testing.assert_frame_equal(again[cols].sort_values(cols[:4]).reset_index(drop=True), first[cols].sort_values(cols[:4]).reset_index(drop=True), check_exact=True)
+
+def test_runs_are_shared_and_kept(scans, out):
+    run('teacher', scans, out)
+    made = {o:o.stat().st_mtime_ns for o in out.glob('runs/*/scores.csv')}
+    run('teacher', scans, out)
+    assert made=={o:o.stat().st_mtime_ns for o in out.glob('runs/*/scores.csv')}
+    one = next(iter(made)).parent
+    assert not list(one.glob('**/*.pt')) and json.loads((one/'config.json').read_text())['settings']['width']==4 and (one/'log.csv').exists()
+
+def test_settings_are_chosen_on_validation_scans(scans, out):
+    rows = ['Partial supervision','Mean Teacher: teacher 1.0']
+    scores = run('choose', scans, out, score='valid', rows=rows)
+    split = pd.read_csv(out/'split_1.csv', comment='#')
+    assert set(scores.subject)==set(split[split.split=='valid'].subject) and (out/'choose_valid.md').exists()
+
+def test_mistakes(scans, out):
+    with pytest.raises(ValueError, match="study: 'table9' is none of table1"): run_study('table9', scans, out)
+    with pytest.raises(ValueError, match="preset: 'phone' is none of acdc"): run_study('table1', scans, out, preset='phone')
+    with pytest.raises(ValueError, match='rows: Ours: no such row; there are Full supervision'): run('table1', scans, out, rows=['Ours'])
+    with pytest.raises(ValueError, match="score: the preset has no 'test' scans; there are labeled, unlabeled, valid"): run('table1', scans, out, preset=replace(tiny, test=0), score='test')
+
+def test_a_failed_run_is_named_and_the_others_are_kept(scans, out, tmp_path):
+    study = Study('broken', {'Partial supervision': dict(method='partial'), 'Too wide': dict(method='mireg', args=dict(neighborhood={'Upconv3':99,'Upconv2':7}))})
+    with pytest.raises(RuntimeError, match=r'(?s)1 of 2 runs failed; call the study again to repeat them:.*Too wide, seed 0: .*neighborhood: 99 is more than the map'): run(study, scans, tmp_path)
+    assert len(list(tmp_path.glob('runs/*/scores.csv')))==1
+
+def test_subjects_are_paired():
+    s = pd.DataFrame(dict(subject=list('aabbcc'), dice=[.5,.7,.4,.4,.9,.7]))
+    assert np.isclose(_p(s, s.assign(dice=s.dice-[.1,.1,.2,.2,.05,.05])), ttest_rel([.6,.4,.8], [.5,.2,.75], alternative='greater').pvalue)
+
+def test_command(scans, tmp_path):
+    cli = lambda *a: subprocess.run([sys.executable, '-c', 'from fastmiseg.cli import compare; compare()', *a], capture_output=True, text=True)
+    done = cli('table9', '--data', str(scans))
+    assert done.returncode==2 and "fastmiseg-compare: study: 'table9' is none of" in done.stderr
+    done = cli('table1')
+    assert done.returncode==2 and 'set FASTMISEG_DATA' in done.stderr or done.returncode!=1
+    assert 'figure4' in cli('--help').stdout

@@ -35,7 +35,7 @@ def _report(problems, of=''):
 
 def _means(scores): print(scores.groupby('class', sort=False)[['dice','hd95','assd']].mean().round(3).to_string())
 
-# %% ../nbs/11b_cli.ipynb #db679484
+# %% ../nbs/11b_cli.ipynb #3de1faa6
 @call_parse
 def prepare(
     data:str,          # Folder with scans and masks (ACDC, PROMISE12, Decathlon, MM-WHS, images/ and masks/, DICOM; recognised by itself), or a CSV with columns image, mask, subject, scan, split
@@ -69,6 +69,8 @@ def train(
     lr:float=1e-3,     # Highest learning rate
     bs:int=4,          # Labelled slices to a batch
     unlabeled_bs:int=10, # Unlabelled slices to a batch
+    scale:float=1.,    # What the paper's weights are multiplied with; they suit 30,000 steps, trainings of minutes want less (0.2)
+    ramp:float=0.,     # Fraction of the training over which the weights grow (0.4); 0: constant, as in the paper
     seed:int=0,        # Of the split, the network and the draws
     layout:str=None,   # As for fastmiseg-prepare
     recipe:str=None,   # As for fastmiseg-prepare; auto by default
@@ -84,7 +86,7 @@ def train(
         if resume and data is not None: raise ValueError('DATA: the run knows its scans; leave it out with --resume')
         if not resume and data is None: raise ValueError('DATA: missing; give a folder or CSV of scans, or --resume')
         given = {k:v for k,v in dict(layout=layout, recipe=recipe, labeled=labeled, valid=valid, test=test).items() if v is not None}
-        scores = resume_run(out, workers) if resume else train_run(data, out, method, arch, width, epochs, n_iters, lr, bs, unlabeled_bs, seed, overwrite, workers, **given)
+        scores = resume_run(out, workers) if resume else train_run(data, out, method, arch, width, epochs, n_iters, lr, bs, unlabeled_bs, scale, ramp, seed, overwrite, workers, **given)
         _means(scores)
 
 @call_parse

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['methods', 'RunError', 'prepare_run', 'train_run', 'resume_run', 'predict_scans', 'evaluate_run']
 
-# %% ../nbs/11_commands.ipynb #cf8110eb
+# %% ../nbs/11_commands.ipynb #760d2ee4
 import json, os, shutil
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from .callback.mireg import MIRegCallback
 from .callback.baselines import ConsistencyCallback, EntropyMinCallback
 from .callback.teacher import EMATeacherCallback
 from .callback.resume import ResumeCallback
+from .callback.semisup import sigmoid_rampup
 from .inference import evaluate_cohort, predict_cohort
 from .segmenter import _plain, export_segmenter, load_segmenter, method_of
 from .plots import plot_clusters, plot_joints, plot_scans, plot_scores, plot_training, training_log
@@ -105,14 +106,19 @@ def prepare_run(
     _write_text(out/'config.json', json.dumps(_plain(dict(format=_format, fastmiseg=fastmiseg.__version__, store='slices', seed=seed, recipe=recipe.to_dict())), indent=1))
     return store.problems
 
-# %% ../nbs/11_commands.ipynb #74563703
-methods = {
-    'partial':       lambda: [],                                      # the labelled scans only
-    'mireg':         lambda: [MIRegCallback()],                       # the paper's method
-    'consistency':   lambda: [ConsistencyCallback()],
-    'entropy':       lambda: [EntropyMinCallback()],
-    'teacher':       lambda: [EMATeacherCallback()],                  # Mean Teacher
-    'mireg+teacher': lambda: [MIRegCallback(), EMATeacherCallback()]} # both (section 5.2)
+# %% ../nbs/11_commands.ipynb #b5703a45
+methods = { # w makes a weight or schedule of the paper's weight
+    'partial':       lambda w: [],                                                     # the labelled scans only
+    'mireg':         lambda w: [MIRegCallback(w(.1), w(.1), w(5.))],                   # the paper's method
+    'consistency':   lambda w: [ConsistencyCallback(w(5.))],
+    'entropy':       lambda w: [EntropyMinCallback(w(.01))],
+    'teacher':       lambda w: [EMATeacherCallback(weight=w(5.))],                     # Mean Teacher
+    'mireg+teacher': lambda w: [MIRegCallback(w(.1), w(.1), w(5.)), EMATeacherCallback(weight=0.)]} # both (section 5.2)
+
+def _schedule(scale, ramp):
+    if scale<=0: raise RunError(f'scale: {scale} is not above 0; to leave the unlabelled scans out, take the method partial')
+    if not 0<=ramp<=1: raise RunError(f'ramp: {ramp} is not between 0 and 1; it is a fraction of the training')
+    return lambda weight: sigmoid_rampup(scale*weight, ramp) if ramp else scale*weight
 
 class _Log(Callback):
     "`log.csv`, after each epoch"
@@ -133,6 +139,8 @@ def train_run(
     lr:float=1e-3,   # highest learning rate of the one-cycle schedule
     bs:int=4,        # labelled slices to a batch
     unlabeled_bs:int=10, # unlabelled slices to a batch
+    scale:float=1.,  # what the weights of the paper are multiplied with; they suit 30,000 steps, and small budgets want less
+    ramp:float=0.,   # fraction of the training over which the weights grow; 0: they are constant, as in the paper
     seed:int=0,      # of the split, the network and the draws
     overwrite:bool=False, # replace the run that is in `out`
     workers=None,    # processes that prepare slices
@@ -140,6 +148,7 @@ def train_run(
 )->pd.DataFrame:     # scores, as from `evaluate_cohort`
     "Train, and leave a run folder: config, split, log, checkpoints, model, metrics and figures"
     if method not in methods: raise RunError(f"method: {method!r} is none of {', '.join(methods)}")
+    _schedule(scale, ramp)
     if (Path(data)/'config.json').exists():
         if Path(data).resolve()==Path(out).resolve(): raise RunError(f'{out}: is the folder with the prepared slices; make the run in another one, or resume it')
         if kwargs: raise RunError(f"{', '.join(kwargs)}: cannot be changed, for {data} is prepared already")
@@ -150,7 +159,7 @@ def train_run(
         prepare_run(data, out, seed=seed, overwrite=overwrite, workers=workers, **kwargs)
         out = Path(out); recipe,store = _config(out)['recipe'],'slices'
     net = dict(arch=arch, **(dict(width=width) if arch in ('unet','dynamic_unet') else {}))
-    train = dict(method=method, net=net, epochs=epochs, n_iters=n_iters, lr=lr, bs=bs, unlabeled_bs=unlabeled_bs)
+    train = dict(method=method, net=net, epochs=epochs, n_iters=n_iters, lr=lr, bs=bs, unlabeled_bs=unlabeled_bs, scale=scale, ramp=ramp)
     _write_text(out/'config.json', json.dumps(_plain(dict(format=_format, fastmiseg=fastmiseg.__version__, store=store, seed=seed, train=train, recipe=recipe.to_dict())), indent=1))
     return resume_run(out, workers)
 
@@ -164,7 +173,7 @@ def resume_run(
     t,df = c['train'],load_cohort(run/'split.csv', 'csv')
     dls = MISegDataLoaders.from_cohort(df, c['recipe'], store=c['store'], bs=t['bs'], unlabeled_bs=t['unlabeled_bs'], n_iters=t['n_iters'], seed=c['seed'], workers=workers, path=run)
     set_seed(c['seed'])
-    learn,regs = miseg_learner(dls, **t['net'], metrics=[VolumeDice(), *VolumeDice.per_class(dls.vocab)]),methods[t['method']]()
+    learn,regs = miseg_learner(dls, **t['net'], metrics=[VolumeDice(), *VolumeDice.per_class(dls.vocab)]),methods[t['method']](_schedule(t['scale'], t['ramp']))
     learn.fit_one_cycle(t['epochs'], t['lr'], cbs=[*regs, ResumeCallback(run/'checkpoints'), _Log(run/'log.csv')])
     for o in regs:
         if isinstance(o, EMATeacherCallback) and o.evaluate=='teacher': o.to_model(learn.model) # who was validated is who is saved

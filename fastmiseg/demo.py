@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_demo', 'demo']
 
-# %% ../nbs/12_demo.ipynb #a813fe34
+# %% ../nbs/12_demo.ipynb #87cee818
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,6 @@ import matplotlib
 import numpy as np, pandas as pd
 from fastcore.script import call_parse
 from fastai.vision.all import set_seed, plt
-from fastprogress import progress_bar
 
 from .volume import read_volume, read_mask
 from .cohort import load_cohort, split_cohort

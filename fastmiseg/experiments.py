@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['presets', 'studies', 'Preset', 'Study', 'run_study', 'study_scores', 'study_table', 'plot_study']
 
-# %% ../nbs/11a_experiments.ipynb #c5e55595
+# %% ../nbs/11a_experiments.ipynb #65be245b
 import hashlib, json, os, platform, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
@@ -31,13 +31,13 @@ from .inference import evaluate_cohort
 from .learner import miseg_learner
 from .metrics import VolumeDice
 from .slices import Recipe
-from .store import SliceStore
+from .store import SliceStore, _leave_with_parent
 from .views import RandomFlips
 
 # %% ../nbs/11a_experiments.ipynb #17ee3681
 __all__ = ['Preset', 'presets', 'Study', 'studies', 'run_study', 'study_scores', 'study_table', 'plot_study']
 
-# %% ../nbs/11a_experiments.ipynb #e14c9821
+# %% ../nbs/11a_experiments.ipynb #6a176469
 @dataclass(frozen=True)
 class Preset:
     "What a run may cost, which scans it sees, and the weights that go with it"
@@ -66,8 +66,8 @@ presets = dict(
     promise12 = Preset('promise12', 4, 10, 0, lr=4e-4, weights=_weights(.05, 10.)),
     spleen    = Preset('spleen', 6, 5, 0, lr=4e-4, weights=_weights(.05, 5.)),
     mmwhs     = Preset('mmwhs', 2, 5, 0, weights=_weights(.1, 5.)),
-    cpu       = Preset('auto', 2, 20, 34, width=8, epochs=4, n_iters=200, unlabeled_bs=4, lr=6e-3, div=25., pct_start=.25, decay=.99,
-                       weights=_weights([.05,.4], [1.,.4], [5.,.8])))
+    cpu       = Preset('auto', 2, 20, 34, width=8, epochs=4, n_iters=250, bs=8, unlabeled_bs=8, lr=5e-3, div=5., decay=.99,
+                       weights=_weights(.01, [1.,.4], [1.,.4])))
 
 # %% ../nbs/11a_experiments.ipynb #87563df1
 @dataclass(frozen=True)
@@ -109,15 +109,15 @@ studies = {
     'ramps':   Study('Ramp-ups', {'All': _all, **{f'Reached at {u}': _mi([.05,u], [1.,u]) for u in (.2,.4,.8)}, 'From the first step': _mi(.05, 1.)}),
 }
 
-# %% ../nbs/11a_experiments.ipynb #e2ea46d6
+# %% ../nbs/11a_experiments.ipynb #d28ffe46
 _candidates = {
-    'Entropy min.':     [dict(method='entropy', weights=dict(entropy=w)) for w in (.001, .01, .1, [.01,.8], [.1,.8])],
-    'Mean Teacher':     [dict(method='teacher', weights=dict(teacher=w)) for w in ([1.,.4], [5.,.4], [5.,.8], [10.,.8], 1.)],
-    'MI only':          [_mi(w, 0.) for w in (.01, .05, [.01,.4], [.05,.4], [.1,.8])],
-    'Consistency only': [dict(method='consistency', weights=dict(consistency=w)) for w in ([1.,.4], [5.,.4], [5.,.8], [10.,.8], 1.)],
-    'All':              [_mi(m, c) for m,c in ((.01,[1.,.4]), (.01,[5.,.8]), ([.05,.4],[5.,.8]), (.05,[5.,.8]), ([.01,.8],[5.,.8]))]}
+    'Entropy min.':     [dict(method='entropy', weights=dict(entropy=w)) for w in (.003, .03, [.1,.8])],
+    'Mean Teacher':     [dict(method='teacher', weights=dict(teacher=w)) for w in ([.3,.4], [1.,.4], [5.,.8])],
+    'MI only':          [_mi(w, 0.) for w in (.003, .01, [.05,.6,'down'])],
+    'Consistency only': [dict(method='consistency', weights=dict(consistency=w)) for w in ([.3,.4], [1.,.4], [5.,.8])],
+    'All':              [_mi(w, [1.,.4]) for w in (.003, .01, [.05,.6,'down'])]}
 _said = lambda o: ', '.join(f'{k} {v}' for k,v in o['weights'].items())
-studies['choose'] = Study('Weights, chosen on validation scans', {'Partial supervision': dict(method='partial'), **{f'{k}: {_said(o)}': o for k,os in _candidates.items() for o in os}}, ours='Partial supervision')
+studies['choose'] = Study('Weights, chosen on validation scans', {**{k:_terms[k] for k in ('Full supervision','Partial supervision')}, **{f'{k}: {_said(o)}': o for k,os in _candidates.items() for o in os}}, ours='Partial supervision')
 
 # %% ../nbs/11a_experiments.ipynb #05ea78f5
 def _settings(preset, row):
@@ -180,7 +180,7 @@ def _run(job):
     for o in path.glob('*/*.pt'): o.unlink()
     for o in ('log','pretrain'): (path/o).is_dir() and (path/o).rmdir()
 
-# %% ../nbs/11a_experiments.ipynb #dee1a97c
+# %% ../nbs/11a_experiments.ipynb #409020d3
 def _splits(data, preset, rows, score, split_seed, out):
     "A CSV for each number of labelled subjects; test and validation subjects are the same in all of them"
     df,files = load_cohort(data),{}
@@ -262,10 +262,11 @@ def _make(jobs, n):
     begun,done,bad = time.perf_counter(),0,{}
     say = lambda text: print(f'\r{text:<100}', end='', flush=True)
     say(f'0 of {len(jobs)} runs')
-    before = {k:os.environ.get(k) for k in ('OMP_NUM_THREADS','MKL_NUM_THREADS')}
-    if jobs[0]['threads']==1: os.environ.update(dict.fromkeys(before, '1'))
+    before = {k:os.environ.get(k) for k in ('OMP_NUM_THREADS','MKL_NUM_THREADS','PYTHONWARNINGS')}
+    if jobs[0]['threads']==1: os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')
+    os.environ['PYTHONWARNINGS'] = 'ignore'
     try:
-        with ProcessPoolExecutor(min(n, len(jobs)), mp_context=get_context('spawn')) as pool:
+        with ProcessPoolExecutor(min(n, len(jobs)), get_context('spawn'), _leave_with_parent) as pool:
             futures = {pool.submit(_run, j):j for j in jobs}
             try:
                 for f in as_completed(futures):
@@ -274,7 +275,10 @@ def _make(jobs, n):
                     if e: bad[f"{j['row']}, seed {j['seed']}"] = e
                     left = (time.perf_counter()-begun)/done*(len(jobs)-done)/60
                     say(f"{done} of {len(jobs)} runs; last: {j['row']}, seed {j['seed']}{' FAILED' if e else ''}; about {left:.0f} min left")
-            except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
+            except BaseException:
+                for p in pool._processes.values(): p.terminate() # what is in hand has its checkpoints
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     finally:
         for k,v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k:v})
     print()

@@ -19,8 +19,10 @@ def reuse_memory()->bool: # whether the system took notice
     no_mmap,no_trim = (-4, 0),(-1, 2**31-1) # M_MMAP_MAX, M_TRIM_THRESHOLD
     return bool(mallopt and mallopt(*no_mmap) and mallopt(*no_trim))
 
-# %% ../nbs/08b_learner.ipynb #6500442c
+# %% ../nbs/08b_learner.ipynb #55730bae
 def _split_unet(m): return L(m[0], m[1:]).map(params)
+
+_adam = partial(Adam, eps=1e-8)
 
 @delegates(create_unet)
 def miseg_learner(
@@ -28,7 +30,7 @@ def miseg_learner(
     arch='unet',       # 'unet' (the paper's), 'dynamic_unet' (its encoder in a `DynamicUnet`), a timm name, or a torchvision function
     pretrained:bool=False, # start the encoder from ImageNet's weights, and freeze it as `unet_learner` does
     loss_func=None,    # default: cross-entropy of each pixel
-    opt_func=Adam,
+    opt_func=_adam,    # as PyTorch's Adam, and the paper's, it adds 1e-8 to the denominator; fastai's 1e-5 stands above the gradients of rare classes
     splitter=None,     # default: one group for the paper's U-Net; encoder and decoder for a `DynamicUnet`
     metrics=None,
     cbs=None,

@@ -269,7 +269,7 @@ def masks(self:Recipe,
     check_same_geometry(replace(where.volume(np.broadcast_to(np.uint8(0), where.shape)), path=image), vol)
     return where.forward(_classes(a, vol.path or 'the mask', self.classes, self.labels), nearest=True)
 
-# %% ../nbs/02_slices.ipynb #78ffe018
+# %% ../nbs/02_slices.ipynb #894c5d7c
 @patch(cls_method=True)
 def acdc(cls:Recipe):
     "ACDC, section 4.1: 1 mm, percentiles of each patient, crop 384, training crops 224, rotations to 45 degrees"
@@ -294,8 +294,8 @@ def mmwhs(cls:Recipe):
 
 @patch(cls_method=True)
 def hippocampus(cls:Recipe):
-    "Hippocampus (Decathlon task 4), not in the paper: axial slices of 64 by 48 hold every released scan whole and go through four poolings; left and right mirror each other"
-    return cls(spacing=1, size=(64,48), axis=0, classes=('background','Anterior','Posterior'), rotate=10., flip='h', jitter=.3)
+    "Hippocampus (Decathlon task 4), not in the paper: axial slices of 64 by 48 hold every released scan whole and go through four poolings; left and right mirror each other; random crops are half as large, for twice the share of hippocampus"
+    return cls(spacing=1, size=(64,48), crop=(48,32), axis=0, classes=('background','Anterior','Posterior'), rotate=10., flip='h', jitter=.3)
 
 # %% ../nbs/02_slices.ipynb #ea7ac555
 def _look(r, labelled):

@@ -128,16 +128,20 @@ def _usable(read, recipe, images):
         except VolumeError: pass
     return out
 
-# %% ../nbs/02a_store.ipynb #f21e2132
+# %% ../nbs/02a_store.ipynb #d1990f74
 _start_method = 'fork' if sys.platform=='linux' else 'spawn'
 
-def _start_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is the parent's affair: a worker finishes the scan in hand
+def _leave_with_parent():
+    "A pool's workers would wait for ever for a parent that was killed"
     parent = os.getppid()
     def leave():
         while os.getppid()==parent: time.sleep(.5)
-        os._exit(1)                              # a pool's workers would wait for ever for a parent that was killed
+        os._exit(1)
     threading.Thread(target=leave, daemon=True).start()
+
+def _start_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is the parent's affair: a worker finishes the scan in hand
+    _leave_with_parent()
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
 
 def _parallel(f, jobs, workers):

@@ -64,7 +64,7 @@ def test_runs_are_shared_and_kept(scans, out):
     assert not list(one.glob('**/*.pt')) and json.loads((one/'config.json').read_text())['settings']['width']==4 and (one/'log.csv').exists()
 
 def test_settings_are_chosen_on_validation_scans(scans, out):
-    rows = ['Partial supervision','Mean Teacher: teacher 1.0']
+    rows = ['Partial supervision','Mean Teacher: teacher [1.0, 0.4]']
     scores = run('choose', scans, out, score='valid', rows=rows)
     split = pd.read_csv(out/'split_1.csv', comment='#')
     assert set(scores.subject)==set(split[split.split=='valid'].subject) and (out/'choose_valid.md').exists()

@@ -24,7 +24,8 @@ prepare: .venv/installed
 	$(BIN)/jupyter nbconvert nbs/index.ipynb --to markdown --output-dir . --output README --RegexRemovePreprocessor.patterns='^#\| hide'
 
 bench: .venv/installed
-	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
+	for f in mutual_info step network; do OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/$$f.py || exit 1; done
+	for f in data prepare metrics; do (echo "Made by \`python benchmarks/$$f.py\`" && echo && $(BIN)/python -W ignore benchmarks/$$f.py) > benchmarks/$$f.tmp && mv benchmarks/$$f.tmp benchmarks/$$f.md || exit 1; done
 
 docs: .venv/installed
 	$(BIN)/nbdev-docs

@@ -1,6 +1,6 @@
 """What helps the paper's U-Net on a CPU: one step (forward, cross-entropy, backward, Adam) on the 24 images of the paper's batch, one thread.
 
-    python benchmarks/network.py             # network.md (about eight minutes)
+    python benchmarks/network.py             # network.md (about five minutes)
     python benchmarks/network.py --size 64 --width 4 --repeats 2   # a look
 
 Each variant runs in a process of its own, for an allocator's settings cannot be taken back. Processor time; ratios are what to compare.
@@ -33,7 +33,7 @@ def step(o):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--size', type=int, default=224); parser.add_argument('--width', type=int, default=16)
-    parser.add_argument('--images', type=int, default=24); parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--images', type=int, default=24); parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--variant', help=argparse.SUPPRESS)
     o = parser.parse_args()
     if o.variant is not None: return step(o)
@@ -44,11 +44,11 @@ def main():
         if done.returncode: rows.append(f'| {name} | did not run: {done.stderr.strip().splitlines()[-1][:80]} | | | |'); continue
         r = json.loads(done.stdout.splitlines()[-1]); first = first or r
         rows.append(f"| {name} | {r['seconds']/first['seconds']:.2f} | {r['seconds']:.2f} | {r['peak']:.0f} | {abs(r['loss']-first['loss']):.0e} | {KEPT.get(name, '')} |")
-        print(rows[-1], flush=True)
+        print(rows[-1], file=sys.stderr, flush=True)
     import torch
     text = '\n'.join([f'A step of the U-Net of width {o.width} on {o.images} images of {o.size}×{o.size}: forward, cross-entropy, backward, Adam.', '',
         '| variant | time, plain = 1 | seconds | peak memory (MB) | difference in the loss | kept in |', '|---|---|---|---|---|---|', *rows, '',
-        f'{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}, processor time, median of {o.repeats} steps after two.', ''])
+        f'{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}, processor time, median of {o.repeats} steps after two. Made by `python benchmarks/network.py`.', ''])
     print(text)
     if (o.size, o.width, o.images)==(224,16,24): (Path(__file__).parent/'network.md').write_text(text)
 

@@ -110,7 +110,7 @@ def report(o, t):
         f'- all terms against the same with textbook losses and separate heads: {ours/book:.2f} of the time',
         f'- share of the step that mutual information takes (beyond a step of consistency alone, which sends the same images through the network): {100*(ours-t["consistency"])/ours:.1f} %',
         f'- what callbacks and fastai\'s loop add to the same step written out by hand: {100*(ours-t["bare"])/ours:.1f} % of the step', '',
-        f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, median of {2*o.repeats} steps.', ''])
+        f'All with channels-last weights and `reuse_memory`, as `miseg_learner` has them on a CPU (what these give: [network.md](network.md)). {platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, processor time, median of {2*o.repeats} steps. Made by `OMP_NUM_THREADS=1 python benchmarks/step.py`.', ''])
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -119,6 +119,7 @@ def main():
     parser.add_argument('--repeats', type=int, default=3, help='rounds of two steps of each method')
     o = parser.parse_args()
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
+    reuse_memory()
     text = report(o, measure(o))
     print(text)
     if (o.size, o.width, o.labeled, o.unlabeled)==(224,16,4,10): (Path(__file__).parent/'step.md').write_text(text)

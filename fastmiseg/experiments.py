@@ -284,7 +284,7 @@ def _make(jobs, n):
     print()
     if bad: raise RuntimeError('\n'.join([f'{len(bad)} of {len(jobs)} runs failed; call the study again to repeat them:', *(f'  {k}: {e}' for k,e in bad.items())]))
 
-# %% ../nbs/11a_experiments.ipynb #a9fa19f4
+# %% ../nbs/11a_experiments.ipynb #c91b201a
 def study_scores(
     jobs # the runs: row, seed, path
 )->pd.DataFrame: # a row per run, scan and class
@@ -312,7 +312,7 @@ def study_table(
     for c in mean: res[c],res[f'{c}_sd'] = mean[c].values,sd[c].values
     res['hd95'] = scores.groupby('row').hd95.mean().loc[rows].values
     lo,hi = (mean['mean'].get(k) for k in ('Partial supervision','Full supervision'))
-    if lo is not None and hi is not None: res['gap_closed'] = (mean['mean'].values-lo)/(hi-lo)
+    if lo is not None and hi is not None: res['gap_closed'] = (mean['mean'].values-lo)/(hi-lo if hi!=lo else np.nan)
     pick = lambda k: scores[scores.row==k]
     if study.ours in rows: res['p'] = [np.nan if k==study.ours else _p(pick(study.ours), pick(k)) for k in rows]
     return res
@@ -331,7 +331,7 @@ def _legend(table, study):
     if 'p' in table: text += f' p: one-sided paired t-test over subjects, {study.ours} above the row.'
     return text
 
-# %% ../nbs/11a_experiments.ipynb #65b9a1a7
+# %% ../nbs/11a_experiments.ipynb #2c68d612
 def plot_study(
     scores,  # as from `run_study`
     study,   # `Study`
@@ -346,14 +346,14 @@ def plot_study(
         seeds['line'],x = [o.rsplit(', ', 1)[0] for o in seeds.row],scores.drop_duplicates('row').set_index('row')[study.x]
         for i,(name,g) in enumerate(seeds.groupby('line', sort=False)):
             g = g.assign(x=g.row.map(x)).groupby('x')['mean'].agg(['mean','std'])
-            ax.errorbar(g.index, g['mean'], g['std'].fillna(0), marker='osD^v'[i%5], capsize=3, color=palette[i%len(palette)], label=name)
+            ax.errorbar(g.index, g['mean'], g['std'].fillna(0), marker='osD^v'[i%5], capsize=3, color=palette[(7,1,4,6,3)[i%5]], label=name)
         ax.set(xscale='log', xlabel='labelled subjects', ylabel='mean Dice'); ax.set_xticks(sorted(x.unique()), [str(o) for o in sorted(x.unique())]); ax.minorticks_off()
         ax.legend(fontsize=8)
     else:
         g = seeds.groupby('row', sort=False)['mean']
-        for i,k in enumerate(rows): ax.plot(g.get_group(k), [i]*len(g.get_group(k)), 'o', ms=5, alpha=.6, color=palette[0])
+        for i,k in enumerate(rows): ax.plot(g.get_group(k), [i]*len(g.get_group(k)), 'o', ms=5, alpha=.7, color=palette[7])
         ax.errorbar(g.mean().loc[rows], range(len(rows)), xerr=g.std().fillna(0).loc[rows], fmt='k|', ms=12, capsize=3)
-        ax.set_yticks(range(len(rows)), rows); ax.invert_yaxis(); ax.set_xlabel('mean Dice (dots: seeds; bar: mean and standard deviation)')
+        ax.set_yticks(range(len(rows)), rows); ax.set_ylim(len(rows)-.5, -.5); ax.set_xlabel('mean Dice (dots: seeds; bar: mean and standard deviation)')
     ax.set_title(study.title, fontsize=10); ax.grid(alpha=.3)
     if out: Path(out).parent.mkdir(parents=True, exist_ok=True); fig.savefig(out, dpi=110)
     return fig

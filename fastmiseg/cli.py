@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['prepare', 'train', 'predict', 'evaluate', 'compare']
 
-# %% ../nbs/11b_cli.ipynb #9303626f
-import sys, warnings
+# %% ../nbs/11b_cli.ipynb #f621d380
+import sys, traceback, warnings
 from contextlib import contextmanager
 from typing import Annotated
 
@@ -15,15 +15,16 @@ from fastcore.script import call_parse
 # %% ../nbs/11b_cli.ipynb #2db70764
 __all__ = ['prepare', 'train', 'predict', 'evaluate', 'compare']
 
-# %% ../nbs/11b_cli.ipynb #4f3074c1
+# %% ../nbs/11b_cli.ipynb #137a4481
 @contextmanager
 def _polite(name, after=''):
     "Errors that a user can do something about become a sentence and an exit code; others keep their traceback"
     warnings.filterwarnings('ignore', category=FutureWarning)
     warnings.filterwarnings('ignore', category=DeprecationWarning)
     try: yield
-    except (ValueError, OSError) as e: print(f'{name}: {e}', file=sys.stderr); sys.exit(2)
+    except (ValueError, OSError, FloatingPointError) as e: print(f'{name}: {e}', file=sys.stderr); sys.exit(2)
     except KeyboardInterrupt: print(f'\n{name}: interrupted{after}', file=sys.stderr); sys.exit(130)
+    except Exception: traceback.print_exc(); sys.exit(3)
 
 def _number(s): return s if s=='all' else float(s) if '.' in s else int(s)
 _number.__name__ = _number.__qualname__ = 'number' # for --help
@@ -35,7 +36,7 @@ def _report(problems, of=''):
 
 def _means(scores): print(scores.groupby('class', sort=False)[['dice','hd95','assd']].mean().round(3).to_string())
 
-# %% ../nbs/11b_cli.ipynb #3de1faa6
+# %% ../nbs/11b_cli.ipynb #440c5e19
 @call_parse
 def prepare(
     data:str,          # Folder with scans and masks (ACDC, PROMISE12, Decathlon, MM-WHS, images/ and masks/, DICOM; recognised by itself), or a CSV with columns image, mask, subject, scan, split
@@ -77,6 +78,7 @@ def train(
     labeled:_number=None, # As for fastmiseg-prepare; 8 by default
     valid:_number=None,# As for fastmiseg-prepare; 0.2 by default
     test:_number=None, # As for fastmiseg-prepare; 0.2 by default
+    skip_bad:bool=False, # Leave out scans that cannot be used (exit code 1), instead of stopping (exit code 2)
     workers:int=None,  # Processes that prepare slices
     overwrite:bool=False # Replace the run that is in OUT
 ):
@@ -85,9 +87,10 @@ def train(
         from fastmiseg.commands import resume_run, train_run
         if resume and data is not None: raise ValueError('DATA: the run knows its scans; leave it out with --resume')
         if not resume and data is None: raise ValueError('DATA: missing; give a folder or CSV of scans, or --resume')
-        given = {k:v for k,v in dict(layout=layout, recipe=recipe, labeled=labeled, valid=valid, test=test).items() if v is not None}
+        given = {k:v for k,v in dict(layout=layout, recipe=recipe, labeled=labeled, valid=valid, test=test, skip_bad=skip_bad or None).items() if v is not None}
         scores = resume_run(out, workers) if resume else train_run(data, out, method, arch, width, epochs, n_iters, lr, bs, unlabeled_bs, scale, ramp, seed, overwrite, workers, **given)
         _means(scores)
+        _report([f'{k}: {v}' for k,v in scores.attrs['problems'].items()])
 
 @call_parse
 def predict(
@@ -148,14 +151,14 @@ def compare(
 ):
     "Run a study of the paper and write its table (STUDY.md, STUDY.csv) and figure (STUDY.png). Runs that are finished are not made again: after an interruption call it again. Exit codes: 0 done; 1 some runs failed; 2 not done, for the reason given; 130 interrupted."
     with _polite('fastmiseg-compare', '; finished runs are kept, call it again'):
-        import os
+        import os, shlex
         from pathlib import Path
         from fastmiseg.experiments import run_study
         data = data or os.environ.get('FASTMISEG_DATA')
         if not data: raise ValueError('--data: missing; give a folder or CSV of scans, or set FASTMISEG_DATA')
         given = dict(preset=preset, recipe=recipe, seeds=seeds, score=score, rows=rows and ';'.join(rows), epochs=epochs, n_iters=n_iters)
         default = dict(preset='cpu', seeds=3)
-        command = ' '.join(['fastmiseg-compare', study, '--data DATA', *(f"--{k} {v!r}" if isinstance(v, str) and set(v)&set(' ;') else f'--{k} {v}' for k,v in given.items() if v is not None and default.get(k)!=v)])
+        command = ' '.join(['fastmiseg-compare', study, '--data DATA', *(f"--{k.replace('_','-')} {shlex.quote(str(v))}" for k,v in given.items() if v is not None and default.get(k)!=v)])
         try: scores = run_study(study, data, out, preset, seeds, score, rows, recipe=recipe, epochs=epochs, n_iters=n_iters, processes=processes, command=command)
         except RuntimeError as e: print(e, file=sys.stderr); sys.exit(1)
         print(Path(scores.attrs['report']).read_text(encoding='utf-8'))

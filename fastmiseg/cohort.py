@@ -157,7 +157,7 @@ def _number(name, v, total):
     if isinstance(v,(float,np.floating)) and 0<=v<=1: return max(round(v*total), v>0)
     raise CohortError(f'{name}={v!r}: expected a number of subjects, or a fraction between 0.0 and 1.0')
 
-# %% ../nbs/01a_cohort.ipynb #1db87daa
+# %% ../nbs/01a_cohort.ipynb #be483d62
 def save_cohort(
     df:pd.DataFrame, # A cohort, split or not
     path             # `.csv`
@@ -172,10 +172,13 @@ def save_cohort(
         o = Path(os.path.abspath(o))
         return str(o.relative_to(base)) if o.is_relative_to(base) else str(o)
     out = df.assign(image=df.image.map(_rel), mask=[_rel(o) for o in df['mask']])
-    note = json.dumps({k:df.attrs.get(k) for k in ('classes','labels','channels')})
+    note = json.dumps({k:df.attrs.get(k) for k in ('layout','classes','labels','channels')})
     tmp = path.with_name(f'.{path.name}.{os.getpid()}')
-    tmp.write_text(f'{_note}{note}\n{out.to_csv(index=False)}', encoding='utf-8')
-    os.replace(tmp, path)
+    try:
+        tmp.write_text(f'{_note}{note}\n{out.to_csv(index=False)}', encoding='utf-8')
+        os.replace(tmp, path)
+    except OSError as e: raise CohortError(f'{path}: cannot be written ({e.strerror})') from None
+    finally: tmp.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/01a_cohort.ipynb #44f2d510

@@ -70,7 +70,7 @@ def _config(run):
     try: return {**c, 'recipe':Recipe.from_dict(c['recipe']), 'store':Path(run)/c['store']}
     except (KeyError, TypeError, ValueError) as e: raise RunError(f'{file}: is damaged ({e})') from None
 
-# %% ../nbs/11_commands.ipynb #3f95f10d
+# %% ../nbs/11_commands.ipynb #6513607f
 _presets = ('acdc','promise12','spleen','mmwhs','hippocampus')
 
 def _recipe_of(recipe, df):
@@ -84,6 +84,10 @@ def _recipe_of(recipe, df):
     try: return Recipe.from_dict(d.get('recipe', d))
     except (TypeError, ValueError, AttributeError) as e: raise RunError(f'recipe: {recipe} cannot be used ({e})') from None
 
+def _write_config(out, store, seed, recipe, train=None):
+    c = dict(format=_format, fastmiseg=fastmiseg.__version__, store=store, seed=seed, **(dict(train=train) if train else {}), recipe=recipe.to_dict())
+    _write_text(out/'config.json', json.dumps(_plain(c), indent=1))
+
 def prepare_run(
     data,            # folder or CSV of scans; a column `split` is taken as it is
     out,             # run folder to make
@@ -95,18 +99,22 @@ def prepare_run(
     seed:int=0,      # of the split
     workers=None,    # processes; default: one per core
     skip_bad:bool=False, # leave out scans that cannot be used, instead of stopping
-    overwrite:bool=False # replace the run that is in `out`
+    overwrite:bool=False, # replace the run that is in `out`
+    train:dict=None  # settings of a training that is to begin here, and can be resumed from here on
 )->pd.DataFrame:     # problems: subject, scan, image, problem
     "Recognise the scans, split them by subject, choose a recipe, and prepare the slices"
     df = load_cohort(data, layout)
     if 'split' not in df: df = split_cohort(df, labeled=None if labeled=='all' else labeled, valid=valid, test=test, seed=seed)
     recipe,out = _recipe_of(recipe, df),_new_run(out, overwrite)
-    store = SliceStore(out/'slices', recipe).prepare(df[df.split!='test'], workers=workers, skip_bad=skip_bad)
-    save_cohort(df[~df.scan.isin(store.problems.scan)], out/'split.csv')
-    _write_text(out/'config.json', json.dumps(_plain(dict(format=_format, fastmiseg=fastmiseg.__version__, store='slices', seed=seed, recipe=recipe.to_dict())), indent=1))
+    if train: _write_config(out, 'slices', seed, recipe, train); save_cohort(df, out/'split.csv')
+    try: store = SliceStore(out/'slices', recipe).prepare(df, workers=workers, skip_bad=skip_bad)
+    except Exception:
+        for o in ('config.json','split.csv'): (out/o).unlink(missing_ok=True)
+        raise
+    if not train: _write_config(out, 'slices', seed, recipe); save_cohort(df[~df.scan.isin(store.problems.scan)], out/'split.csv')
     return store.problems
 
-# %% ../nbs/11_commands.ipynb #b5703a45
+# %% ../nbs/11_commands.ipynb #88a394e2
 methods = { # w makes a weight or schedule of the paper's weight
     'partial':       lambda w: [],                                                     # the labelled scans only
     'mireg':         lambda w: [MIRegCallback(w(.1), w(.1), w(5.))],                   # the paper's method
@@ -149,18 +157,15 @@ def train_run(
     "Train, and leave a run folder: config, split, log, checkpoints, model, metrics and figures"
     if method not in methods: raise RunError(f"method: {method!r} is none of {', '.join(methods)}")
     _schedule(scale, ramp)
+    net = dict(arch=arch, **(dict(width=width) if arch in ('unet','dynamic_unet') else {}))
+    train = dict(method=method, net=net, epochs=epochs, n_iters=n_iters, lr=lr, bs=bs, unlabeled_bs=unlabeled_bs, scale=scale, ramp=ramp, skip_bad=kwargs.get('skip_bad', False))
     if (Path(data)/'config.json').exists():
         if Path(data).resolve()==Path(out).resolve(): raise RunError(f'{out}: is the folder with the prepared slices; make the run in another one, or resume it')
         if kwargs: raise RunError(f"{', '.join(kwargs)}: cannot be changed, for {data} is prepared already")
-        c,df = _config(data),load_cohort(Path(data)/'split.csv', 'csv')
-        recipe,store,out = c['recipe'],str(c['store'].resolve()),_new_run(out, overwrite)
+        c,df,out = _config(data),load_cohort(Path(data)/'split.csv', 'csv'),_new_run(out, overwrite)
+        _write_config(out, str(c['store'].resolve()), seed, c['recipe'], train)
         save_cohort(df, out/'split.csv')
-    else:
-        prepare_run(data, out, seed=seed, overwrite=overwrite, workers=workers, **kwargs)
-        out = Path(out); recipe,store = _config(out)['recipe'],'slices'
-    net = dict(arch=arch, **(dict(width=width) if arch in ('unet','dynamic_unet') else {}))
-    train = dict(method=method, net=net, epochs=epochs, n_iters=n_iters, lr=lr, bs=bs, unlabeled_bs=unlabeled_bs, scale=scale, ramp=ramp)
-    _write_text(out/'config.json', json.dumps(_plain(dict(format=_format, fastmiseg=fastmiseg.__version__, store=store, seed=seed, train=train, recipe=recipe.to_dict())), indent=1))
+    else: prepare_run(data, out, seed=seed, overwrite=overwrite, workers=workers, train=train, **kwargs)
     return resume_run(out, workers)
 
 def resume_run(
@@ -171,7 +176,7 @@ def resume_run(
     run,c = Path(run),_config(run)
     if 'train' not in c: raise RunError(f'{run}: is prepared, but no training was begun in it; train from it into another folder')
     t,df = c['train'],load_cohort(run/'split.csv', 'csv')
-    dls = MISegDataLoaders.from_cohort(df, c['recipe'], store=c['store'], bs=t['bs'], unlabeled_bs=t['unlabeled_bs'], n_iters=t['n_iters'], seed=c['seed'], workers=workers, path=run)
+    dls = MISegDataLoaders.from_cohort(df, c['recipe'], store=c['store'], bs=t['bs'], unlabeled_bs=t['unlabeled_bs'], n_iters=t['n_iters'], seed=c['seed'], workers=workers, skip_bad=t['skip_bad'], path=run)
     set_seed(c['seed'])
     learn,regs = miseg_learner(dls, **t['net'], metrics=[VolumeDice(), *VolumeDice.per_class(dls.vocab)]),methods[t['method']](_schedule(t['scale'], t['ramp']))
     learn.fit_one_cycle(t['epochs'], t['lr'], cbs=[*regs, ResumeCallback(run/'checkpoints'), _Log(run/'log.csv')])
@@ -183,7 +188,9 @@ def resume_run(
         if isinstance(o, MIRegCallback):
             plot_joints(learn, o, out=run/'figures'/'joints.png')
             if set(o.local_layers)&set(o.layers): plot_clusters(learn, o, out=run/'figures'/'clusters.png')
-    return evaluate_run(run)
+    scores = evaluate_run(run, skip_bad=t['skip_bad'])
+    scores.attrs['problems'].update(zip(dls.store.problems.scan, dls.store.problems.problem))
+    return scores
 
 # %% ../nbs/11_commands.ipynb #c355a53d
 def _load(model):

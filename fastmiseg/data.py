@@ -131,7 +131,7 @@ def processes():
     "Rank and number of the processes that train together"
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0,1)
 
-# %% ../nbs/03b_data.ipynb #b8e57dd9
+# %% ../nbs/03b_data.ipynb #fe10e038
 class _Pairwise(Pipeline):
     "Batch transforms for the two streams of a paired batch, drawn separately"
     def __call__(self, b):
@@ -153,8 +153,8 @@ class PairedDL(TfmdDL):
         **kwargs
     ):
         for k in ('shuffle','drop_last','n'): kwargs.pop(k, None)
+        self.unlabeled,self.unlabeled_bs,self.n_iters,self.seed,self.epoch,self.first = unlabeled,unlabeled_bs,n_iters,seed,0,0 # before transforms are set up on a batch
         super().__init__(dataset, bs=bs, num_workers=num_workers, n=n_iters, **kwargs)
-        self.unlabeled,self.unlabeled_bs,self.n_iters,self.seed,self.epoch,self.first = unlabeled,unlabeled_bs,n_iters,seed,0,0
         self.after_batch = _Pairwise(self.after_batch)
 
     def __len__(self): return self.n_iters
@@ -250,7 +250,7 @@ class SemiSupDataBlock(DataBlock):
         valid = ScanDL(dsets.valid, bs=val_bs or bs+unlabeled_bs, after_batch=self.batch_tfms, **kw)
         return MISegDataLoaders(train, valid, path=path, device=device)
 
-# %% ../nbs/03b_data.ipynb #e9775e27
+# %% ../nbs/03b_data.ipynb #0d0785e9
 def _check_split(df):
     if 'split' not in df:
         raise ValueError("df: has no column 'split'; call split_cohort(df, labeled=..., valid=...) first")
@@ -299,16 +299,21 @@ class MISegDataLoaders(DataLoaders):
         return dls
 
     def test_dl(self,
-        scans,  # cohort, or paths of scans
-        bs=None # slices to a batch
-    )->ScanDL:  # batches `(x,)`, in order
+        scans,   # cohort, or paths of scans
+        bs=None, # slices to a batch
+        shuffle:bool=False,   # in another order each time, as `MIRegCallback(unlabeled=scans)` has them
+        drop_last:bool=False, # leave out an incomplete last batch
+        **kwargs # what fastai's loaders take else: of no use here
+    )->ScanDL:   # batches `(x,)`, in order
         "Slices of other scans, prepared in the same store"
+        if 'rm_type_tfms' in kwargs: raise ValueError("learn.predict is for one image, and a scan is many slices: use predict_volume(learn, scan)")
+        if self.store is None: raise ValueError("test_dl: this learner was exported and has no folder for slices; segment scans with predict_volume or predict_cohort, or set dls.store")
         if not isinstance(scans, pd.DataFrame):
             paths = [str(o) for o in L(scans)]
             scans = pd.DataFrame(dict(subject=paths, scan=paths, image=paths))
         store = SliceStore(self.store.path, self.recipe).prepare(scans.assign(mask=None), progress=False)
         refs = [SliceRef(r.scan, i) for r in store.scans.itertuples() for i in range(r.n)]
-        return ScanDL(Datasets(refs, tfms=[[_ReadImage(store)]]), bs=bs or self.valid.bs, num_workers=0, device=self.device, after_item=[ToTensor])
+        return ScanDL(Datasets(refs, tfms=[[_ReadImage(store)]]), bs=bs or self.valid.bs, shuffle=shuffle, drop_last=drop_last, num_workers=0, device=self.device, after_item=[ToTensor])
 
     def new_empty(self):
         "The same loaders without the data: what an exported `Learner` carries"

@@ -137,12 +137,14 @@ def _callbacks(s):
             'teacher': lambda: [teacher(weight=w['teacher'])], 'mireg': lambda: [mireg(w['consistency'])], 'mireg+teacher': lambda: [mireg(w['consistency']), teacher(weight=0.)],
             'pretrain': lambda: [mireg(0.)]}[s['method']]()
 
-# %% ../nbs/11a_experiments.ipynb #cc542cb2
+# %% ../nbs/11a_experiments.ipynb #fc266ec9
 def _no_supervision(pred, y): return (pred*0).sum()
 
 def _train(s, df, store, seed, path):
     "A learner after its last step"
-    if s['method']=='full': df = df.assign(split=df.split.replace('unlabeled', 'labeled'))
+    if s['method']=='full':
+        df = df.assign(split=df.split.replace('unlabeled', 'labeled'))
+        df = df[df['mask'].notna()]
     if s['method'] in ('partial','full'): df = df[df.split!='unlabeled']
     dls = MISegDataLoaders.from_cohort(df, Recipe.from_dict(s['recipe']), store=store, bs=s['bs'],
                                        unlabeled_bs=s['unlabeled_bs'], n_iters=s['n_iters'], seed=seed, path=path)
@@ -163,9 +165,9 @@ def _train(s, df, store, seed, path):
         if isinstance(o, EMATeacherCallback) and o.evaluate=='teacher': o.to_model(learn.model)
     return learn
 
-# %% ../nbs/11a_experiments.ipynb #c4a2dbd1
+# %% ../nbs/11a_experiments.ipynb #d07c3e02
 def _key(settings, seed, score, split):
-    return hashlib.blake2b(json.dumps([settings, seed, score, split], sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
+    return hashlib.blake2b(json.dumps([fastmiseg.__version__, settings, seed, score, split], sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
 
 def _run(job):
     "One run, in a process of its own"
@@ -180,7 +182,7 @@ def _run(job):
     for o in path.glob('*/*.pt'): o.unlink()
     for o in ('log','pretrain'): (path/o).is_dir() and (path/o).rmdir()
 
-# %% ../nbs/11a_experiments.ipynb #409020d3
+# %% ../nbs/11a_experiments.ipynb #ee43ecb1
 def _splits(data, preset, rows, score, split_seed, out):
     "A CSV for each number of labelled subjects; test and validation subjects are the same in all of them"
     df,files = load_cohort(data),{}
@@ -280,7 +282,7 @@ def _make(jobs, n):
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     finally:
-        for k,v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k:v})
+        for k,v in before.items(): os.environ.pop(k, None) if v is None else os.environ.update({k:v})
     print()
     if bad: raise RuntimeError('\n'.join([f'{len(bad)} of {len(jobs)} runs failed; call the study again to repeat them:', *(f'  {k}: {e}' for k,e in bad.items())]))
 
@@ -331,7 +333,7 @@ def _legend(table, study):
     if 'p' in table: text += f' p: one-sided paired t-test over subjects, {study.ours} above the row.'
     return text
 
-# %% ../nbs/11a_experiments.ipynb #2c68d612
+# %% ../nbs/11a_experiments.ipynb #f3d13013
 def plot_study(
     scores,  # as from `run_study`
     study,   # `Study`
@@ -347,7 +349,7 @@ def plot_study(
         for i,(name,g) in enumerate(seeds.groupby('line', sort=False)):
             g = g.assign(x=g.row.map(x)).groupby('x')['mean'].agg(['mean','std'])
             ax.errorbar(g.index, g['mean'], g['std'].fillna(0), marker='osD^v'[i%5], capsize=3, color=palette[(7,1,4,6,3)[i%5]], label=name)
-        ax.set(xscale='log', xlabel='labelled subjects', ylabel='mean Dice'); ax.set_xticks(sorted(x.unique()), [str(o) for o in sorted(x.unique())]); ax.minorticks_off()
+        ax.set(xscale='log', xlabel='labelled', ylabel='mean Dice'); ax.set_xticks(sorted(x.unique()), [str(o) for o in sorted(x.unique())]); ax.minorticks_off()
         ax.legend(fontsize=8)
     else:
         g = seeds.groupby('row', sort=False)['mean']

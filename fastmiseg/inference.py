@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['predict_volume', 'predict_cohort', 'evaluate_cohort']
 
-# %% ../nbs/09_inference.ipynb #00f71e48
+# %% ../nbs/09_inference.ipynb #8261bc1d
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -13,7 +13,7 @@ from fastprogress import progress_bar
 from scipy.ndimage import label
 
 from .intact import extension
-from .volume import Volume, VolumeError, read_mask, read_volume, write_volume
+from .volume import Volume, VolumeError, collect_warnings, read_mask, read_volume, write_volume, _tell
 from .readers import cohort_frame
 from .slices import Recipe
 from .views import Flip
@@ -98,7 +98,7 @@ def _finish(p, where, out, probabilities, largest):
     if out is not None: write_volume(seg, out)
     return seg
 
-# %% ../nbs/09_inference.ipynb #dbbda58a
+# %% ../nbs/09_inference.ipynb #41ca4c30
 def _as_cohort(scans):
     "Paths as a cohort; a cohort stays as it is"
     if isinstance(scans, pd.DataFrame): return scans
@@ -125,12 +125,14 @@ def _limits(recipe, df, subject, known):
         known.clear(); known[subject] = recipe.limits(*vols) if vols else None
     return known[subject]
 
-def _each(learn, df, recipe, flips, bs, progress):
+def _each(learn, df, recipe, flips, bs, progress, odd):
     "For each scan (its row, probabilities, `Placement`), or (its row, None, what is wrong with it)"
     known,rows = {},list(df.itertuples())
     for r in progress_bar(rows) if progress else rows:
-        try: res = _segment(learn.model, recipe, read_volume(r.image, channels=recipe.channels>1), _limits(recipe, df, r.subject, known), flips, bs)
-        except VolumeError as e: res = None,str(e)
+        with collect_warnings() as found:
+            try: res = _segment(learn.model, recipe, read_volume(r.image, channels=recipe.channels>1), _limits(recipe, df, r.subject, known), flips, bs)
+            except VolumeError as e: res = None,str(e)
+        odd += found
         yield (r, *res)
 
 def predict_cohort(
@@ -148,12 +150,14 @@ def predict_cohort(
     "Segment scans in their own geometries; bad ones are listed and left out"
     recipe,df,res = _recipe(learn, recipe),_as_cohort(scans),[]
     files = dict(zip(df.scan, _out_files(df, out, ['.nii.gz','_probabilities.nii.gz'][:1+probabilities], overwrite)))
-    for r,p,where in _each(learn, df, recipe, flips, bs, progress):
+    odd = []
+    for r,p,where in _each(learn, df, recipe, flips, bs, progress, odd):
         if p is not None: _finish(p, where, *(files[r.scan]+[None])[:2], largest)
         res.append((r.subject, r.scan, r.image, None if p is None else str(files[r.scan][0]), where if p is None else None))
+    _tell(f'{len(df)} scans', 'while they were read:', odd)
     return pd.DataFrame(res, columns=['subject','scan','image','out','problem'], dtype=object)
 
-# %% ../nbs/09_inference.ipynb #bd8d83e0
+# %% ../nbs/09_inference.ipynb #66b30d5c
 def _check_classes(recipe, df):
     have,want = df.attrs.get('classes'),recipe.classes
     if have is None or recipe.labels: return
@@ -180,14 +184,19 @@ def evaluate_cohort(
     if not len(masked): raise ValueError("df: no scan has a mask, so there is nothing to compare with")
     _check_classes(recipe, df)
     files,res,bad = dict(zip(masked.scan, _out_files(masked, out, ['.nii.gz'], overwrite))),[],{}
-    for r,p,where in _each(learn, masked, recipe, flips, bs, progress):
+    odd = []
+    for r,p,where in _each(learn, masked, recipe, flips, bs, progress, odd):
         if p is None: bad[r.scan] = where; continue
         seg = _finish(p, where, files[r.scan][0], None, largest)
         seg.path = str(r.image)
-        try: mask = read_mask(r.mask, seg, recipe.classes, recipe.labels)
-        except VolumeError as e: bad[r.scan] = str(e); continue
+        with collect_warnings() as found:
+            try: mask = read_mask(r.mask, seg, recipe.classes, recipe.labels)
+            except VolumeError as e: bad[r.scan] = str(e)
+        odd += found
+        if r.scan in bad: continue
         scores = score_volume(seg.array, mask.array, seg.spacing, recipe.classes, **kwargs)
         res.append(scores.assign(subject=r.subject, scan=r.scan))
+    _tell(f'{len(masked)} scans', 'while they were read:', odd)
     if bad and not (skip_bad and res):
         raise VolumeError('\n'.join([f'{len(bad)} of {len(masked)} scans cannot be scored; repair them, or leave them out with skip_bad=True:', *(f'  {s}: {e}' for s,e in list(bad.items())[:20])]))
     res = pd.concat(res, ignore_index=True)

@@ -19,7 +19,7 @@ def reuse_memory()->bool: # whether the system took notice
     no_mmap,no_trim = (-4, 0),(-1, 2**31-1) # M_MMAP_MAX, M_TRIM_THRESHOLD
     return bool(mallopt and mallopt(*no_mmap) and mallopt(*no_trim))
 
-# %% ../nbs/08b_learner.ipynb #55730bae
+# %% ../nbs/08b_learner.ipynb #7e200062
 def _split_unet(m): return L(m[0], m[1:]).map(params)
 
 _adam = partial(Adam, eps=1e-8)
@@ -40,7 +40,7 @@ def miseg_learner(
     **kwargs           # for `create_unet`
 )->Learner:
     "A learner for segmentation: the network's channels and classes come from `dls`; on a CPU, the process will `reuse_memory`"
-    if dls.device is None or dls.device.type=='cpu': reuse_memory()
+    if torch.device(dls.device or 'cpu').type=='cpu': reuse_memory()
     n_out = get_c(dls)
     if not n_out: raise ValueError("dls: the number of classes is not known; set dls.c, background included")
     x = dls.one_batch()[0]

@@ -6,18 +6,18 @@
 __all__ = ['plot_volume', 'plot_scans', 'plot_scores', 'training_log', 'plot_training', 'plot_clusters', 'plot_joints',
            'plot_tsne']
 
-# %% ../nbs/10_plots.ipynb #0e9cd787
+# %% ../nbs/10_plots.ipynb #d8cbe3c9
 import os
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from .volume import Volume, read_mask, read_volume
+from .volume import Volume, collect_warnings, read_mask, read_volume
 from .slices import Recipe
 from .data import palette, show_slice
 from .views import RandomFlips
@@ -48,7 +48,7 @@ def _done(fig, out):
     finally: tmp.unlink(missing_ok=True)
     return fig
 
-# %% ../nbs/10_plots.ipynb #d4059182
+# %% ../nbs/10_plots.ipynb #bff42895
 def _edges(vol, where):
     "Letters for the left, right, top and bottom edge of the slices"
     d = np.reshape(vol.direction, (3,3))
@@ -74,13 +74,14 @@ def _show_errors(img, e, ax):
 
 def _planes(scan, axis, *masks):
     "Slices of a scan in grey and of its masks, height to width of a pixel, and the letters of the edges"
-    vol = scan if isinstance(scan, Volume) else read_volume(scan, channels=True)
+    with collect_warnings(): vol = scan if isinstance(scan, Volume) else read_volume(scan, channels=True)
     where = Recipe(axis=axis).place(vol)
     a = vol.array.reshape(-1, *vol.shape)[0].astype(np.float32)
     lo,hi = np.percentile(a, (1,99))
     load = lambda o: o.array if isinstance(o, Volume) else read_mask(o).array if isinstance(o, (str,Path)) else np.asarray(o)
     _,dy,dx = where.slice_spacing
-    return (where.forward(np.clip((a-lo)/max(hi-lo, 1e-6), 0, 1)), *(None if o is None else where.forward(load(o), nearest=True) for o in masks)), dy/dx, _edges(vol, where)
+    with collect_warnings(): masks = [o if o is None else load(o) for o in masks]
+    return (where.forward(np.clip((a-lo)/max(hi-lo, 1e-6), 0, 1)), *(None if o is None else where.forward(o, nearest=True) for o in masks)), dy/dx, _edges(vol, where)
 
 def _legend(fig, classes, errors=False):
     lines = [Line2D([], [], color=palette[c%len(palette)], label=n) for c,n in enumerate(classes) if c]
@@ -203,9 +204,9 @@ def plot_training(
         if len(mine)>1: ax.legend(fontsize=7)
     return _done(fig, out)
 
-# %% ../nbs/10_plots.ipynb #6e37f62d
+# %% ../nbs/10_plots.ipynb #27b0e09c
 _tol = ['#332288','#88CCEE','#44AA99','#117733','#999933','#DDCC77','#CC6677','#882255','#AA4499','#DDDDDD']
-def _colors(k): return [_tol[i%10] for i in range(k)]
+def _colors(k): return _tol[:k] if k<=10 else [hsv_to_rgb((i/k, .5+.4*(i%2), .95-.4*(i%3)/2)) for i in range(k)] # there are no more than ten that everybody can tell apart
 
 def _features(learn, x, names):
     "Maps of the named stages for images (N,C,H,W): name -> (N,F,h,w)"
@@ -246,9 +247,9 @@ def plot_clusters(
     maps = _features(learn, x, layers)
     fig,axs = _subplots(1+len(layers), len(x), (1.7*len(x)+1.1, 1.75*(1+len(layers))))
     for i,ax in enumerate(axs[0]): show_slice(x[i].cpu(), None if y is None else y[i], ax, title=f'image {i+1}')
-    for l,row in zip(layers, axs[1:]):
-        p = proj(l)(maps[l])[:,head]           # (N,K,h,w)
-        K = p.shape[1]
+    ps = [proj(l)(maps[l])[:,head] for l in layers] # (N,K,h,w)
+    K = max(p.shape[1] for p in ps)
+    for p,row in zip(ps, axs[1:]):
         for ax,o in zip(row, p.argmax(1).cpu()):
             im = ax.imshow(o.numpy(), cmap=ListedColormap(_colors(K)), vmin=-.5, vmax=K-.5, interpolation='nearest'); ax.axis('off')
     fig.colorbar(im, ax=axs, ticks=range(K), label='cluster', shrink=.6).ax.tick_params(labelsize=7)

@@ -242,7 +242,7 @@ def read_dicom(root:Path,
     if masks and used=={None}: raise CohortError(f'{root}: no mask belongs to a series; series are called {_some(o["scan"] for o in rows)}, masks {_some(_stem(o) for o in masks)}; rename them')
     return cohort_frame(sorted(rows, key=lambda o: o['scan']), 'dicom')
 
-# %% ../nbs/01_readers.ipynb #cf25630d
+# %% ../nbs/01_readers.ipynb #4af897b2
 _note = '# fastmiseg '
 
 @layout('csv', 'a file .csv with a column `image`', lambda root: root.suffix.lower()=='.csv')
@@ -266,4 +266,4 @@ def read_csv(root)->pd.DataFrame: # Path of the file, or a DataFrame
     if 'subject' not in df: df['subject'] = df.scan
     for o in ('scan','subject'): df[o] = [s if pd.isna(i) else str(i) for i,s in zip(df[o], df.image.map(_stem) if o=='scan' else df.scan)]
     labels = {int(k):v for k,v in attrs['labels'].items()} if attrs.get('labels') else None
-    return cohort_frame(df.to_dict('records'), 'csv', attrs.get('classes'), labels, attrs.get('channels',1))
+    return cohort_frame(df.to_dict('records'), attrs.get('layout') or 'csv', attrs.get('classes'), labels, attrs.get('channels',1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['Placement', 'Recipe']
 
-# %% ../nbs/02_slices.ipynb #45f0b77d
+# %% ../nbs/02_slices.ipynb #28d12c08
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import permutations
@@ -18,7 +18,7 @@ import SimpleITK as sitk
 from fastcore.basics import patch
 from scipy.ndimage import gaussian_filter1d
 
-from .volume import Volume, VolumeError, _classes, check_same_geometry, read_volume
+from .volume import Volume, VolumeError, _classes, check_same_geometry, collect_warnings, read_volume
 
 # %% ../nbs/02_slices.ipynb #8cdc363e
 def _warp(a, scale, shift, size, nearest=False, fill=0):
@@ -297,7 +297,7 @@ def hippocampus(cls:Recipe):
     "Hippocampus (Decathlon task 4), not in the paper: axial slices of 64 by 48 hold every released scan whole and go through four poolings; left and right mirror each other; random crops are half as large, for twice the share of hippocampus"
     return cls(spacing=1, size=(64,48), crop=(48,32), axis=0, classes=('background','Anterior','Posterior'), rotate=10., flip='h', jitter=.3)
 
-# %% ../nbs/02_slices.ipynb #ea7ac555
+# %% ../nbs/02_slices.ipynb #abf27876
 def _look(r, labelled):
     "What `Recipe.auto` wants to know about one scan"
     v = read_volume(r.image, channels=True)
@@ -317,8 +317,9 @@ def auto(cls:Recipe,
     if not len(train): raise ValueError('Recipe.auto: the cohort holds no training scans; expected rows whose `split` is not valid or test')
     seen,bad = [],None
     for r in train.iloc[np.unique(np.linspace(0, len(train)-1, max_scans).astype(int))].itertuples():
-        try: seen.append(_look(r, isinstance(getattr(r, 'mask', None), str) and getattr(r, 'split', None)!='unlabeled'))
-        except VolumeError as e: bad = e
+        with collect_warnings(): # whoever prepares the scans tells them
+            try: seen.append(_look(r, isinstance(getattr(r, 'mask', None), str) and getattr(r, 'split', None)!='unlabeled'))
+            except VolumeError as e: bad = e
     if not seen: raise bad
     axes = {_slice_axis(o['shape'], o['spacing']) for o in seen}
     plane = lambda o, k: np.delete(o[k], _slice_axis(o['shape'], o['spacing']))

@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['SliceStore']
 
-# %% ../nbs/02a_store.ipynb #6f965ab8
+# %% ../nbs/02a_store.ipynb #116e301e
 import hashlib, json, multiprocessing, os, re, signal, sys, threading, time, uuid, warnings
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +20,7 @@ from fastcore.basics import num_cpus, patch
 from fastprogress.fastprogress import progress_bar
 
 from .slices import Placement, Recipe
-from .volume import VolumeError, VolumeWarning, collect_warnings, read_volume, summarise_warnings
+from .volume import VolumeError, VolumeWarning, collect_warnings, read_volume, _tell
 
 # %% ../nbs/02a_store.ipynb #412cb793
 def _files(path):
@@ -288,7 +288,7 @@ def _listing(self:SliceStore):
         if k.endswith('.tmp') and time.time()-v.st_mtime>3600: (self.dir/k).unlink(missing_ok=True)
     return {k:v.st_size for k,v in found.items()}
 
-# %% ../nbs/02a_store.ipynb #b81c73d5
+# %% ../nbs/02a_store.ipynb #a40e7e1c
 @patch
 def _run(self:SliceStore, jobs, index, workers, progress):
     "Prepare `jobs`; what went wrong, by (image, mask)"
@@ -307,7 +307,7 @@ def _run(self:SliceStore, jobs, index, workers, progress):
                 index.add(files, entries)
                 saved = time.monotonic()
     finally: index.add(files, entries)
-    if odd: warnings.warn(VolumeWarning(self.path, '\n  '.join(['while the scans were prepared:', *summarise_warnings(odd)])), stacklevel=3)
+    _tell(self.path, 'while the scans were prepared:', odd)
     return problems
 
 @patch

@@ -62,6 +62,11 @@ def summarise_warnings(
     return [f'{len(o)} file{"s"*(len(o)>1)}: {text} (for example {path})' if len(o)>1 else f'{path}: {text}'
             for o in sorted(kinds.values(), key=len, reverse=True) for path,text in [next(iter(o.items()))]]
 
+# %% ../nbs/00_volume.ipynb #a80b9855
+def _tell(path, when, found):
+    "`VolumeWarning`s as one, a line for each kind"
+    if found: warnings.warn(VolumeWarning(path, '\n  '.join([when, *summarise_warnings(found)])), stacklevel=3)
+
 # %% ../nbs/00_volume.ipynb #0fb59403
 class _Listener(sitk.LoggerBase):
     "Keeps ITK's warnings while this thread reads a file"

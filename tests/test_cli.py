@@ -49,7 +49,8 @@ def test_ctrl_c_and_resume(prepared, tmp_path):
     finally: p.kill()
     assert p.returncode==130 and f'fastmiseg-train: interrupted; go on with: fastmiseg-train --out {tmp_path/"run"} --resume' in err and 'Traceback' not in err
     assert not (tmp_path/'run'/'model.safetensors').exists()
-    resume_run(tmp_path/'run', 0)
+    done = command('train', '--out', tmp_path/'run', '--resume', '--workers', 0)
+    assert done.returncode==0 and 'RV' in done.stdout, done.stderr
     train_run(prepared, tmp_path/'whole', workers=0, **long)
     a,b = weights(tmp_path/'run'),weights(tmp_path/'whole')
     assert all(torch.equal(a[k], b[k]) for k in b)
@@ -148,9 +149,32 @@ def test_bad_scan_while_preparing(hearts, tmp_path):
     df['split'] = ['unlabeled','labeled','labeled','valid','valid','test']
     csv = save_cohort(df, tmp_path/'c.csv')
     kw = dict(recipe=hearts.recipe, workers=0)
-    with pytest.raises(VolumeError, match='1 of 5 scans cannot be used'): prepare_run(csv, tmp_path/'a', **kw)
+    with pytest.raises(VolumeError, match='1 of 6 scans cannot be used'): prepare_run(csv, tmp_path/'a', **kw)
     assert list(prepare_run(csv, tmp_path/'b', skip_bad=True, **kw).scan)==['heart000']
     assert len(load_cohort(tmp_path/'b'/'split.csv', 'csv'))==5
+
+def test_interrupted_while_preparing(hearts, tmp_path, monkeypatch):
+    "A run that had not got to its training yet is resumable too"
+    kw = dict(recipe=hearts.recipe, labeled=2, valid=2, test=2, workers=0, **{**tiny, 'epochs':1, 'n_iters':2})
+    csv = save_cohort(hearts.df[:8].drop(columns='split'), tmp_path/'c.csv')
+    def stop(*args, **kwargs): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(C.SliceStore, 'prepare', stop)
+        with pytest.raises(KeyboardInterrupt): train_run(csv, tmp_path/'run', **kw)
+    assert len(resume_run(tmp_path/'run', 0))
+
+def test_bad_scan_while_training(hearts, tmp_path):
+    "It is named before the training, or left out and reported at its end"
+    df = hearts.df[:6].drop(columns='split'); df.attrs.update(hearts.df.attrs)
+    (tmp_path/'bad.nii.gz').write_bytes(b'x'); df.loc[5,'image'] = str(tmp_path/'bad.nii.gz')
+    df['split'] = ['unlabeled','labeled','labeled','valid','test','test']
+    csv,kw = save_cohort(df, tmp_path/'c.csv'),dict(recipe=hearts.recipe, workers=0, **{**tiny, 'epochs':1, 'n_iters':2})
+    with pytest.raises(VolumeError, match='1 of 6 scans cannot be used'): train_run(csv, tmp_path/'a', **kw)
+    assert sorted(o.name for o in (tmp_path/'a').iterdir()) in ([], ['slices'])
+    scores = train_run(csv, tmp_path/'a', skip_bad=True, scale=.2, ramp=.5, **kw)
+    assert set(scores.scan)=={'heart004'} and list(scores.attrs['problems'])==['heart005']
+    about = load_segmenter(tmp_path/'a'/'model.safetensors', 'cpu').about['provenance']
+    assert about['weights']['MIRegCallback']['consistency']=='sigmoid_rampup(1.0, 0.5)'
 
 # -- real scans ------------------------------------------------------------------------------------------------------------
 def test_hippocampus(tmp_path):

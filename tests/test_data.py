@@ -28,6 +28,24 @@ def test_masks_of_unlabelled_scans_are_never_opened(cohort, tmp_path):
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=MIRegCallback(n_heads=2, n_clusters=4))
     assert hidden.sum()==3 and len(dls.train.unlabeled)==dls.store.scans.query("split=='unlabeled'").n.sum()
 
+def test_unlabelled_scans_given_to_the_callback(cohort, tmp_path):
+    "As the message says that one may"
+    dls = loaders(cohort[cohort['split']!='unlabeled'].reset_index(drop=True), tmp_path/'store')
+    learn = miseg_learner(dls, width=2, path=tmp_path)
+    more = list(cohort.image[cohort['split']=='unlabeled'])
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, cbs=MIRegCallback(n_heads=2, n_clusters=4, unlabeled=more))
+        with pytest.raises(ValueError, match='learn.predict is for one image.*predict_volume'): learn.predict(more[0])
+
+def test_device_by_name(cohort, tmp_path):
+    assert miseg_learner(loaders(cohort, tmp_path/'store').to('cpu'), width=2).arch['width']==2
+
+def test_batch_transforms_that_look_at_a_batch(cohort, tmp_path):
+    from fastai.data.transforms import Normalize
+    dls = loaders(cohort, tmp_path/'store', augment=[Normalize()])
+    x = dls.one_batch()[0]
+    assert x.shape==(2,1,32,32) and abs(float(x.mean()))<2
+
 def test_no_subject_is_in_two_streams(cohort, tmp_path):
     dls = loaders(cohort, tmp_path/'store')
     scans = [{o.scan for o in ds.items} for ds in (dls.train.dataset, dls.train.unlabeled, dls.valid.dataset)]

@@ -1,5 +1,5 @@
 """Whole scans in and out: other geometries, two independent readers, faults"""
-import errno, os
+import errno, os, warnings
 from pathlib import Path
 
 import nibabel as nib, numpy as np, pandas as pd, pytest, torch
@@ -159,3 +159,16 @@ def test_mask_with_other_values(heart, tmp_path):
     mask = read_volume(heart.df['mask'][0])
     df = heart.df[:1].assign(mask=str(write_volume(mask.like(mask.array*3), tmp_path/'m.nii.gz')))
     with pytest.raises(VolumeError, match='m.nii.gz: holds the values 6, 9, declared are 0, 1, 2, 3'): evaluate_cohort(heart.learn, df, progress=False)
+
+def test_warnings_are_told_once(heart, tmp_path):
+    "Masks whose geometry is off by a little: one warning for the cohort, not one for each file"
+    df,rows = heart.df[heart.df.split=='test'].copy(),[]
+    for r in df.itertuples():
+        m = read_volume(r.mask)
+        rows.append(str(write_volume(Volume(m.array, m.spacing, tuple(o+2e-5 for o in m.origin), m.direction), tmp_path/f'{r.scan}.nii.gz')))
+    df['mask'] = rows
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        evaluate_cohort(heart.learn, df, progress=False)
+    said = [str(o.message) for o in said if issubclass(o.category, V.VolumeWarning)]
+    assert len(df)>1 and len(said)==1 and f'{len(df)} files' in said[0], said

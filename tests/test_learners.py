@@ -98,12 +98,19 @@ def test_optimisers(tmp_path, opt):
 
 def test_accumulated_gradients_are_those_of_the_sum(tmp_path):
     "Two batches of two accumulated are one step"
-    class Steps(Callback):
-        n = 0
-        def after_step(self): self.n += 1
-    learn = quiet(learner(tmp_path, dls=loaders(n_iters=6)))
-    learn.fit(1, 1e-3, cbs=[small_mireg(), GradientAccumulation(4), GradientClip(1.), steps:=Steps()])
-    assert steps.n==3
+    class Gradients(Callback):
+        order = 90
+        def before_fit(self): self.found = []
+        def before_step(self): self.found.append([p.grad.clone() for p in self.model.parameters()])
+    def gradients(*cbs):
+        learn = quiet(learner(tmp_path, dls=loaders(n_iters=6), opt_func=SGD))
+        learn.fit(1, 0., cbs=[small_mireg(), *cbs, o:=Gradients()])
+        return o.found
+    one,two = gradients(),gradients(GradientAccumulation(4))
+    assert len(one)==6 and len(two)==3
+    for i,gs in enumerate(two):
+        for g,a,b in zip(gs, one[2*i], one[2*i+1]): torch.testing.assert_close(g, (a+b)/2, atol=1e-6, rtol=1e-4)
+    quiet(learner(tmp_path)).fit(1, 1e-3, cbs=[small_mireg(), GradientAccumulation(4), GradientClip(1.)])
 
 def test_trackers(tmp_path):
     learn = quiet(learner(tmp_path))

@@ -55,6 +55,20 @@ def test_progress_bar_of_a_later_epoch(tmp_path):
     learn = learner(tmp_path); learn.fit(2, cbs=ResumeCallback(tmp_path/'c', every=1))
     assert hasattr(learn, 'progress') and len(learn.recorder.values)>0
 
+def test_no_number_after_going_on(tmp_path):
+    "The message still says where the batch came from"
+    class Stop(Callback):
+        order = 95
+        def after_batch(self):
+            if self.training and self.iter==1: raise KeyboardInterrupt
+    class Broken(Callback):
+        order = 91
+        def before_batch(self):
+            if self.training and self.iter==3: self.learn.xb = (self.x*float('nan'),)
+    fit = lambda cb: quiet(learner(tmp_path)).fit(1, 1e-3, cbs=[small_mireg(), ResumeCallback(tmp_path/'c', every=1), cb])
+    with pytest.raises(KeyboardInterrupt): fit(Stop())
+    with pytest.raises(FloatingPointError, match=r'batch 3.*The batch came from labelled: \d.*; unlabelled: \d'): fit(Broken())
+
 def test_several_fits_share_one_callback(tmp_path):
     "As `fine_tune` does: the fit that is over is passed over"
     class Stop(Callback):

@@ -205,3 +205,13 @@ def test_hippocampus_recipe_holds_real_scans():
         assert np.array_equal(where.inverse(r.masks(mask, where)), mask.array)
         tilted = resample(img, spacing=(1.5,.8,.9))                         # another spacing, the same picture
         assert np.abs(r.slices(tilted)[0].mean(0)-x.mean(0)).mean()<.05
+
+@pytest.mark.parametrize('name, size, crop, rotate, flip', [('acdc',384,224,45.,'hv'), ('promise12',256,224,10.,'hv'), ('spleen',512,256,10.,'h'), ('mmwhs',256,224,45.,'hv')])
+def test_presets_have_the_numbers_of_the_paper(name, size, crop, rotate, flip):
+    "Sections 4.1 and 4.2"
+    r = getattr(Recipe, name)()
+    square = lambda o: (o,o) if isinstance(o, int) else tuple(o)
+    assert (square(r.size), square(r.crop), r.rotate, ''.join(sorted(r.flip)))==((size,size), (crop,crop), rotate, flip)
+    if name in ('acdc','mmwhs'): assert square(int(np.ravel(r.spacing)[0]))==(1,1)
+    assert r.fit==('resize' if name in ('promise12','spleen') else 'crop')
+    if name!='spleen': assert tuple(r.percentiles)==(1.,99.) and (r.per=='subject')==(name=='acdc' or r.per=='subject')

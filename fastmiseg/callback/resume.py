@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ResumeCallback']
 
-# %% ../../nbs/07d_callback.resume.ipynb #ead7b413
-import pickle, shutil, zipfile
+# %% ../../nbs/07d_callback.resume.ipynb #f6369929
+import pickle, re, shutil, zipfile
 
 import torch
 from fastai.basics import *
@@ -40,7 +40,7 @@ def _notes(o, but=(), tensors=True):
 def _set_notes(o, notes):
     for k,v in notes.items(): setattr(o, k, list(v['stacked'].unbind()) if isinstance(v, dict) and v.keys()=={'stacked'} else v)
 
-# %% ../../nbs/07d_callback.resume.ipynb #e966e4ff
+# %% ../../nbs/07d_callback.resume.ipynb #81648b6e
 def _write(state, path):
     tmp = path.with_suffix('.tmp')
     try:
@@ -48,8 +48,9 @@ def _write(state, path):
             torch.save(state, f)
             f.flush(); os.fsync(f.fileno())
         os.replace(tmp, path)
-    except (OSError, RuntimeError) as e: # torch has a RuntimeError for a full disk
+    except (OSError, RuntimeError) as e:
         tmp.unlink(missing_ok=True)
+        if not isinstance(e, OSError) and not re.search('inline_container|StreamWriter|write', str(e)): raise # torch has a RuntimeError for a full disk
         free = shutil.disk_usage(path.parent).free>>20
         raise OSError(f"ResumeCallback: {path} cannot be written ({free} MB are free there; {str(e).splitlines()[0]}); the checkpoints before it are whole: make room, and call the training again") from e
     if os.name=='posix':

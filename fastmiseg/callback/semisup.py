@@ -42,20 +42,24 @@ class Views:
     @cached_property
     def own_probs(self): return self.own_logits.float().softmax(1)
 
-# %% ../../nbs/07_callback.semisup.ipynb #3f9ebe7b
+# %% ../../nbs/07_callback.semisup.ipynb #84de7c54
 def sigmoid_rampup(
     weight:float,  # the weight in the end
     until:float=1. # the training fraction at which it is reached
 ): # a schedule for any weight of a regulariser
     "A weight that grows as exp(-5(1-t)²), the usual ramp-up of consistency terms (Laine and Aila 2017)"
-    return lambda pct: weight*math.exp(-5*(1-min(pct/until, 1.))**2)
+    def ramp(pct): return weight*math.exp(-5*(1-min(pct/until, 1.))**2)
+    ramp.__name__ = f'sigmoid_rampup({weight}, {until})' # for the records of a training
+    return ramp
 
 def sigmoid_rampdown(
     weight:float,  # the weight in the beginning
     until:float=1. # the training fraction at which next to nothing (0.7 %) is left of it
 ): # a schedule for any weight of a regulariser
     "A weight that falls as exp(-5t²), the mirror image of `sigmoid_rampup`"
-    return lambda pct: weight*math.exp(-5*min(pct/until, 1.)**2)
+    def ramp(pct): return weight*math.exp(-5*min(pct/until, 1.)**2)
+    ramp.__name__ = f'sigmoid_rampdown({weight}, {until})'
+    return ramp
 
 def _at(weight, pct): return weight(pct) if callable(weight) else weight
 
@@ -152,7 +156,7 @@ class _Projectors:
     def state_dict(self): return [self.state[p] for p in self.params]
     def load_state_dict(self, sd): self.state = dict(zip(self.params, sd))
 
-# %% ../../nbs/07_callback.semisup.ipynb #f19d730b
+# %% ../../nbs/07_callback.semisup.ipynb #96d35510
 class _Guard:
     "Stops before a step whose loss is no number"
     def __init__(self, terms): # name -> scalar
@@ -168,6 +172,7 @@ class _Guard:
 
 def _items(dl, i):
     "What batch `i` was made of, as far as its loader can tell"
+    if 'then' in vars(dl): dl = dl.dl # what is left of an epoch that goes on
     if isinstance(dl, PairedDL): groups = dict(zip(('labelled','unlabelled'), zip((dl.dataset, dl.unlabeled), dl._idxs[i])))
     else: groups = {'labelled': (dl.dataset, L(getattr(dl, '_DataLoader__idxs', None))[i*dl.bs:(i+1)*dl.bs] if dl.bs else [])}
     name = lambda ds,j: str(getattr(o:=getattr(ds, 'items', range(j+1))[j], 'scan', o))

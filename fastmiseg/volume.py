@@ -229,7 +229,7 @@ def _read_series(path):
         f'{path}: slices are {usual:g} mm apart, but {step[i]:g} mm between {Path(files[i]).name} and {Path(files[i+1]).name}: a slice is missing or there twice; export the series again')
     return im
 
-# %% ../nbs/00_volume.ipynb #5a20bbfd
+# %% ../nbs/00_volume.ipynb #e1707906
 def read_volume(
     path,           # NIfTI (`.nii`, `.nii.gz`), MetaImage (`.mha`, `.mhd`) or NRRD (`.nrrd`, `.nhdr`) file, or the folder of one DICOM series
     channels=False, # Are several channels expected (4D, RGB)? The array is then (c,z,y,x) always
@@ -244,7 +244,7 @@ def read_volume(
     if vol.array.ndim==3 and channels: vol.array = vol.array[None]
     _check_geometry(vol)
     if vol.array.dtype.kind=='f' and not (ok := np.isfinite(vol.array)).all(): bad,vol.array = bad+int((~ok).sum()),np.where(ok, vol.array, vol.array.dtype.type(0))
-    if bad and not nan_to_zero: raise VolumeError(f'{path}: {bad:,} of {vol.array.size:,} voxels are NaN or infinite; correct the file, or give nan_to_zero=True')
+    if bad and not nan_to_zero: raise VolumeError(f'{path}: {bad:,} of {vol.array.size:,} voxels are NaN or infinite; correct the file, for which read_volume(path, nan_to_zero=True) puts 0 in their place, or leave the scan out')
     if bad: _warn(path, f'{bad:,} voxels were NaN or infinite and are now 0')
     return vol
 

@@ -37,6 +37,25 @@ def test_unlabelled_scans_given_to_the_callback(cohort, tmp_path):
         learn.fit(1, cbs=MIRegCallback(n_heads=2, n_clusters=4, unlabeled=more))
         with pytest.raises(ValueError, match='learn.predict is for one image.*predict_volume'): learn.predict(more[0])
 
+def test_a_datablock_as_fastai_has_them(tmp_path):
+    "Getters, items from a folder, blocks and transforms of fastai's; masks of unlabelled images are not there"
+    from PIL import Image
+    from fastai.vision.all import ImageBlock, MaskBlock, PILImageBW, Resize, aug_transforms, get_image_files
+    from fastmiseg.data import SemiSupDataBlock
+    for d in ('images','masks'): (tmp_path/d).mkdir()
+    for i in range(9):
+        y = np.zeros((40,36), np.uint8); y[8:20,4+i:16+i] = 1
+        Image.fromarray(y*200).save(tmp_path/'images'/f'{i}.png')
+        if i<5: Image.fromarray(y).save(tmp_path/'masks'/f'{i}.png')
+    def parts(items):
+        n = [int(o.stem) for o in items]
+        return tuple([k for k,i in enumerate(n) if i in r] for r in (range(3), range(3,5), range(5,9)))
+    block = SemiSupDataBlock(blocks=(ImageBlock(PILImageBW), MaskBlock(codes=['background','square'])), get_items=get_image_files, get_y=lambda o: tmp_path/'masks'/o.name,
+                             splitter=parts, item_tfms=Resize(32), batch_tfms=aug_transforms(max_lighting=0.))
+    dls = block.dataloaders(tmp_path/'images', bs=2, unlabeled_bs=3, n_iters=2)
+    assert [tuple(o.shape) for o in dls.train.one_batch()]==[(2,1,32,32),(3,1,32,32),(2,32,32)] and [tuple(o.shape) for o in dls.valid.one_batch()]==[(2,1,32,32),(2,32,32)]
+    assert [len(o) for o in dls.train.new(bs=1, unlabeled_bs=2).one_batch()]==[1,2,1]
+
 def test_device_by_name(cohort, tmp_path):
     assert miseg_learner(loaders(cohort, tmp_path/'store').to('cpu'), width=2).arch['width']==2
 

@@ -53,4 +53,4 @@ def test_real_scans(tmp_path):
 ])
 def test_wrong_input_is_a_sentence(tmp_path, args, says):
     res = demo('--out', tmp_path, *args)
-    assert res.returncode==1 and says in res.stderr and 'Traceback' not in res.stderr
+    assert res.returncode==2 and says in res.stderr and 'Traceback' not in res.stderr

@@ -298,3 +298,11 @@ def test_resample_keeps_places():
         assert np.allclose(r.array[inside], (world(r)@w)[inside], rtol=1e-4, atol=1e-3)
     with pytest.raises(ValueError, match='three positive numbers'): resample(vol, spacing=(1,0,1))
     with pytest.raises(ValueError, match='either `to`'): resample(vol)
+
+@pytest.mark.parametrize('array, says', [(np.full((4,6,5), 7, np.int16), 'has a constant value of 7'), (np.arange(30, dtype=np.int16).reshape(1,6,5), 'has a single slice')])
+def test_odd_images_are_told_and_kept(tmp_path, array, says):
+    path = write_volume(Volume(array, (1.,1.,1.)), tmp_path/'odd.nii.gz')
+    mask = write_volume(Volume(np.zeros(array.shape, np.uint8), (1.,1.,1.)), tmp_path/'mask.nii.gz')
+    with collect_warnings() as found: x,y = read_scan(path, mask)
+    texts = [o.text for o in found]
+    assert says in texts and 'is empty: background only' in texts and np.array_equal(x.array, array)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MIRegCallback']
 
-# %% ../../nbs/07a_callback.mireg.ipynb #bcfcd020
+# %% ../../nbs/07a_callback.mireg.ipynb #bce99c8a
+import math
 from types import MappingProxyType
 
 from torch import nn
@@ -15,7 +16,7 @@ from ..data import processes
 from ..mutual_info import consistency_loss
 from ..projectors import GlobalProjector, LocalProjector
 
-# %% ../../nbs/07a_callback.mireg.ipynb #8c80aeed
+# %% ../../nbs/07a_callback.mireg.ipynb #0836b630
 class MIRegCallback(SemiSupCallback):
     "Regularise with mutual information, globally and locally, and with consistency (Peng, Pedersoli and Desrosiers, section 3)"
     def __init__(self,
@@ -45,6 +46,7 @@ class MIRegCallback(SemiSupCallback):
         super().__init__(unlabeled, **weights)
         self.layers = tuple(n for n in layers if ('global_mi' if n in self.global_layers else 'local_mi') in weights)
         self.n_clusters,self.n_heads,self.pool,self.neighborhood = {n: clusters.get(n, 10) for n in layers},n_heads,pool,dict(neighborhood)
+        if prior is not None and len({self.n_clusters[n] for n in self.layers})>1: raise ValueError("prior: has one share for each cluster, so all stages need the same n_clusters")
         self.symmetric,self.subtract_min,self.prior = symmetric,subtract_min,prior
 
     def make_projectors(self, found):
@@ -59,7 +61,8 @@ class MIRegCallback(SemiSupCallback):
 
     def _window(self, name, size):
         "The neighbourhood of a stage, checked against its map"
-        w = self.neighborhood.get(name, 1)
+        w,k = self.neighborhood.get(name, 1),self.n_clusters[name]
+        if k>math.prod(size): raise ValueError(f"n_clusters: {k} is more than the map of {name!r} allows, which has {'×'.join(map(str,size))} positions; choose fewer clusters, or larger images")
         for o,n in zip(w if isinstance(w, (tuple,list)) else [w]*len(size), size):
             if isinstance(o, int) and o>2*n-1:
                 raise ValueError(f"neighborhood: {w} is more than the map of {name!r} allows, which is {'×'.join(map(str,size))} "

@@ -47,7 +47,7 @@ def main():
         print(rows[-1], file=sys.stderr, flush=True)
     import torch
     text = '\n'.join([f'A step of the U-Net of width {o.width} on {o.images} images of {o.size}×{o.size}: forward, cross-entropy, backward, Adam.', '',
-        '| variant | time, plain = 1 | seconds | peak memory (MB) | difference in the loss | kept in |', '|---|---|---|---|---|---|', *rows, '',
+        '| variant | time, plain = 1 | seconds | peak memory (MB) | difference in the loss of the last step | kept in |', '|---|---|---|---|---|---|', *rows, '',
         f'{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}, processor time, median of {o.repeats} steps after two. Made by `python benchmarks/network.py`.', ''])
     print(text)
     if (o.size, o.width, o.images)==(224,16,24): (Path(__file__).parent/'network.md').write_text(text)

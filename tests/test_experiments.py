@@ -86,7 +86,8 @@ def test_subjects_are_paired():
 
 def test_command(scans, tmp_path):
     env = {k:v for k,v in os.environ.items() if k!='FASTMISEG_DATA'}
-    cli = lambda *a: subprocess.run([sys.executable, '-c', 'from fastmiseg.cli import compare; compare()', *a], capture_output=True, text=True, env=env)
+    (script:=tmp_path/'fastmiseg-compare').write_text('import sys\nfrom fastmiseg.cli import compare\nif __name__=="__main__": sys.exit(compare())\n') # as pip makes it
+    cli = lambda *a: subprocess.run([sys.executable, script, *a], capture_output=True, text=True, env=env)
     done = cli('table9', '--data', str(scans))
     assert done.returncode==2 and "fastmiseg-compare: study: 'table9' is none of" in done.stderr
     done = cli('table1')

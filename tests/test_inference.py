@@ -162,7 +162,7 @@ def test_mask_with_other_values(heart, tmp_path):
 
 def test_warnings_are_told_once(heart, tmp_path):
     "Masks whose geometry is off by a little: one warning for the cohort, not one for each file"
-    df,rows = heart.df[heart.df.split=='test'].copy(),[]
+    df,rows = heart.df[-3:].copy(),[]
     for r in df.itertuples():
         m = read_volume(r.mask)
         rows.append(str(write_volume(Volume(m.array, m.spacing, tuple(o+2e-5 for o in m.origin), m.direction), tmp_path/f'{r.scan}.nii.gz')))
@@ -171,4 +171,4 @@ def test_warnings_are_told_once(heart, tmp_path):
         warnings.simplefilter('always')
         evaluate_cohort(heart.learn, df, progress=False)
     said = [str(o.message) for o in said if issubclass(o.category, V.VolumeWarning)]
-    assert len(df)>1 and len(said)==1 and f'{len(df)} files' in said[0], said
+    assert len(said)==1 and f'{len(df)} files' in said[0], said

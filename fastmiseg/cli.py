@@ -15,7 +15,7 @@ from fastcore.script import call_parse
 # %% ../nbs/11b_cli.ipynb #2db70764
 __all__ = ['prepare', 'train', 'predict', 'evaluate', 'compare']
 
-# %% ../nbs/11b_cli.ipynb #137a4481
+# %% ../nbs/11b_cli.ipynb #1c858459
 @contextmanager
 def _polite(name, after=''):
     "Errors that a user can do something about become a sentence and an exit code; others keep their traceback"
@@ -34,9 +34,9 @@ def _report(problems, of=''):
     for p in problems: print(p, file=sys.stderr)
     if len(problems): print(f'{len(problems)}{of} scans could not be used', file=sys.stderr); sys.exit(1)
 
-def _means(scores): print(scores.groupby('class', sort=False)[['dice','hd95','assd']].mean().round(3).to_string())
+def _means(scores): print('\n' + scores.groupby('class', sort=False)[['dice','hd95','assd']].mean().round(3).to_string())
 
-# %% ../nbs/11b_cli.ipynb #440c5e19
+# %% ../nbs/11b_cli.ipynb #c0986856
 @call_parse
 def prepare(
     data:str,          # Folder with scans and masks (ACDC, PROMISE12, Decathlon, MM-WHS, images/ and masks/, DICOM; recognised by itself), or a CSV with columns image, mask, subject, scan, split
@@ -108,7 +108,7 @@ def predict(
     with _polite('fastmiseg-predict'):
         from fastmiseg.commands import predict_scans
         done = predict_scans(model, data, out, layout, probabilities=probabilities, flips=flips, largest=largest, bs=bs, overwrite=overwrite)
-        print(f'{done.out.notna().sum()} segmentations in {out}')
+        print(f'\n{done.out.notna().sum()} segmentations in {out}')
         _report(list(done.problem.dropna()), f' of {len(done)}')
 
 @call_parse

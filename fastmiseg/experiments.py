@@ -109,13 +109,13 @@ studies = {
     'ramps':   Study('Ramp-ups', {'All': _all, **{f'Reached at {u}': _mi([.05,u], [1.,u]) for u in (.2,.4,.8)}, 'From the first step': _mi(.05, 1.)}),
 }
 
-# %% ../nbs/11a_experiments.ipynb #d28ffe46
+# %% ../nbs/11a_experiments.ipynb #1b3b5a59
 _candidates = {
-    'Entropy min.':     [dict(method='entropy', weights=dict(entropy=w)) for w in (.003, .03, [.1,.8])],
-    'Mean Teacher':     [dict(method='teacher', weights=dict(teacher=w)) for w in ([.3,.4], [1.,.4], [5.,.8])],
-    'MI only':          [_mi(w, 0.) for w in (.003, .01, [.05,.6,'down'])],
+    'All':              [_mi(m, c) for m,c in ((.003,[.3,.4]), (.01,[.3,.4]), (.003,[1.,.4]))],
     'Consistency only': [dict(method='consistency', weights=dict(consistency=w)) for w in ([.3,.4], [1.,.4], [5.,.8])],
-    'All':              [_mi(w, [1.,.4]) for w in (.003, .01, [.05,.6,'down'])]}
+    'MI only':          [_mi(w, 0.) for w in (.003, .01, [.05,.6,'down'])],
+    'Mean Teacher':     [dict(method='teacher', weights=dict(teacher=w)) for w in ([.3,.4], [1.,.4], [5.,.8])],
+    'Entropy min.':     [dict(method='entropy', weights=dict(entropy=w)) for w in (.003, .03, [.1,.8])]}
 _said = lambda o: ', '.join(f'{k} {v}' for k,v in o['weights'].items())
 studies['choose'] = Study('Weights, chosen on validation scans', {**{k:_terms[k] for k in ('Full supervision','Partial supervision')}, **{f'{k}: {_said(o)}': o for k,os in _candidates.items() for o in os}}, ours='Partial supervision')
 

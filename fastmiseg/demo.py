@@ -65,7 +65,7 @@ def _picture(r, recipe, segs):
     fig.tight_layout()
     return fig
 
-# %% ../nbs/12_demo.ipynb #3b13b554
+# %% ../nbs/12_demo.ipynb #fd2dbebd
 def _table(scores):
     "Mean Dice of each class over the scans, their mean, and the mean 95 % Hausdorff distance"
     by = scores.groupby(['training','seed','class'], sort=False)[['dice','hd95']].mean().reset_index()
@@ -90,7 +90,8 @@ def run_demo(
     df,recipe = _cohort(data, out, subjects, labeled, test, seed)
     n = df.groupby('split').subject.nunique()
     print(f"{n.get('labeled',0)} subjects labelled, {n.get('unlabeled',0)} unlabelled, {n.get('test',0)} for testing; {epochs*n_iters} steps each; {recipe}")
-    runs = {'labelled only': None, 'MIRegCallback': MIRegCallback(sigmoid_rampup(.05), sigmoid_rampup(.05), sigmoid_rampup(4.))}
+    weights = (sigmoid_rampup(.05), sigmoid_rampup(.05), sigmoid_rampup(4.)) if data is None else (.01, .01, sigmoid_rampup(.3,.4))
+    runs = {'labelled only': None, 'MIRegCallback': MIRegCallback(*weights)}
     unseen = df[df['split']=='test']
     first,scores,segs = next(unseen.itertuples()),[],{}
     for name,cb in runs.items():

@@ -83,8 +83,9 @@ read = S.read_volume
 def slowly(*a, **kw): time.sleep(.1); return read(*a, **kw)
 S.read_volume = slowly
 if __name__=='__main__':
+    df = pd.read_pickle(sys.argv[2])
     print('ready', flush=True)
-    S.SliceStore(sys.argv[1], Recipe(size=32, classes=('background','ball'))).prepare(pd.read_pickle(sys.argv[2]), workers=2, progress=False)
+    S.SliceStore(sys.argv[1], Recipe(size=32, classes=('background','ball'))).prepare(df, workers=2, progress=False)
 '''
 def start(tmp_path, store, df):
     df.to_pickle(tmp_path/'df.pkl'); (tmp_path/'slow.py').write_text(slow)

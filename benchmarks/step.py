@@ -8,7 +8,7 @@ Processor time (`time.process_time`) from the first callback of a batch to the l
 import argparse, os, platform, time
 from pathlib import Path
 from statistics import median
-import torch
+import numpy as np, torch
 from torch import nn
 from fastai.basics import Callback, Learner, TransformBlock, noop, set_seed
 from fastai.losses import CrossEntropyLossFlat
@@ -50,6 +50,15 @@ class _To(Callback):
     def after_batch(self):
         if self.training: self.learn.took.append(time.process_time()-self.learn.begun)
 
+class _Then(Callback):
+    "A step of `loop` after each step of the learner"
+    order = _To.order+1
+    def __init__(self, loop): self.loop,self.took = loop,[]
+    def after_batch(self):
+        if not self.training: return
+        begun = time.process_time(); self.loop()
+        self.took.append(time.process_time()-begun)
+
 def loaders(o, n_iters):
     gen = lambda i: torch.Generator().manual_seed(i)
     blocks = [TransformBlock(type_tfms=lambda i: TensorImage(torch.rand(1,o.size,o.size,generator=gen(i)))), TransformBlock(type_tfms=lambda i: TensorMask(torch.randint(4,(o.size,o.size),generator=gen(i))))]
@@ -90,26 +99,34 @@ def bare(o, cb):
 def measure(o):
     learners = {k: learner(o, make()) for k,make in METHODS.items()}
     for learn in learners.values(): learn.fit(1, 1e-4)
-    loop = bare(o, next(cb for cb in learners['all terms of the paper'].cbs if isinstance(cb, MIRegCallback)))
-    loop()
-    times = {k: [] for k in [*learners, 'bare']}
+    times = {k: [] for k in learners}
     for _ in range(o.repeats):
         for k,learn in learners.items():
             learn.fit(1, 1e-4)
             times[k] += learn.took
-        for _ in range(2):
-            begun = time.process_time(); loop()
-            times['bare'].append(time.process_time()-begun)
     return {k: median(t) for k,t in times.items()}
 
-def report(o, t):
+def overhead(o):
+    "What the learner's steps take beyond those of the bare loop, step by step in turn: median seconds of both, median of the differences and its standard error"
+    learn = learner(o, [cb:=MIRegCallback()])
+    learn.fit(1, 1e-4)
+    then = _Then(bare(o, cb))
+    learn.dls = loaders(o, o.pairs+5)
+    learn.fit(1, 1e-4, cbs=then)
+    ours,theirs = np.array(learn.took[5:]),np.array(then.took[5:])
+    draws = np.random.default_rng(0).integers(len(ours), size=(2000, len(ours)))
+    return np.median(ours), np.median(theirs), np.median(ours-theirs), np.median((ours-theirs)[draws], axis=1).std()
+
+def report(o, t, extra):
     ours,book = t['all terms of the paper'],t['all terms, textbook losses']
     rows = [f'| {k} | {t[k]/t["partial supervision"]:.2f} | {t[k]:.2f} |' for k in METHODS]
     return '\n'.join([f'A step of {o.labeled} labelled and {o.unlabeled} unlabelled images of {o.size}×{o.size}, U-Net of width {o.width}, one thread, Adam.', '',
         '| method | step, partial supervision = 1 | seconds |', '|---|---|---|', *rows, '',
         f'- all terms against the same with textbook losses and separate heads: {ours/book:.2f} of the time',
         f'- share of the step that mutual information takes (beyond a step of consistency alone, which sends the same images through the network): {100*(ours-t["consistency"])/ours:.1f} %',
-        f'- what callbacks and fastai\'s loop add to the same step written out by hand: {100*(ours-t["bare"])/ours:.1f} % of the step', '',
+        '', "What callbacks and fastai's loop add to the same step of all terms written out by hand; a step of each in turn, median of the differences (its standard error by bootstrap):", '',
+        '| images | U-Net | step by hand | added | pairs of steps |', '|---|---|---|---|---|',
+        *(f'| {e.size}×{e.size} | width {e.width} | {1000*b:.0f} ms | {1000*d:.1f} ({1000*se:.1f}) ms, {100*d/b:.1f} ({100*se/b:.1f}) % | {e.pairs} |' for e,(a,b,d,se) in extra), '',
         f'All with channels-last weights and `reuse_memory`, as `miseg_learner` has them on a CPU (what these give: [network.md](network.md)). {platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, processor time, median of {2*o.repeats} steps. Made by `OMP_NUM_THREADS=1 python benchmarks/step.py`.', ''])
 
 def main():
@@ -117,10 +134,12 @@ def main():
     parser.add_argument('--size', type=int, default=224); parser.add_argument('--width', type=int, default=16)
     parser.add_argument('--labeled', type=int, default=4); parser.add_argument('--unlabeled', type=int, default=10)
     parser.add_argument('--repeats', type=int, default=3, help='rounds of two steps of each method')
+    parser.add_argument('--pairs', type=int, default=25, help='steps with and without callbacks, in turn')
     o = parser.parse_args()
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
     reuse_memory()
-    text = report(o, measure(o))
+    small = argparse.Namespace(**{**vars(o), 'size':64, 'width':8, 'pairs':8*o.pairs})
+    text = report(o, measure(o), [(e, overhead(e)) for e in (small, o)])
     print(text)
     if (o.size, o.width, o.labeled, o.unlabeled)==(224,16,4,10): (Path(__file__).parent/'step.md').write_text(text)
 

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['ResumeCallback']
 
-# %% ../../nbs/07d_callback.resume.ipynb #f6369929
+# %% ../../nbs/07d_callback.resume.ipynb #8ee21d2e
 import pickle, re, shutil, zipfile
 
 import torch
 from fastai.basics import *
 from fastai.callback.schedule import LRFinder
 
-from .semisup import PairedBatchCallback, SemiSupCallback, random_states, restore_random_states, _state_of, _restore
+from .semisup import PairedBatchCallback, SemiSupCallback
+from .stream import random_states, restore_random_states, state_of, restore_state
 from ..data import PairedDL, processes
 
 # %% ../../nbs/07d_callback.resume.ipynb #312f07a5
@@ -85,7 +86,7 @@ class _Rest(GetAttr):
         self.then()
         yield from it
 
-# %% ../../nbs/07d_callback.resume.ipynb #749f2c1a
+# %% ../../nbs/07d_callback.resume.ipynb #e9570f4a
 def _rng(dl): return getattr(getattr(dl, 'dl', dl), 'rng', None) # a `DistributedDL` has another loader inside
 
 class ResumeCallback(Callback):
@@ -153,7 +154,7 @@ class ResumeCallback(Callback):
     # within the first epoch: find the place
     def before_train(self):
         if not self._on: return
-        self._begin,s = dict(loader=_rng(self.dl) and _state_of(_rng(self.dl)), all=random_states()),self._state
+        self._begin,s = dict(loader=_rng(self.dl) and state_of(_rng(self.dl)), all=random_states()),self._state
         if s is None: return
         self._state,self._ahead,self.learn.train_iter = None,s['iter'],s['train_iter']
         dl = self.dl
@@ -163,9 +164,9 @@ class ResumeCallback(Callback):
             self._load_notes(s)
             if not isinstance(dl, PairedDL):
                 self._begin = s['begin']
-                if _rng(dl): _restore(_rng(dl), s['begin']['loader'])
+                if _rng(dl): restore_state(_rng(dl), s['begin']['loader'])
                 restore_random_states(s['begin']['all'])
-        elif _rng(dl) and not isinstance(dl, PairedDL): _restore(_rng(dl), s['loader'])
+        elif _rng(dl) and not isinstance(dl, PairedDL): restore_state(_rng(dl), s['loader'])
         if s['iter']: self.learn.dl = _Rest(dl, s['iter'], lambda: restore_random_states(s['random']))
         else: restore_random_states(s['random'])
 
@@ -203,6 +204,6 @@ class ResumeCallback(Callback):
             model=model, opt=_plain(self.opt.state_dict()), ours=_plain(ours.state_dict()) if ours and ours._heads and ours._attached() else None,
             scaler=getattr(self.learn, 'scaler', None) and _plain(self.learn.scaler.state_dict()),
             names=self._names(), notes=notes, begin=self._begin, random=random_states(),
-            loader=_rng(dl) and _state_of(_rng(dl)), loader_epoch=dl.epoch-(i>0) if isinstance(dl, PairedDL) else None)
+            loader=_rng(dl) and state_of(_rng(dl)), loader_epoch=dl.epoch-(i>0) if isinstance(dl, PairedDL) else None)
         _write(_plain(state), self.path/f'{self._fit:02d}-{epoch:05d}-{i:06d}.pt')
         for f in sorted(self.path.glob('*.pt'))[:-self.keep]: f.unlink()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['presets', 'studies', 'Preset', 'Study', 'run_study', 'study_scores', 'study_table', 'plot_study']
 
-# %% ../nbs/11a_experiments.ipynb #65be245b
+# %% ../nbs/11a_experiments.ipynb #8af1eae8
 import hashlib, json, os, platform, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +24,7 @@ from .callback.mireg import MIRegCallback
 from .callback.resume import ResumeCallback
 from .callback.semisup import sigmoid_rampdown, sigmoid_rampup
 from .callback.teacher import EMATeacherCallback
-from .cohort import load_cohort, save_cohort, split_cohort
+from .cohort import load_cohort, split_cohort
 from .commands import _Log, _recipe_of, _write_text
 from .data import MISegDataLoaders, palette
 from .inference import evaluate_cohort
@@ -37,7 +37,7 @@ from .views import RandomFlips
 # %% ../nbs/11a_experiments.ipynb #17ee3681
 __all__ = ['Preset', 'presets', 'Study', 'studies', 'run_study', 'study_scores', 'study_table', 'plot_study']
 
-# %% ../nbs/11a_experiments.ipynb #6a176469
+# %% ../nbs/11a_experiments.ipynb #3d9f9c50
 @dataclass(frozen=True)
 class Preset:
     "What a run may cost, which scans it sees, and the weights that go with it"
@@ -66,7 +66,7 @@ presets = dict(
     promise12 = Preset('promise12', 4, 10, 0, lr=4e-4, weights=_weights(.05, 10.)),
     spleen    = Preset('spleen', 6, 5, 0, lr=4e-4, weights=_weights(.05, 5.)),
     mmwhs     = Preset('mmwhs', 2, 5, 0, weights=_weights(.1, 5.)),
-    cpu       = Preset('auto', 2, 20, 34, width=8, epochs=4, n_iters=250, bs=8, unlabeled_bs=8, lr=5e-3, div=5., decay=.99,
+    cpu       = Preset('auto', 2, 20, 34, width=8, epochs=4, n_iters=500, bs=8, unlabeled_bs=8, lr=5e-3, div=5., decay=.99,
                        weights=_weights(.01, [1.,.4], [1.,.4])))
 
 # %% ../nbs/11a_experiments.ipynb #87563df1
@@ -109,13 +109,13 @@ studies = {
     'ramps':   Study('Ramp-ups', {'All': _all, **{f'Reached at {u}': _mi([.05,u], [1.,u]) for u in (.2,.4,.8)}, 'From the first step': _mi(.05, 1.)}),
 }
 
-# %% ../nbs/11a_experiments.ipynb #1b3b5a59
+# %% ../nbs/11a_experiments.ipynb #fc3ba7a3
 _candidates = {
-    'All':              [_mi(m, c) for m,c in ((.003,[.3,.4]), (.01,[.3,.4]), (.003,[1.,.4]))],
-    'Consistency only': [dict(method='consistency', weights=dict(consistency=w)) for w in ([.3,.4], [1.,.4], [5.,.8])],
-    'MI only':          [_mi(w, 0.) for w in (.003, .01, [.05,.6,'down'])],
-    'Mean Teacher':     [dict(method='teacher', weights=dict(teacher=w)) for w in ([.3,.4], [1.,.4], [5.,.8])],
-    'Entropy min.':     [dict(method='entropy', weights=dict(entropy=w)) for w in (.003, .03, [.1,.8])]}
+    'All':              [_mi(m, c) for m,c in ((.003,[1.,.4]), (.01,[1.,.4]), (.01,[3.,.8]), (.03,[3.,.8]))],
+    'Consistency only': [dict(method='consistency', weights=dict(consistency=w)) for w in ([.3,.4], [1.,.4], [3.,.8], [10.,.8])],
+    'MI only':          [_mi(w, 0.) for w in (.003, .01, .03, [.1,.6,'down'])],
+    'Mean Teacher':     [dict(method='teacher', weights=dict(teacher=w)) for w in ([.3,.4], [1.,.4], [3.,.8], [10.,.8])],
+    'Entropy min.':     [dict(method='entropy', weights=dict(entropy=w)) for w in (.003, .01, .03, [.1,.8])]}
 _said = lambda o: ', '.join(f'{k} {v}' for k,v in o['weights'].items())
 studies['choose'] = Study('Weights, chosen on validation scans', {**{k:_terms[k] for k in ('Full supervision','Partial supervision')}, **{f'{k}: {_said(o)}': o for k,os in _candidates.items() for o in os}}, ours='Partial supervision')
 
@@ -137,7 +137,7 @@ def _callbacks(s):
             'teacher': lambda: [teacher(weight=w['teacher'])], 'mireg': lambda: [mireg(w['consistency'])], 'mireg+teacher': lambda: [mireg(w['consistency']), teacher(weight=0.)],
             'pretrain': lambda: [mireg(0.)]}[s['method']]()
 
-# %% ../nbs/11a_experiments.ipynb #fc266ec9
+# %% ../nbs/11a_experiments.ipynb #a3360fad
 def _no_supervision(pred, y): return (pred*0).sum()
 
 def _train(s, df, store, seed, path):
@@ -151,7 +151,7 @@ def _train(s, df, store, seed, path):
     set_seed(seed)
     learn = miseg_learner(dls, width=s['width'], metrics=VolumeDice(), wd=s['wd'])
     for cb in learn.cbs:
-        if type(cb).__name__=='PairedBatchCallback': cb.flips = RandomFlips(**s['flips'])
+        if type(cb).__name__=='PairedBatchCallback': cb.flips = RandomFlips(**{k: tuple(o) if k=='axes' else o for k,o in s['flips'].items()})
     cbs,one = _callbacks(s),dict(lr_max=s['lr'], div=s['div'], pct_start=s['pct_start'])
     def fit(epochs, cbs, name):
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, **one, cbs=[*cbs, ResumeCallback(path/name, every=s['n_iters']), _Log(path/f'{name}.csv')])
@@ -165,7 +165,7 @@ def _train(s, df, store, seed, path):
         if isinstance(o, EMATeacherCallback) and o.evaluate=='teacher': o.to_model(learn.model)
     return learn
 
-# %% ../nbs/11a_experiments.ipynb #d07c3e02
+# %% ../nbs/11a_experiments.ipynb #9cdd38f3
 def _key(settings, seed, score, split):
     return hashlib.blake2b(json.dumps([fastmiseg.__version__, settings, seed, score, split], sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
 
@@ -175,30 +175,32 @@ def _run(job):
     path,s,begun = Path(job['path']),job['settings'],time.perf_counter()
     path.mkdir(parents=True, exist_ok=True)
     _write_text(path/'config.json', json.dumps(dict(settings=s, seed=job['seed'], score=job['score'], threads=job['threads']), indent=1))
-    df = load_cohort(job['split'], 'csv')
+    df = job['df']
     learn = _train(s, df, job['store'], job['seed'], path)
     scores = evaluate_cohort(learn, df[df.split==job['score']], progress=False)
     _write_text(path/'scores.csv', scores.assign(seconds=round(time.perf_counter()-begun)).to_csv(index=False))
     for o in path.glob('*/*.pt'): o.unlink()
     for o in ('log','pretrain'): (path/o).is_dir() and (path/o).rmdir()
 
-# %% ../nbs/11a_experiments.ipynb #ee43ecb1
+# %% ../nbs/11a_experiments.ipynb #a7d4dfb9
 def _splits(data, preset, rows, score, split_seed, out):
-    "A CSV for each number of labelled subjects; test and validation subjects are the same in all of them"
-    df,files = load_cohort(data),{}
+    "The cohort, split, for each number of labelled subjects; test and validation subjects are the same in all of them"
+    df,parts = load_cohort(data),{}
     for n in sorted({_settings(preset, o)['labeled'] for o in rows}):
-        files[n] = save_cohort(split_cohort(df, n, preset.valid, preset.test, seed=split_seed, scans=preset.scans), out/f'split_{n}.csv')
-    part = load_cohort(files[n], 'csv')
-    if not (part.split==score).any(): raise ValueError(f"score: the preset has no {score!r} scans; there are {', '.join(sorted(part.split.unique()))}")
-    return files
+        parts[n] = split_cohort(df, n, preset.valid, preset.test, seed=split_seed, scans=preset.scans)
+        _write_text(out/f'split_{n}.csv', _who(parts[n]))
+    if not (parts[n].split==score).any(): raise ValueError(f"score: the preset has no {score!r} scans; there are {', '.join(sorted(parts[n].split.unique()))}")
+    return parts
 
-def _protocol(preset, files, score, seeds, threads):
+def _who(df): return df[['subject','scan','split']].to_csv(index=False)
+
+def _protocol(preset, parts, score, seeds, threads):
     "What a reader must know about the numbers"
-    df = load_cohort(files[min(files)], 'csv')
+    df = parts[min(parts)]
     n = df.groupby('split').agg(subjects=('subject','nunique'), scans=('scan','size'))
-    parts = ', '.join(f'{k} {o.subjects} ({o.scans} scans)' for k,o in n.iterrows())
+    counts = ', '.join(f'{k} {o.subjects} ({o.scans} scans)' for k,o in n.iterrows())
     whole = (df.groupby('subject').split.nunique()==1).all()
-    return [f'- Subjects: {parts}' + ('' if len(files)==1 else f'; labelled subjects as the rows say') + (f'. No subject is in two parts.' if whole else '. SUBJECTS ARE IN SEVERAL PARTS.'),
+    return [f'- Subjects: {counts}' + ('' if len(parts)==1 else f'; labelled subjects as the rows say') + (f'. No subject is in two parts.' if whole else '. SUBJECTS ARE IN SEVERAL PARTS.'),
             f"- Scored: the {score} scans" + (', which were used for nothing else' if score=='test' else '') + ', with the final checkpoint; Dice of each class over the whole scan, mean over scans, then over classes.',
             f'- Budget: U-Net of width {preset.width}, {preset.epochs*preset.n_iters} steps of {preset.bs} labelled and {preset.unlabeled_bs} unlabelled slices, Adam, one cycle up to {preset.lr:g}; {threads} thread(s) to a run.',
             f"- Seeds {', '.join(map(str, seeds))} (initialisation, draws, augmentation); one split.",
@@ -230,11 +232,11 @@ def run_study(
     score = score or ('test' if preset.test else 'valid')
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     out.mkdir(parents=True, exist_ok=True)
-    files = _splits(data, preset, todo.values(), score, split_seed, out)
+    parts = _splits(data, preset, todo.values(), score, split_seed, out)
     gpu = torch.cuda.is_available()
     n = processes or (1 if gpu else os.cpu_count())
     threads = torch.get_num_threads() if gpu else 1
-    df = load_cohort(files[min(files)], 'csv')
+    df = parts[min(parts)]
     recipe = _recipe_of(preset.recipe, df)
     store = str(Path(store or out/'slices').resolve())
     SliceStore(store, recipe).prepare(df[df.split!='test'])
@@ -242,14 +244,14 @@ def run_study(
     for k,row in todo.items():
         s = {**_settings(preset, row), 'recipe':recipe.to_dict()}
         for seed in seeds:
-            key = _key(s, seed, score, files[s['labeled']].read_text())
-            jobs.append(dict(row=k, settings=s, seed=seed, score=score, split=str(files[s['labeled']]), store=store, threads=threads,
+            key = _key(s, seed, score, _who(part:=parts[s['labeled']]))
+            jobs.append(dict(row=k, settings=s, seed=seed, score=score, df=part, store=store, threads=threads,
                              path=str(out/'runs'/f"{s['method'].replace('+','_')}-{s['labeled']}-{seed}-{key}")))
     _make([j for j in jobs if not (Path(j['path'])/'scores.csv').exists()], n)
     scores = study_scores(jobs)
     stem = out/f"{name if isinstance(name, str) else 'study'}{'' if score=='test' else f'_{score}'}"
     table = study_table(scores, study)
-    text = [f'# {study.title}', '', *([f'    {command}', ''] if command else []), *_protocol(preset, files, score, seeds, threads),
+    text = [f'# {study.title}', '', *([f'    {command}', ''] if command else []), *_protocol(preset, parts, score, seeds, threads),
             f"- {len(jobs)} runs, {scores.drop_duplicates(['row','seed']).seconds.sum()/60:.0f} minutes of one process in all.", '', _markdown(table), '', _legend(table, study)]
     _write_text(stem.with_suffix('.md'), '\n'.join(text))
     _write_text(stem.with_suffix('.csv'), table.to_csv(index=False))

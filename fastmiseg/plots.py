@@ -256,7 +256,7 @@ def plot_clusters(
     for name,row in zip(['slice',*layers], axs): row[0].text(-.05, .5, name, rotation=90, ha='right', va='center', transform=row[0].transAxes, fontsize=9)
     return _done(fig, out)
 
-# %% ../nbs/10_plots.ipynb #c9b61cc0
+# %% ../nbs/10_plots.ipynb #7cbee083
 def plot_joints(
     learn,      # a learner
     cb,         # the `MIRegCallback` that it was trained with
@@ -268,7 +268,7 @@ def plot_joints(
     "Joint distributions of the clusters of x and T(x), for each regularised stage; without displacement"
     proj,layers,(x,_) = _trained(cb),list(cb.layers),_images(learn, x, n)
     x = x.as_subclass(torch.Tensor).to(next(learn.model.parameters()).device)
-    T = RandomFlips().draw(len(x), torch.Generator().manual_seed(0))
+    T = RandomFlips().for_data(learn.dls).draw(len(x), torch.Generator().manual_seed(0))
     f,g = _features(learn, T(x), layers),_features(learn, x, layers)
     fig,axs = _subplots(1, len(layers), (3.1*len(layers), 3.))
     with torch.no_grad():

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Flip', 'RandomFlips']
 
-# %% ../nbs/03a_views.ipynb #82816ddd
-from dataclasses import dataclass
+# %% ../nbs/03a_views.ipynb #355bb0e4
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -43,17 +43,26 @@ class Flip:
 
     def __getitem__(self, part:slice): return Flip(self.axes[part], self.light and tuple(o[part] for o in self.light))
 
-# %% ../nbs/03a_views.ipynb #a1ed3520
+# %% ../nbs/03a_views.ipynb #7081d905
 @dataclass
 class RandomFlips:
     "The paper's pool of transformations: each axis of each image is flipped with probability `p`"
-    axes:tuple = (-2,-1) # axes that may be flipped, counted from the end; (-3,-2,-1) for volumes, (-1,) for left-right only
+    axes:tuple = None    # axes that may be flipped, counted from the end, as (-3,-2,-1) for volumes; None: see `for_data`
     p:float = .5         # the paper says random flips; the authors' code uses 0.8
     jitter:float = 0.    # intensity changes of the transformed images, as in `Augment`; the paper has none
+
+    def for_data(self,
+        dls # with the `recipe` that they were made with, or any others
+    ):
+        "The same with axes, where none were given: those along which the recipe's augmentation flips; both, as in the paper, where there is none"
+        if self.axes is not None: return self
+        flip = getattr(getattr(dls, 'recipe', None), 'flip', '') or 'hv'
+        return replace(self, axes=tuple(a for f,a in (('v',-2),('h',-1)) if f in flip))
 
     def draw(self,
         n:int, # number of images
         generator:torch.Generator=None # on the CPU; default: torch's global one
     )->Flip: # a `Flip` for `n` images
-        do = torch.rand(n, len(self.axes), generator=generator) < self.p
-        return Flip([tuple(a for a,d in zip(self.axes, row) if d) for row in do.tolist()], _draw_light(n, self.jitter, generator) if self.jitter else None)
+        axes = self.axes or (-2,-1)
+        do = torch.rand(n, len(axes), generator=generator) < self.p
+        return Flip([tuple(a for a,d in zip(axes, row) if d) for row in do.tolist()], _draw_light(n, self.jitter, generator) if self.jitter else None)

@@ -1,4 +1,4 @@
-"Two processes on the CPU do what one does with the batch of both"
+"Two processes on the CPU, started by `accelerate launch`, do what one does with the batch of both"
 import os, socket, subprocess, sys
 from pathlib import Path
 import pytest, torch
@@ -9,12 +9,9 @@ pytest.importorskip('accelerate', reason="needs accelerate, as fastai's distrib_
 def results(tmp_path_factory):
     path = tmp_path_factory.mktemp('distributed')
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    def start(world, rank):
-        env = {**os.environ, 'OMP_NUM_THREADS':'1', 'CUDA_VISIBLE_DEVICES':''}
-        if world>1: env.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU='true')
-        return subprocess.Popen([sys.executable, str(Path(__file__).with_name('two_processes.py')), str(path), str(world), str(rank)],
-                                env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    started = [start(2,0), start(2,1), start(1,0)]
+    launch = ['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_machines', '1', '--num_processes', '2', '--main_process_port', str(port), '--mixed_precision', 'no', '--dynamo_backend', 'no']
+    env = {**os.environ, 'OMP_NUM_THREADS':'1', 'CUDA_VISIBLE_DEVICES':''}
+    started = [subprocess.Popen([sys.executable, *how, str(Path(__file__).with_name('two_processes.py')), str(path)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for how in (launch, [])]
     for p in started:
         out,_ = p.communicate(timeout=600)
         assert p.returncode==0, out[-4000:]

@@ -37,8 +37,9 @@ def test_study_runs(name, scans, out):
     assert list(table.columns)[:10]==['row','seeds','RV','RV_sd','Myo','Myo_sd','LV','LV_sd','mean','mean_sd'] and 'hd95' in table
     text = (out/f'{name}.md').read_text()
     assert 'test 2 (2 scans)' in text and 'No subject is in two parts' in text and 'final checkpoint' in text and (out/f'{name}.png').stat().st_size>5000
-    test = set(pd.read_csv(out/'split_1.csv', comment='#').query("split=='test'").subject)
+    test = set(pd.read_csv(out/'split_1.csv').query("split=='test'").subject)
     assert set(scores.subject)==test
+    assert str(scans) not in ''.join(o.read_text() for o in out.rglob('*') if o.suffix in ('.md','.csv','.json')) # results name no folder of this machine
 
 def test_table1_arithmetic_and_repetition(scans, out, tmp_path):
     study,kw = 'table1',dict(seeds=2)
@@ -66,7 +67,7 @@ def test_runs_are_shared_and_kept(scans, out):
 def test_settings_are_chosen_on_validation_scans(scans, out):
     rows = ['Partial supervision','Mean Teacher: teacher [1.0, 0.4]']
     scores = run('choose', scans, out, score='valid', rows=rows)
-    split = pd.read_csv(out/'split_1.csv', comment='#')
+    split = pd.read_csv(out/'split_1.csv')
     assert set(scores.subject)==set(split[split.split=='valid'].subject) and (out/'choose_valid.md').exists()
 
 def test_mistakes(scans, out):

@@ -1,5 +1,5 @@
 "One of several gloo processes on the CPU (or the only one, with the batch of all): trains, and writes what it has in the end"
-import sys, warnings; warnings.filterwarnings('ignore')
+import os, sys, warnings; warnings.filterwarnings('ignore')
 import torch, torch.distributed as dist
 from torch import nn
 from fastai.basics import Callback, Datasets, defaults
@@ -49,7 +49,7 @@ def run(kind, path, world):
                 terms=seen.terms, names=list(learn.recorder.metric_names)[1:-1], values=list(learn.recorder.values[-1]), hooks=sum(len(m._forward_hooks) for m in learn.model.modules()))
 
 if __name__=='__main__':
-    path,world,rank = sys.argv[1],int(sys.argv[2]),int(sys.argv[3])
+    path,world,rank = sys.argv[1],int(os.environ.get('WORLD_SIZE', 1)),int(os.environ.get('RANK', 0))
     torch.set_num_threads(1)
     torch.save({k: run(k, path, world) for k in ('paired','norm','files')}, f'{path}/{world}-{rank}.pt')
     if dist.is_initialized(): dist.destroy_process_group()

@@ -156,7 +156,7 @@ class _Projectors:
     def state_dict(self): return [self.state[p] for p in self.params]
     def load_state_dict(self, sd): self.state = dict(zip(self.params, sd))
 
-# %% ../../nbs/07_callback.semisup.ipynb #96d35510
+# %% ../../nbs/07_callback.semisup.ipynb #40022695
 class _Guard:
     "Stops before a step whose loss is no number"
     def __init__(self, terms): # name -> scalar
@@ -170,19 +170,21 @@ class _Guard:
         if self.done: self.done.synchronize()
         return ' and '.join(f'{n} is {o}' for n,o in zip(self.names, self.vals.tolist()) if not math.isfinite(o))
 
-def _items(dl, i):
-    "What batch `i` was made of, as far as its loader can tell"
+def _items(dl, i, stream=None):
+    "What batch `i` was made of, as far as its loaders can tell"
     if 'then' in vars(dl): dl = dl.dl # what is left of an epoch that goes on
+    own = lambda dl,i: (dl.dataset, L(getattr(dl, '_DataLoader__idxs', None))[i*dl.bs:(i+1)*dl.bs] if getattr(dl, 'bs', None) else [])
     if isinstance(dl, PairedDL): groups = dict(zip(('labelled','unlabelled'), zip((dl.dataset, dl.unlabeled), dl._idxs[i])))
-    else: groups = {'labelled': (dl.dataset, L(getattr(dl, '_DataLoader__idxs', None))[i*dl.bs:(i+1)*dl.bs] if dl.bs else [])}
+    else: groups = {'labelled': own(dl, i)}
+    if stream is not None: groups['unlabelled'] = own(stream.dl, stream.n-1)
     name = lambda ds,j: str(getattr(o:=getattr(ds, 'items', range(j+1))[j], 'scan', o))
     return '; '.join(f"{k}: {', '.join(dict.fromkeys(name(ds,j) for j in ix))}" for k,(ds,ix) in groups.items() if len(ix)) or 'unknown'
 
-# %% ../../nbs/07_callback.semisup.ipynb #12ea5d07
+# %% ../../nbs/07_callback.semisup.ipynb #4fc6ecaf
 class PairedBatchCallback(Callback):
     "Takes paired batches apart, and runs the regularisers that are attached to the learner"
     order = TrainEvalCallback.order+1 # before everything that looks at the batch
-    _regs,_teacher,_x_l,_v,_ids,_handles,_maps,_heads,_stream,_guard,_undo_lr_find = (),None,None,None,{},(),None,None,None,None,None
+    _regs,_teacher,_x_l,_v,_ids,_handles,_maps,_heads,_stream,_guard,_pool,_undo_lr_find = (),None,None,None,{},(),None,None,None,None,None,None
 
     def __init__(self):
         super().__init__()
@@ -200,7 +202,7 @@ class PairedBatchCallback(Callback):
         asked = {p for r in self._regs for p in r.views}
         self._teaches = self._teacher is not None and 'x' in asked
         self._parts = ['x']*('own' in asked or 'x' in asked and not self._teaches) + ['tx']*('tx' in asked)
-        self._stream = self._own_stream()
+        self._stream,self._pool = self._own_stream(),self.flips.for_data(self.dls)
         if self.generator is None: self.generator = torch.Generator().manual_seed(torch.initial_seed())
         found = find_stages(self.model, list(dict.fromkeys(n for r in self._regs for n in r.layers)))
         self._make_projectors(found)
@@ -238,7 +240,7 @@ class PairedBatchCallback(Callback):
     def _draw(self, n):
         "T for the `n` images of this process: the same as for these images in one process with the batches of all"
         rank,world = processes()
-        T = self.flips.draw(n*world, self.generator)
+        T = self._pool.draw(n*world, self.generator)
         return T if world==1 else T[rank*n:(rank+1)*n]
 
     # each batch: build the views, and take the outputs apart
@@ -289,7 +291,7 @@ class PairedBatchCallback(Callback):
             self.opt.zero_grad()
             if self._undo_lr_find: raise CancelFitException() # the rate has grown too large: the end of the search
             raise FloatingPointError(f"{bad} at step {self.train_iter} (epoch {self.epoch}, batch {self.iter}). Training stopped before the step, "
-                                     f"with the weights of the one before. The batch came from {_items(self.dl, self.iter)}")
+                                     f"with the weights of the one before. The batch came from {_items(self.dl, self.iter, self._stream)}")
         for p in self._heads.params:
             if p.grad is not None: _mean_of_all(p.grad)
         self._heads.attach()

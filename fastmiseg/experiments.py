@@ -37,7 +37,7 @@ from .views import RandomFlips
 # %% ../nbs/11a_experiments.ipynb #17ee3681
 __all__ = ['Preset', 'presets', 'Study', 'studies', 'run_study', 'study_scores', 'study_table', 'plot_study']
 
-# %% ../nbs/11a_experiments.ipynb #3d9f9c50
+# %% ../nbs/11a_experiments.ipynb #e99ac81b
 @dataclass(frozen=True)
 class Preset:
     "What a run may cost, which scans it sees, and the weights that go with it"
@@ -56,10 +56,12 @@ class Preset:
     pct_start:float = .1   # share of the training in which the rate grows
     wd:float = 1e-5        # weight decay
     decay:float = .999     # of the teacher
-    weights:dict = field(default_factory=dict) # global_mi, local_mi, consistency, teacher, entropy
+    weights:dict = field(default_factory=dict) # of each term, for the methods that use it
 
-def _weights(mi, consistency, teacher=None, entropy=.01):
-    return dict(global_mi=mi, local_mi=mi, consistency=consistency, teacher=consistency if teacher is None else teacher, entropy=entropy)
+def _weights(mi, consistency, mi_only=None, consistency_only=None, teacher=None, entropy=.01):
+    first = lambda *o: next(w for w in o if w is not None)
+    return dict(global_mi=mi, local_mi=mi, consistency=consistency, mi_only=first(mi_only, mi), consistency_only=first(consistency_only, consistency),
+                teacher=first(teacher, consistency_only, consistency), entropy=entropy)
 
 presets = dict(
     acdc      = Preset('acdc', 8, 25, 0, scans=True, weights=_weights(.1, 5.)),
@@ -67,9 +69,9 @@ presets = dict(
     spleen    = Preset('spleen', 6, 5, 0, lr=4e-4, weights=_weights(.05, 5.)),
     mmwhs     = Preset('mmwhs', 2, 5, 0, weights=_weights(.1, 5.)),
     cpu       = Preset('auto', 2, 20, 34, width=8, epochs=4, n_iters=500, bs=8, unlabeled_bs=8, lr=5e-3, div=5., decay=.99,
-                       weights=_weights(.01, [1.,.4], [1.,.4])))
+                       weights=_weights(.001, [1.,.4])))
 
-# %% ../nbs/11a_experiments.ipynb #87563df1
+# %% ../nbs/11a_experiments.ipynb #f55c6aef
 @dataclass(frozen=True)
 class Study:
     "A table of settings"
@@ -78,14 +80,14 @@ class Study:
     ours:str = 'All'    # the row that the others are tested against
     x:str = None        # setting along the x axis; the name of such a row is 'line, value'
 
-_all = dict(method='mireg')
+_all,_mi_only = dict(method='mireg'),dict(method='mi')
 
 def _mi(mi=None, consistency=None):
     given = {**({} if mi is None else dict(global_mi=mi, local_mi=mi)), **({} if consistency is None else dict(consistency=consistency))}
     return dict(method='mireg', weights=given)
 
 _terms = {'Full supervision': dict(method='full'), 'Partial supervision': dict(method='partial'), 'Entropy min.': dict(method='entropy'),
-          'Mean Teacher': dict(method='teacher'), 'MI only': _mi(consistency=0.), 'Consistency only': dict(method='consistency'), 'All': _all}
+          'Mean Teacher': dict(method='teacher'), 'MI only': _mi_only, 'Consistency only': dict(method='consistency'), 'All': _all}
 _ratio = {'Partial supervision': dict(method='partial'), 'Mean Teacher': dict(method='teacher'), 'All': _all, 'All + teacher': dict(method='mireg+teacher')}
 _stages = [('Conv5',), ('Upconv5',), ('Upconv4',), ('Upconv3',), ('Upconv2',), ('Conv5','Upconv5'), ('Conv5','Upconv4'), ('Conv5','Upconv3'), ('Conv5','Upconv2'),
            ('Conv5','Upconv5','Upconv4'), ('Conv5','Upconv5','Upconv3'), ('Conv5','Upconv5','Upconv2'), ('Conv5','Upconv4','Upconv3'), ('Conv5','Upconv4','Upconv2'),
@@ -103,27 +105,31 @@ studies = {
                      for d in (2,5,10,20) for e in (2,5,10,20)}, ours='decoder 10, encoder 10'),
     'figure7': Study('Pretraining or joint optimisation (Figure 7)', {'Partial supervision': dict(method='partial'), 'Pretrain and finetune': dict(method='pretrain'), 'All': _all}),
     'minimum': Study("The published code's local loss, less its minimum", {'All': _all, 'All, less the minimum': dict(method='mireg', args=dict(subtract_min=True)),
-                     'MI only': _mi(consistency=0.), 'MI only, less the minimum': dict(method='mireg', weights=dict(consistency=0.), args=dict(subtract_min=True))}),
-    'views':   Study('Transformations', {'All': _all, 'Flips with probability 0.8': dict(method='mireg', flips=dict(p=.8)), 'Flips and intensity': dict(method='mireg', flips=dict(jitter=.5))}),
+                     'MI only': _mi_only, 'MI only, less the minimum': dict(method='mi', args=dict(subtract_min=True))}),
+    'views':   Study('Transformations', {'All': _all, 'Consistency only': dict(method='consistency'), 'Consistency, flips along both axes': dict(method='consistency', flips=dict(axes=[-2,-1])), 'Flips with probability 0.8': dict(method='mireg', flips=dict(p=.8)), 'Flips and intensity': dict(method='mireg', flips=dict(jitter=.5))}),
     'teacher': Study('With a teacher', {'Mean Teacher': dict(method='teacher'), 'All': _all, 'All + teacher': dict(method='mireg+teacher')}, ours='All + teacher'),
     'ramps':   Study('Ramp-ups', {'All': _all, **{f'Reached at {u}': _mi([.05,u], [1.,u]) for u in (.2,.4,.8)}, 'From the first step': _mi(.05, 1.)}),
 }
 
-# %% ../nbs/11a_experiments.ipynb #fc3ba7a3
+# %% ../nbs/11a_experiments.ipynb #dfd65b7e
 _candidates = {
-    'All':              [_mi(m, c) for m,c in ((.003,[1.,.4]), (.01,[1.,.4]), (.01,[3.,.8]), (.03,[3.,.8]))],
-    'Consistency only': [dict(method='consistency', weights=dict(consistency=w)) for w in ([.3,.4], [1.,.4], [3.,.8], [10.,.8])],
-    'MI only':          [_mi(w, 0.) for w in (.003, .01, .03, [.1,.6,'down'])],
+    'All':              [_mi(m, c) for m,c in ((.001,[1.,.4]), (.001,[3.,.8]), (.003,[1.,.4]), ([.05,.5,'down'],[1.,.4]))],
+    'Consistency only': [dict(method='consistency', weights=dict(consistency_only=w)) for w in ([.3,.4], [1.,.4], [3.,.8], [10.,.8])],
+    'MI only':          [dict(method='mi', weights=dict(mi_only=w)) for w in (.001, .003, .01, [.05,.5,'down'])],
     'Mean Teacher':     [dict(method='teacher', weights=dict(teacher=w)) for w in ([.3,.4], [1.,.4], [3.,.8], [10.,.8])],
-    'Entropy min.':     [dict(method='entropy', weights=dict(entropy=w)) for w in (.003, .01, .03, [.1,.8])]}
+    'Entropy min.':     [dict(method='entropy', weights=dict(entropy=w)) for w in (.001, .003, .01, [.03,.8])]}
 _said = lambda o: ', '.join(f'{k} {v}' for k,v in o['weights'].items())
 studies['choose'] = Study('Weights, chosen on validation scans', {**{k:_terms[k] for k in ('Full supervision','Partial supervision')}, **{f'{k}: {_said(o)}': o for k,os in _candidates.items() for o in os}}, ours='Partial supervision')
 
-# %% ../nbs/11a_experiments.ipynb #05ea78f5
+# %% ../nbs/11a_experiments.ipynb #13fdbaa3
+_mi_weights = ('global_mi','local_mi')
+_used = dict(partial=(), full=(), entropy=('entropy',), consistency=('consistency_only',), teacher=('teacher',), mi=('mi_only',),
+             mireg=(*_mi_weights,'consistency'), pretrain=_mi_weights) | {'mireg+teacher': (*_mi_weights,'teacher')}
+
 def _settings(preset, row):
     "Everything that decides the result of a run, but the seed"
-    s = {**asdict(preset), 'args':{}, 'flips':{}, **row}
-    return {**s, 'weights': {**preset.weights, **row.get('weights', {})}}
+    s,weights = {**asdict(preset), 'args':{}, 'flips':{}, **row},{**preset.weights, **row.get('weights', {})}
+    return {**s, 'weights': {k:weights[k] for k in _used[s['method']]}}
 
 def _schedule(w):
     if not isinstance(w, (list,tuple)): return w
@@ -133,8 +139,9 @@ def _callbacks(s):
     w = {k:_schedule(o) for k,o in s['weights'].items()}
     mireg = lambda consistency: MIRegCallback(w['global_mi'], w['local_mi'], consistency, **s['args'])
     teacher = lambda **kw: EMATeacherCallback(s['decay'], **kw)
-    return {'partial': lambda: [], 'full': lambda: [], 'entropy': lambda: [EntropyMinCallback(w['entropy'])], 'consistency': lambda: [ConsistencyCallback(w['consistency'])],
-            'teacher': lambda: [teacher(weight=w['teacher'])], 'mireg': lambda: [mireg(w['consistency'])], 'mireg+teacher': lambda: [mireg(w['consistency']), teacher(weight=0.)],
+    return {'partial': lambda: [], 'full': lambda: [], 'entropy': lambda: [EntropyMinCallback(w['entropy'])], 'consistency': lambda: [ConsistencyCallback(w['consistency_only'])],
+            'teacher': lambda: [teacher(weight=w['teacher'])], 'mi': lambda: [MIRegCallback(w['mi_only'], w['mi_only'], 0., **s['args'])],
+            'mireg': lambda: [mireg(w['consistency'])], 'mireg+teacher': lambda: [mireg(w['teacher']), teacher(weight=0.)],
             'pretrain': lambda: [mireg(0.)]}[s['method']]()
 
 # %% ../nbs/11a_experiments.ipynb #a3360fad
@@ -182,7 +189,7 @@ def _run(job):
     for o in path.glob('*/*.pt'): o.unlink()
     for o in ('log','pretrain'): (path/o).is_dir() and (path/o).rmdir()
 
-# %% ../nbs/11a_experiments.ipynb #a7d4dfb9
+# %% ../nbs/11a_experiments.ipynb #4cd8be97
 def _splits(data, preset, rows, score, split_seed, out):
     "The cohort, split, for each number of labelled subjects; test and validation subjects are the same in all of them"
     df,parts = load_cohort(data),{}
@@ -194,7 +201,7 @@ def _splits(data, preset, rows, score, split_seed, out):
 
 def _who(df): return df[['subject','scan','split']].to_csv(index=False)
 
-def _protocol(preset, parts, score, seeds, threads):
+def _protocol(preset, recipe, parts, score, seeds, threads):
     "What a reader must know about the numbers"
     df = parts[min(parts)]
     n = df.groupby('split').agg(subjects=('subject','nunique'), scans=('scan','size'))
@@ -202,7 +209,9 @@ def _protocol(preset, parts, score, seeds, threads):
     whole = (df.groupby('subject').split.nunique()==1).all()
     return [f'- Subjects: {counts}' + ('' if len(parts)==1 else f'; labelled subjects as the rows say') + (f'. No subject is in two parts.' if whole else '. SUBJECTS ARE IN SEVERAL PARTS.'),
             f"- Scored: the {score} scans" + (', which were used for nothing else' if score=='test' else '') + ', with the final checkpoint; Dice of each class over the whole scan, mean over scans, then over classes.',
-            f'- Budget: U-Net of width {preset.width}, {preset.epochs*preset.n_iters} steps of {preset.bs} labelled and {preset.unlabeled_bs} unlabelled slices, Adam, one cycle up to {preset.lr:g}; {threads} thread(s) to a run.',
+            f'- Budget: U-Net of width {preset.width}, {preset.epochs*preset.n_iters} steps of {preset.bs} labelled and {preset.unlabeled_bs} unlabelled slices, Adam, one cycle up to {preset.lr:g} from a {preset.div:g}th, warm-up {preset.pct_start:g} of the steps, weight decay {preset.wd:g}; {threads} thread(s) to a run.',
+            f"- Weights, where a row says nothing else: {', '.join(f'{k} {v}' for k,v in preset.weights.items())}; the teacher's decay is {preset.decay:g}.",
+            f'- {recipe}',
             f"- Seeds {', '.join(map(str, seeds))} (initialisation, draws, augmentation); one split.",
             f"- fastmiseg {fastmiseg.__version__}, fastai {version('fastai')}, torch {torch.__version__}, Python {platform.python_version()}."]
 
@@ -251,7 +260,7 @@ def run_study(
     scores = study_scores(jobs)
     stem = out/f"{name if isinstance(name, str) else 'study'}{'' if score=='test' else f'_{score}'}"
     table = study_table(scores, study)
-    text = [f'# {study.title}', '', *([f'    {command}', ''] if command else []), *_protocol(preset, parts, score, seeds, threads),
+    text = [f'# {study.title}', '', *([f'    {command}', ''] if command else []), *_protocol(preset, recipe, parts, score, seeds, threads),
             f"- {len(jobs)} runs, {scores.drop_duplicates(['row','seed']).seconds.sum()/60:.0f} minutes of one process in all.", '', _markdown(table), '', _legend(table, study)]
     _write_text(stem.with_suffix('.md'), '\n'.join(text))
     _write_text(stem.with_suffix('.csv'), table.to_csv(index=False))

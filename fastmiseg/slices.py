@@ -297,7 +297,7 @@ def hippocampus(cls:Recipe):
     "Hippocampus (Decathlon task 4), not in the paper: axial slices of 64 by 48 hold every released scan whole and go through four poolings; left and right mirror each other; random crops are half as large, for twice the share of hippocampus"
     return cls(spacing=1, size=(64,48), crop=(48,32), axis=0, classes=('background','Anterior','Posterior'), rotate=10., flip='h', jitter=.3)
 
-# %% ../nbs/02_slices.ipynb #abf27876
+# %% ../nbs/02_slices.ipynb #5b2f6096
 def _look(r, labelled):
     "What `Recipe.auto` wants to know about one scan"
     v = read_volume(r.image, channels=True)
@@ -335,5 +335,6 @@ def auto(cls:Recipe,
         values = sorted(set().union(*[o['values'] for o in seen]))
         classes = ('background', *(f'class{i}' for i in range(1, max(2, len(values)))))
         if values!=list(range(len(values))): labels = {int(v):i for i,v in enumerate(values)}
-    return cls(spacing=spacing, size=[int(np.ceil(s/16)*16) for s in size], window=window, axis=axes.pop() if len(axes)==1 else 'auto',
-               channels=max(o['channels'] for o in seen), classes=classes, labels=labels, rotate=10., jitter=.3)
+    axis = axes.pop() if len(axes)==1 else 'auto'
+    return cls(spacing=spacing, size=[int(np.ceil(s/16)*16) for s in size], window=window, axis=axis, channels=max(o['channels'] for o in seen),
+               classes=classes, labels=labels, rotate=10., flip='' if axis==2 else 'h', jitter=.3) # along the columns of any but sagittal slices runs left to right

@@ -184,6 +184,11 @@ def test_auto_maps_odd_values_and_sees_ct(tmp_path):
     df = cohort(tmp_path, ct=True)
     assert Recipe.auto(df.drop(columns='mask')).window==(-160.,240.)
 
+def test_auto_mirrors_left_and_right_only(tmp_path):
+    for spacing,axis,flip in (((6.,1.,1.), 0, 'h'), ((1.,6.,1.), 1, 'h'), ((1.,1.,6.), 2, '')):
+        r = Recipe.auto(cohort(tmp_path, n=2, spacing=lambda i: spacing))
+        assert (r.axis, r.flip)==(axis, flip)
+
 def test_auto_of_mixed_and_bad_scans(tmp_path):
     df = cohort(tmp_path, spacing=lambda i: (6.,1.,1.) if i else (1.,6.,1.))
     assert Recipe.auto(df).axis=='auto'

@@ -307,13 +307,14 @@ class MISegDataLoaders(DataLoaders):
     )->ScanDL:   # batches `(x,)`, in order
         "Slices of other scans, prepared in the same store"
         if 'rm_type_tfms' in kwargs: raise ValueError("learn.predict is for one image, and a scan is many slices: use predict_volume(learn, scan)")
+        if self.recipe is None: return super().test_dl(scans, **dict(kwargs, shuffle=shuffle, drop_last=drop_last, **({} if bs is None else dict(bs=bs))))
         if self.store is None: raise ValueError("test_dl: this learner was exported and has no folder for slices; segment scans with predict_volume or predict_cohort, or set dls.store")
         if not isinstance(scans, pd.DataFrame):
             paths = [str(o) for o in L(scans)]
             scans = pd.DataFrame(dict(subject=paths, scan=paths, image=paths))
         store = SliceStore(self.store.path, self.recipe).prepare(scans.assign(mask=None), progress=False)
         refs = [SliceRef(r.scan, i) for r in store.scans.itertuples() for i in range(r.n)]
-        return ScanDL(Datasets(refs, tfms=[[_ReadImage(store)]]), bs=bs or self.valid.bs, shuffle=shuffle, drop_last=drop_last, num_workers=0, device=self.device, after_item=[ToTensor])
+        return ScanDL(Datasets(refs, tfms=[[_ReadImage(store)]]), bs=bs or self.valid.bs, shuffle=shuffle, drop_last=drop_last, num_workers=0, device=self.device, after_item=[ToTensor], after_batch=Pipeline(self.train.after_batch.fs))
 
     def new_empty(self):
         "The same loaders without the data: what an exported `Learner` carries"

@@ -56,6 +56,7 @@ class Preset:
     pct_start:float = .1   # share of the training in which the rate grows
     wd:float = 1e-5        # weight decay
     decay:float = .999     # of the teacher
+    flips:dict = field(default_factory=dict)   # arguments of `RandomFlips`, where T is not the paper's
     weights:dict = field(default_factory=dict) # of each term, for the methods that use it
 
 def _weights(mi, consistency, mi_only=None, consistency_only=None, teacher=None, entropy=.01):
@@ -70,6 +71,7 @@ presets = dict(
     mmwhs     = Preset('mmwhs', 2, 5, 0, weights=_weights(.1, 5.)),
     cpu       = Preset('auto', 2, 20, 34, width=8, epochs=4, n_iters=500, bs=8, unlabeled_bs=8, lr=5e-3, div=5., decay=.99,
                        weights=_weights(.001, [1.,.4], mi_only=.003, consistency_only=[10.,.8], teacher=[10.,.8], entropy=.003)))
+presets['cpu-jitter'] = replace(presets['cpu'], flips=dict(jitter=.5), weights=_weights(.01, [5.,.8], mi_only=.01, teacher=[10.,.8], entropy=.003))
 
 # %% ../nbs/11a_experiments.ipynb #f2c5753c
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ _used = dict(partial=(), full=(), entropy=('entropy',), consistency=('consistenc
 
 def _settings(preset, row):
     "Everything that decides the result of a run, but the seed"
-    s,weights = {**asdict(preset), 'args':{}, 'flips':{}, **row},{**preset.weights, **row.get('weights', {})}
+    s,weights = {**asdict(preset), 'args':{}, **row},{**preset.weights, **row.get('weights', {})}
     return {**s, 'weights': {k:weights[k] for k in _used[s['method']]}}
 
 def _schedule(w):
@@ -210,6 +212,7 @@ def _protocol(preset, recipe, parts, score, seeds, threads):
     return [f'- Subjects: {counts}' + ('' if len(parts)==1 else f'; labelled subjects as the rows say') + (f'. No subject is in two parts.' if whole else '. SUBJECTS ARE IN SEVERAL PARTS.'),
             f"- Scored: the {score} scans" + (', which were used for nothing else' if score=='test' else '') + ', with the final checkpoint; Dice of each class over the whole scan, mean over scans, then over classes.',
             f'- Budget: U-Net of width {preset.width}, {preset.epochs*preset.n_iters} steps of {preset.bs} labelled and {preset.unlabeled_bs} unlabelled slices, Adam, one cycle up to {preset.lr:g} from a {preset.div:g}th, warm-up {preset.pct_start:g} of the steps, weight decay {preset.wd:g}; {threads} thread(s) to a run.',
+            '- T: ' + ', '.join(['flips along the axes of the recipe', *(f'{k} {v}' for k,v in preset.flips.items())]) + '.',
             f"- Weights, where a row says nothing else: {', '.join(f'{k} {v}' for k,v in preset.weights.items())}; the teacher's decay is {preset.decay:g}.",
             f'- {recipe}',
             f"- Seeds {', '.join(map(str, seeds))} (initialisation, draws, augmentation); one split.",
@@ -234,7 +237,7 @@ def run_study(
     "Make the runs of a study that are not there yet, and write its table, figure and scores"
     if isinstance(name, str) and name not in studies: raise ValueError(f"study: {name!r} is none of {', '.join(studies)}")
     if isinstance(preset, str) and preset not in presets: raise ValueError(f"preset: {preset!r} is none of {', '.join(presets)}")
-    study,preset,out = studies[name] if isinstance(name, str) else name,presets[preset] if isinstance(preset, str) else preset,Path(out)
+    study,budget,preset,out = studies[name] if isinstance(name, str) else name,preset,presets[preset] if isinstance(preset, str) else preset,Path(out)
     preset = replace(preset, **{k:o for k,o in dict(recipe=recipe, epochs=epochs, n_iters=n_iters).items() if o is not None})
     if bad := set(rows or ())-set(study.rows): raise ValueError(f"rows: {', '.join(sorted(bad))}: no such row; there are {'; '.join(study.rows)}")
     todo = {k:o for k,o in study.rows.items() if rows is None or k in rows}
@@ -258,7 +261,7 @@ def run_study(
                              path=str(out/'runs'/f"{s['method'].replace('+','_')}-{s['labeled']}-{seed}-{key}")))
     _make([j for j in jobs if not (Path(j['path'])/'scores.csv').exists()], n)
     scores = study_scores(jobs)
-    stem = out/f"{name if isinstance(name, str) else 'study'}{'' if score=='test' else f'_{score}'}"
+    stem = out/'_'.join([name if isinstance(name, str) else 'study', *([budget] if isinstance(budget, str) and budget!='cpu' else []), *([] if score=='test' else [score])])
     table = study_table(scores, study)
     text = [f'# {study.title}', '', *([f'    {command}', ''] if command else []), *_protocol(preset, recipe, parts, score, seeds, threads),
             f"- {len(jobs)} runs, {scores.drop_duplicates(['row','seed']).seconds.sum()/60:.0f} minutes of one process in all.", '', _markdown(table), '', _legend(table, study)]

@@ -52,3 +52,18 @@ def test_dice_counts_every_slice_once(results):
     "Five images for two processes: one is padding"
     a,b,one = (dict(zip((r:=o['paired'])['names'], r['values']))['dice'] for o in results)
     assert a==b and a==pytest.approx(one, abs=1e-6) and a>0
+
+@pytest.mark.parametrize('kind', ['paired','files'])
+def test_interrupted_and_gone_on(results, kind):
+    "Each process finds its own random numbers again"
+    (a,a2),(b,b2) = (r[f'resumed {kind}'] for r in results[:2])
+    for one,two in ((a,a2), (b,b2)):
+        for k in one:
+            for n in one[k]: assert torch.equal(one[k][n], two[k][n]), (k,n)
+    assert not torch.equal(a['random']['torch'], b['random']['torch'])
+
+def test_folders_that_do_not_fit_are_refused(results):
+    for r in results[:2]:
+        apart,alone = r['refused']
+        assert 'the processes find different checkpoints' in apart and '00-00002-000000.pt, none' in apart
+        assert 'was written by a training in 1 processes, here are 2' in alone

@@ -2,10 +2,11 @@
 import os, sys, warnings; warnings.filterwarnings('ignore')
 import torch, torch.distributed as dist
 from torch import nn
-from fastai.basics import Callback, Datasets, defaults
+from fastai.basics import Callback, Datasets, defaults, set_seed
 from fastai.distributed import *
 from fastai.vision.core import TensorImage, TensorMask
 from fastmiseg.callback.baselines import ConsistencyCallback
+from fastmiseg.callback.resume import ResumeCallback
 from fastmiseg.callback.semisup import SemiSupCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.data import processes
@@ -48,8 +49,49 @@ def run(kind, path, world):
     return dict(model=dict(learn.model.state_dict()), heads=mi.projectors.state_dict(), teacher=teacher.average, x=seen.x, T=[list(map(list,t)) for t in seen.T],
                 terms=seen.terms, names=list(learn.recorder.metric_names)[1:-1], values=list(learn.recorder.values[-1]), hooks=sum(len(m._forward_hooks) for m in learn.model.modules()))
 
+class Noisy(GroupNormed):
+    def forward(self, x): return super().forward(x+.05*torch.randn_like(x) if self.training else x)
+
+class Stop(Callback):
+    order = 95
+    def __init__(self, at): super().__init__(); self.at = at
+    def after_batch(self):
+        if self.training and self.train_iter==self.at: raise KeyboardInterrupt
+
+def resume(kind, path, rank, stops):
+    "Each process has random numbers of its own, and other ones at each attempt; interrupted in the middle of an epoch and at its end"
+    for k,stop in enumerate([*stops, None]):
+        set_seed(10*k+rank)
+        learn = quiet(learner(path, net=Noisy, seed=10*k+rank, dls=plain_loaders(2) if kind=='files' else loaders(bs=2, unlabeled_bs=4, n_iters=4)))
+        cbs = [mi:=small_mireg(unlabeled=list(range(13,21)) if kind=='files' else None), teacher:=EMATeacherCallback(decay=.5), ResumeCallback(f'{path}/{kind}{len(stops)}', every=1), Stop(stop)]
+        try:
+            with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit_one_cycle(2, 1e-2, cbs=cbs)
+        except KeyboardInterrupt: assert stop
+        else: assert not stop
+    return dict(model=dict(learn.model.state_dict()), heads=mi.projectors.state_dict(), teacher=teacher.average, random=dict(torch=torch.get_rng_state()),
+                log=dict(values=torch.tensor(list(learn.recorder.values[-1]))))
+
+def refused(path, rank):
+    "A folder that is not shared, and one written by another number of processes"
+    res = []
+    for folder in (f'{path}/paired0' if rank else f'{path}/empty', f'{path}/alone'):
+        if folder.endswith('alone') and not rank:
+            os.makedirs(folder)
+            o = torch.load(f'{path}/paired0/00-00002-000000.pt', weights_only=True)
+            torch.save({**o, 'ranks':[]}, f'{folder}/00-00002-000000.pt')
+        dist.barrier()
+        learn = quiet(learner(path, net=Noisy))
+        try:
+            with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, cbs=[small_mireg(), EMATeacherCallback(decay=.5), ResumeCallback(folder)])
+        except ValueError as e: res.append(str(e))
+    return res
+
 if __name__=='__main__':
     path,world,rank = sys.argv[1],int(os.environ.get('WORLD_SIZE', 1)),int(os.environ.get('RANK', 0))
     torch.set_num_threads(1)
-    torch.save({k: run(k, path, world) for k in ('paired','norm','files')}, f'{path}/{world}-{rank}.pt')
+    res = {k: run(k, path, world) for k in ('paired','norm','files')}
+    if world>1:
+        for k in ('paired','files'): res[f'resumed {k}'] = [resume(k, path, rank, stops) for stops in ((), (3,4,6))]
+        res['refused'] = refused(path, rank)
+    torch.save(res, f'{path}/{world}-{rank}.pt')
     if dist.is_initialized(): dist.destroy_process_group()

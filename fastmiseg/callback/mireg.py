@@ -61,8 +61,9 @@ class MIRegCallback(SemiSupCallback):
 
     def _window(self, name, size):
         "The neighbourhood of a stage, checked against its map"
-        w,k = self.neighborhood.get(name, 1),self.n_clusters[name]
-        if k>math.prod(size): raise ValueError(f"n_clusters: {k} is more than the map of {name!r} allows, which has {'×'.join(map(str,size))} positions; choose fewer clusters, or larger images")
+        w = self.neighborhood.get(name, 1)
+        for k,what,n in ((self.n_clusters[name],'clusters','n_clusters'), (self.n_heads,'heads','n_heads')):
+            if k>math.prod(size): raise ValueError(f"{n}: {k} is more than the map of {name!r} allows, which has {'×'.join(map(str,size))} positions; choose fewer {what}, or larger images")
         for o,n in zip(w if isinstance(w, (tuple,list)) else [w]*len(size), size):
             if isinstance(o, int) and o>2*n-1:
                 raise ValueError(f"neighborhood: {w} is more than the map of {name!r} allows, which is {'×'.join(map(str,size))} "

@@ -6,9 +6,9 @@
 __all__ = ['ResumeCallback']
 
 # %% ../../nbs/07d_callback.resume.ipynb #8ee21d2e
-import pickle, re, shutil, zipfile
+import inspect, pickle, re, shutil, zipfile
 
-import torch
+import torch, torch.distributed as dist
 from fastai.basics import *
 from fastai.callback.schedule import LRFinder
 
@@ -19,13 +19,13 @@ from ..data import PairedDL, processes
 # %% ../../nbs/07d_callback.resume.ipynb #312f07a5
 def _plain(o, tensors=True):
     "`o` as `torch.load(weights_only=True)` gives it back; a `TypeError` if there is no such thing"
-    if tensors and isinstance(o, Tensor): return o.detach().as_subclass(Tensor)
+    if tensors and isinstance(o, Tensor): return o.detach().as_subclass(Tensor).cpu()
     if o is None or type(o) in (bool,int,float,str): return o
     if isinstance(o, np.generic): return o.item()
     if isinstance(o, dict) and all(type(k) in (str,int) for k in o): return {k:_plain(v, tensors) for k,v in o.items()}
     if isinstance(o, (list,tuple,L)):
         o = list(o)
-        if tensors and len(o)>1 and all(isinstance(t, Tensor) and t.ndim==0 for t in o): return {'stacked': torch.stack(o).detach().as_subclass(Tensor)}
+        if tensors and len(o)>1 and all(isinstance(t, Tensor) and t.ndim==0 for t in o): return {'stacked': _plain(torch.stack(o))}
         return [_plain(v, tensors) for v in o]
     raise TypeError(f'{type(o).__name__} cannot be kept')
 
@@ -40,6 +40,17 @@ def _notes(o, but=(), tensors=True):
 
 def _set_notes(o, notes):
     for k,v in notes.items(): setattr(o, k, list(v['stacked'].unbind()) if isinstance(v, dict) and v.keys()=={'stacked'} else v)
+
+def _note_arguments(o):
+    "Remember what the constructor was given, at the first sight of an object"
+    if '_given' in vars(o): return
+    names = {n for c in type(o).__mro__ if '__init__' in vars(c) for n in inspect.signature(c.__init__).parameters}
+    vars(o)['_given'] = _notes(o, set(vars(o))-names, tensors=False)
+
+def _unchanged(o):
+    "Names of the constructor's arguments that are as they were given"
+    given = vars(o).get('_given', {})
+    return {k for k,v in _notes(o, set(vars(o))-set(given), tensors=False).items() if v==given[k]}
 
 # %% ../../nbs/07d_callback.resume.ipynb #81648b6e
 def _write(state, path):
@@ -89,11 +100,17 @@ class _Rest(GetAttr):
 # %% ../../nbs/07d_callback.resume.ipynb #e9570f4a
 def _rng(dl): return getattr(getattr(dl, 'dl', dl), 'rng', None) # a `DistributedDL` has another loader inside
 
+def _of_all(o):
+    "What each of the processes has for `o`"
+    res = [o]*processes()[1]
+    if len(res)>1: dist.all_gather_object(res, o)
+    return res
+
 class ResumeCallback(Callback):
     "Go on where a training was interrupted"
     order = 90 # after all that changes anything
     def __init__(self,
-        path,        # folder of the checkpoints; one for each training. Delete it to begin anew
+        path,        # folder of the checkpoints; one for each training, and shared by all its processes. Delete it to begin anew
         every=100,   # steps between checkpoints; there is also one after each epoch
         keep:int=2   # how many checkpoints to keep
     ):
@@ -103,11 +120,15 @@ class ResumeCallback(Callback):
 
     # at the beginning of a fit: is it the one that was interrupted?
     def before_fit(self):
-        self._on = not any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+        self._on = hasattr(self.learn, '_in_fit') and not any(isinstance(cb, LRFinder) for cb in self.learn.cbs) # `validate` begins like a fit
         if not self._on: return
         self._fit,self._fits,self._lines,self._state,self._over,self._ahead,self._saved = self._fits,self._fits+1,[],None,False,0,0
+        self._begin,self._stepped = None,False
+        for o,_ in self._foreign(): _note_arguments(o)
         self.path.mkdir(parents=True, exist_ok=True)
         state,file = _newest(self.path)
+        if len(found:=set(_of_all(file.name if file else 'none')))>1:
+            raise ValueError(f"ResumeCallback: the processes find different checkpoints in {self.path} ({', '.join(sorted(found))}); give a folder that all machines share")
         if state is None or state['fit']<self._fit: return
         here = [self.n_epoch, len(self.dls.train), sum(p.numel() for p in get_model(self.model).parameters())] if state['fit']==self._fit else state['plan']
         if state['plan']!=here:
@@ -117,16 +138,27 @@ class ResumeCallback(Callback):
             if state['names']!=self._names():
                 raise ValueError(f"ResumeCallback: {file} was written by a training with {', '.join(state['names']) or 'no regulariser'}, "
                                  f"here is {', '.join(self._names()) or 'none'}; call it with the same, or delete the folder")
+            (rank,world),others = processes(),state.get('ranks', [])
+            if len(others)+1!=world:
+                raise ValueError(f"ResumeCallback: {file} was written by a training in {len(others)+1} processes, here are {world}; start as many, or delete the folder")
+            if rank: state.update({**others[rank-1], 'ours': state['ours'] and {**state['ours'], **others[rank-1]['ours']}})
             self._load(state)
             for line in state['lines']: self.learn.logger(line)
-            self._lines,self._saved,self.learn._first_epoch = state['lines'],state['train_iter'],state['epoch']
+            self._lines,self._saved = state['lines'],state['train_iter']
             if state['epoch'] and getattr(getattr(self.learn, 'progress', None), 'mbar', None): self.learn.progress.mbar.update(0) # its clock starts with its first step
-            if not state['over']: self._state = state
+            if state['iter']: self._state = state
+            else: self._find(self.dls.train, state)
+            if not state['over']: self.learn._first_epoch = state['epoch']
         if state['over'] or state['fit']>self._fit:
             self._over = True
             print(f"ResumeCallback: this training is finished, {file.name} in {self.path} holds its result; another one needs another path")
             raise CancelFitException()
 
+    def _ours(self): return next((cb for cb in self.learn.cbs if isinstance(cb, PairedBatchCallback) and cb._heads and cb._attached()), None)
+    def _params(self):
+        "Whatever is trained, with its name"
+        heads = (ours:=self._ours()) and {f'projectors.{i}':p for i,p in enumerate(ours._heads.params)}
+        return {**dict(get_model(self.model).named_parameters()), **(heads or {})}
     def _names(self): return [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, SemiSupCallback)]
     def _device(self, o): return to_device(o, next(self.model.parameters()).device)
 
@@ -134,76 +166,83 @@ class ResumeCallback(Callback):
         "What lasts longer than an epoch"
         get_model(self.model).load_state_dict(s['model'])
         self.opt.load_state_dict(self._device(s['opt']))
-        if s['ours']: self.learn.paired_batch.load_state_dict(self._device(s['ours']))
+        if s['ours']: self._ours().load_state_dict(self._device({**s['ours'], 'stream': s['ours']['stream'] or dict(n=0, begin=None)})) # a fit that is over has no stream
         if s['scaler']: self.learn.scaler.load_state_dict(s['scaler'])
+        grads = s.get('grads', {})
+        for n,p in self._params().items(): p.grad = None if n not in grads else torch.zeros_like(p) if grads[n] is None else grads[n].to(p.device)
+        self.learn.train_iter,self.learn.pct_train = s['train_iter'],s['pct_train']
         self._load_notes(s)
+
+    def _foreign(self):
+        "Callbacks and metrics that are not ours, and whether their tensors are kept"
+        for cb in self.learn.cbs:
+            if not isinstance(cb, (SemiSupCallback, PairedBatchCallback, ResumeCallback)): yield cb, isinstance(cb, Recorder)
+        if hasattr(self.learn, 'recorder'): yield self.recorder.smooth_loss, True
+        for m in self.learn.metrics: yield m, True
 
     def _noted(self):
         "Callbacks and metrics, what of them is not to be kept, and whether their tensors are"
         for cb in self.learn.cbs:
             if isinstance(cb, SemiSupCallback): yield cb, set(vars(cb))-{'_sums','_count'}, True
-            elif not isinstance(cb, (PairedBatchCallback, ResumeCallback)): yield cb, {'start_epoch'}, isinstance(cb, Recorder)
-        if hasattr(self.learn, 'recorder'): yield self.recorder.smooth_loss, (), True
-        for m in self.learn.metrics: yield m, (), True
+        for o,tensors in self._foreign(): yield o, {'start_epoch','_given','__stored_args__'} | _unchanged(o), tensors
 
     def _load_notes(self, s):
         notes = {k:list(v) for k,v in s['notes'].items()}
         for o,*_ in self._noted():
             if notes.get(n:=type(o).__name__): _set_notes(o, notes[n].pop(0))
 
-    # within the first epoch: find the place
+    def _find(self, dl, s):
+        "Bring the loader and the random numbers to the beginning of the epoch"
+        begin = s['begin'] if s['iter'] else dict(loader=s['loader'], all=s['random'])
+        if isinstance(dl, PairedDL): dl.epoch,dl.first = s['loader_epoch'],s['iter']
+        elif _rng(dl): restore_state(_rng(dl), begin['loader'])
+        restore_random_states(begin['all'])
+
+    # within the first epoch: find the batch
     def before_train(self):
         if not self._on: return
-        self._begin,s = dict(loader=_rng(self.dl) and state_of(_rng(self.dl)), all=random_states()),self._state
-        if s is None: return
-        self._state,self._ahead,self.learn.train_iter = None,s['iter'],s['train_iter']
-        dl = self.dl
-        if isinstance(dl, PairedDL): dl.epoch,dl.first = s['loader_epoch'],s['iter']
-        if s['iter']:
-            self.learn.pct_train = s['pct_train']
+        dl,s,self._state = self.dl,self._state,None
+        if s is None: self._begin = dict(loader=_rng(dl) and state_of(_rng(dl)), all=random_states())
+        else:
+            self._begin,self._ahead,self.learn.pct_train = s['begin'],s['iter'],s['pct_train']
             self._load_notes(s)
-            if not isinstance(dl, PairedDL):
-                self._begin = s['begin']
-                if _rng(dl): restore_state(_rng(dl), s['begin']['loader'])
-                restore_random_states(s['begin']['all'])
-        elif _rng(dl) and not isinstance(dl, PairedDL): restore_state(_rng(dl), s['loader'])
-        if s['iter']: self.learn.dl = _Rest(dl, s['iter'], lambda: restore_random_states(s['random']))
-        else: restore_random_states(s['random'])
+            self._find(dl, s)
+            self.learn.dl = _Rest(dl, s['iter'], lambda: restore_random_states(s['random']))
 
     def before_batch(self):
-        self._stepped = False
-        if self.training and self._on: self.learn.iter += self._ahead
+        if self.training and self._on: self._stepped = False; self.learn.iter += self._ahead
     def after_train(self): self._ahead = 0
 
     # saving
-    def after_step(self): self._stepped = True # between two steps gradients are gathered, which are not kept
+    def after_step(self): self._stepped = True # otherwise gradients are being gathered
     def after_batch(self):
         if self.training and self._on and self._stepped and self.train_iter-self._saved>=self.every: self._save(self.epoch, self.iter+1)
 
     def after_epoch(self):
-        if not self._on: return
-        if hasattr(self.learn, 'recorder'): self._lines = self._lines + [_plain(self.recorder.log)]
-        self._save(self.epoch+1, 0)
+        if self._on: self._save(self.epoch+1, 0)
 
     def after_fit(self):
         if self._on and not self._over: self._save(self.n_epoch, 0, over=True)
 
     def _save(self, epoch, i, over=False):
         self._saved = self.train_iter
-        if processes()[0]: return
+        if hasattr(self.learn, 'recorder') and len(self.recorder.values)>len(self._lines): self._lines = self._lines + [_plain(self.recorder.log)]
         for cb in self.learn.cbs:
             if hasattr(type(cb), 'back'): cb.back() # a teacher that stands in for the student
-        ours,dl = self.learn.paired_batch if hasattr(self.learn, 'paired_batch') else None,self.dls.train
+        ours,dl = self._ours(),self.dls.train
+        ours = ours and ours.state_dict()
         model = get_model(self.model).state_dict()
         if not torch.stack([o.isfinite().all() for o in model.values()]).all():
             raise FloatingPointError(f"ResumeCallback: after step {self.train_iter} the network has weights that are no numbers; no checkpoint was written, those in {self.path} are older")
         notes = {}
         for o,but,tensors in self._noted(): notes.setdefault(type(o).__name__, []).append(_notes(o, but, tensors))
-        state = dict(fit=self._fit, epoch=epoch, iter=i, over=over, train_iter=self.train_iter, pct_train=self.pct_train, lines=self._lines,
+        own = dict(notes=notes, begin=self._begin, random=random_states(), loader=_rng(dl) and state_of(_rng(dl)))
+        others = _of_all(_plain({**own, 'ours': ours and {k:ours[k] for k in ('generator','stream')}}))[1:] if processes()[1]>1 else []
+        if processes()[0]: return
+        state = dict(**own, ranks=others, fit=self._fit, epoch=epoch, iter=i, over=over, train_iter=self.train_iter, pct_train=self.pct_train, lines=self._lines,
             plan=[self.n_epoch, len(dl), sum(p.numel() for p in get_model(self.model).parameters())],
-            model=model, opt=_plain(self.opt.state_dict()), ours=_plain(ours.state_dict()) if ours and ours._heads and ours._attached() else None,
-            scaler=getattr(self.learn, 'scaler', None) and _plain(self.learn.scaler.state_dict()),
-            names=self._names(), notes=notes, begin=self._begin, random=random_states(),
-            loader=_rng(dl) and state_of(_rng(dl)), loader_epoch=dl.epoch-(i>0) if isinstance(dl, PairedDL) else None)
+            model=model, grads={n: None if self._stepped else p.grad for n,p in self._params().items() if p.grad is not None},
+            opt=_plain(self.opt.state_dict()), ours=ours, scaler=getattr(self.learn, 'scaler', None) and _plain(self.learn.scaler.state_dict()),
+            names=self._names(), loader_epoch=dl.epoch-(i>0) if isinstance(dl, PairedDL) else None)
         _write(_plain(state), self.path/f'{self._fit:02d}-{epoch:05d}-{i:06d}.pt')
         for f in sorted(self.path.glob('*.pt'))[:-self.keep]: f.unlink()

@@ -113,7 +113,8 @@ class SemiSupCallback(Callback):
     def undo(self): "Take back what the method has done to the learner: called when a fit ends, however it ends"
 
     def before_fit(self):
-        self._fitting = True
+        self._fitting = hasattr(self.learn, '_in_fit') # and not a validation, or predictions
+        if not self._fitting: return
         if not any(isinstance(o, PairedBatchCallback) for o in self.learn.cbs): # a learner made without it
             self.learn.add_cb(runner:=PairedBatchCallback())
             runner.before_fit()
@@ -130,6 +131,10 @@ class SemiSupCallback(Callback):
 
 # %% ../../nbs/07_callback.semisup.ipynb #9748f4d2
 def _last_group(opt): return opt.opt.param_groups[-1]['params'] if isinstance(opt, OptimWrapper) else opt.param_lists[-1].items
+def _slow(opt):
+    "Lookahead's second copy of the last group, once there is one"
+    groups = getattr(opt, 'slow_weights', None)
+    return None if groups is None else getattr(groups[-1], 'items', groups[-1])
 def _state(opt): return opt.opt.state if isinstance(opt, OptimWrapper) else opt.state # `OptimWrapper` has a state that PyTorch's optimiser does not see
 
 class _Projectors:
@@ -137,31 +142,33 @@ class _Projectors:
     def __init__(self, learn, modules):
         self.learn,self.opt,self.params = learn,learn.opt,L(p for m in modules for p in m.parameters())
         plain = learn.wd_bn_bias or isinstance(self.opt, OptimWrapper)
-        self.state = {p: {} if p.ndim>1 or plain else {'do_wd': False} for p in self.params}
+        self.state,self.slow = {p: {} if p.ndim>1 or plain else {'do_wd': False} for p in self.params},None
 
     def attach(self):
         _last_group(self.learn.opt).extend(self.params)
         _state(self.learn.opt).update(self.state)
+        if (slow:=_slow(self.learn.opt)) is not None: slow.extend(self.slow or [p.detach().clone() for p in self.params])
 
     def detach(self):
         if self.learn.opt is None: return
         ours,group = {id(p) for p in self.params},_last_group(self.learn.opt)
         if not any(id(p) in ours for p in group): return
         group[:] = [p for p in group if id(p) not in ours]
+        if ours and (slow:=_slow(self.learn.opt)) is not None: self.slow,slow[-len(ours):] = slow[-len(ours):],[]
         self.state = {p: _state(self.learn.opt).pop(p, {}) for p in self.params}
 
     def zero_grad(self):
         for p in self.params: p.grad = None
 
-    def state_dict(self): return [self.state[p] for p in self.params]
-    def load_state_dict(self, sd): self.state = dict(zip(self.params, sd))
+    def state_dict(self): return dict(state=[self.state[p] for p in self.params], slow=self.slow)
+    def load_state_dict(self, sd): self.state,self.slow = dict(zip(self.params, sd['state'])),sd['slow']
 
 # %% ../../nbs/07_callback.semisup.ipynb #40022695
 class _Guard:
     "Stops before a step whose loss is no number"
     def __init__(self, terms): # name -> scalar
         self.names = list(terms)
-        vals = torch.stack([o.detach().float() for o in terms.values()])
+        vals = _mean_of_all(torch.stack([o.detach().float() for o in terms.values()])) # all processes stop, or none
         self.vals,self.done = vals.to('cpu', non_blocking=True),None
         if vals.is_cuda: (done:=torch.cuda.Event()).record(); self.done = done
 
@@ -190,13 +197,15 @@ class PairedBatchCallback(Callback):
         super().__init__()
         self.flips,self.generator = RandomFlips(),None
 
-    def __reduce__(self): return (Callback, ()) # an exported learner is fastai's own
 
     # before training: find the stages, make the projectors
     def before_fit(self):
         if hasattr(self.learn, 'distributed_trainer'): share_out(self.learn.distributed_trainer)
-        self._regs = [cb for cb in self.learn.cbs if isinstance(cb, SemiSupCallback)]
-        if not self._regs: return
+        self._regs = [cb for cb in self.learn.cbs if isinstance(cb, SemiSupCallback)] if hasattr(self.learn, '_in_fit') else ()
+        finds = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+        if not self._regs:
+            if finds and isinstance(self.dls.train, PairedDL): self._undo_lr_find = self._snapshot()
+            return
         for r in self._regs: r.join(self._regs)
         self._teacher = next((r for r in self._regs if hasattr(type(r), 'see')), None)
         asked = {p for r in self._regs for p in r.views}
@@ -206,17 +215,21 @@ class PairedBatchCallback(Callback):
         if self.generator is None: self.generator = torch.Generator().manual_seed(torch.initial_seed())
         found = find_stages(self.model, list(dict.fromkeys(n for r in self._regs for n in r.layers)))
         self._make_projectors(found)
-        if any(isinstance(cb, LRFinder) for cb in self.learn.cbs): self._undo_lr_find = self._snapshot()
+        if finds: self._undo_lr_find = self._snapshot()
         self._handles = [self.model.get_submodule(s.module).register_forward_hook(partial(self._keep, n)) for n,s in found.items()]
 
     def _make_projectors(self, found):
         device = next(self.model.parameters()).device
         for r in self._regs:
+            channels = {n:found[n].channels for n in r.layers}
+            if r.projectors is not None and r._channels!=channels:
+                raise ValueError(f"{type(r).__name__}: was trained with another network, whose stages had {r._channels} channels; here they have {channels}. Make a new one for this network")
+            r._channels = channels
             if r.projectors is None:
                 with torch.random.fork_rng(devices=[]): r.projectors = r.make_projectors({n:found[n] for n in r.layers})
             if r.projectors is not None: r.projectors.to(device)
         modules = [r.projectors for r in self._regs if r.projectors is not None]
-        if self._heads is None or self._heads.opt is not self.opt or len(self._heads.params)!=sum(len(list(m.parameters())) for m in modules):
+        if self._heads is None or self._heads.opt is not self.opt or [id(p) for m in modules for p in m.parameters()]!=[id(p) for p in self._heads.params]:
             self._heads = _Projectors(self.learn, modules)
         if processes()[1]>1:
             for p in self._heads.params: dist.broadcast(p.data, 0)
@@ -225,9 +238,13 @@ class PairedBatchCallback(Callback):
         given = [r.unlabeled for r in self._regs if r.unlabeled is not None]
         if given:
             dl = given[0]
+            if any(o is not dl for o in given):
+                raise ValueError(f"unlabeled: {len(given)} regularisers were given images of their own, but one forward pass serves them all; give them to one of them only, or the same to each")
             if not hasattr(dl, 'dataset'):
                 if not len(dl): raise ValueError("unlabeled: the list of unlabelled images is empty")
-                dl = self.dls.test_dl(dl, shuffle=True, drop_last=len(dl)>=self.dls.bs)
+                n = getattr(self.dls.train, 'unlabeled_bs', self.dls.bs)
+                dl = self.dls.test_dl(dl, bs=n, shuffle=True, drop_last=len(dl)>=n)
+                for tl in dl.dataset.tls: tl.tfms.split_idx = 0 # augmented as the labelled images are
             return UnlabeledStream(dl, self.learn.distributed_trainer._wrap_dl if hasattr(self.learn, 'distributed_trainer') else noop)
         if getattr(self.dls.train, 'unlabeled', None) is None:
             raise ValueError(f"{', '.join(type(r).__name__ for r in self._regs)}: there are no unlabelled images. Either train on paired batches "
@@ -273,7 +290,9 @@ class PairedBatchCallback(Callback):
         self.learn.xb,self._x_l,self._maps = (self._x_l,),None,None
 
     def after_loss(self):
-        if self._v is None: return
+        if self._v is None:
+            if self.training and isinstance(self.dls.train, PairedDL) and not self.loss.ndim: self._guard = _Guard({'the supervised loss': self.loss})
+            return
         if self.loss_grad.ndim:
             raise ValueError(f"loss_func: returned a tensor of shape {tuple(self.loss_grad.shape)}; regularisers are added to one number, "
                              "so give the loss reduction='mean'")
@@ -286,12 +305,12 @@ class PairedBatchCallback(Callback):
 
     # the optimiser's step, with the projectors
     def before_step(self):
-        if not self._regs: return
         if self._guard and (bad:=self._guard.bad()):
             self.opt.zero_grad()
             if self._undo_lr_find: raise CancelFitException() # the rate has grown too large: the end of the search
             raise FloatingPointError(f"{bad} at step {self.train_iter} (epoch {self.epoch}, batch {self.iter}). Training stopped before the step, "
                                      f"with the weights of the one before. The batch came from {_items(self.dl, self.iter, self._stream)}")
+        if not self._regs: return
         for p in self._heads.params:
             if p.grad is not None: _mean_of_all(p.grad)
         self._heads.attach()
@@ -325,11 +344,11 @@ class PairedBatchCallback(Callback):
 
     def _snapshot(self):
         "What `lr_find` must leave as it was, beyond the network and its optimiser"
-        regs,state,rng,dl = self._regs,deepcopy(self.state_dict()),random_states(),self.dls.train
+        regs,state,rng,dl = self._regs,deepcopy(self.state_dict()) if self._regs else None,random_states(),self.dls.train
         loaders = [(o, o.rng.getstate()) for o in (dl, self._stream and self._stream.dl) if hasattr(o, 'rng')]
         epoch = getattr(dl, 'epoch', None)
         def restore():
-            self.load_state_dict(state, regs)
+            if state: self.load_state_dict(state, regs)
             if epoch is not None: dl.epoch = epoch
             for o,s in loaders: o.rng.setstate(s)
             restore_random_states(rng)
@@ -342,6 +361,7 @@ def _always_undo(fit):
     if hasattr(fit, '_undoes'): return fit
     @wraps(fit)
     def _fit(self, *args, **kwargs):
+        self._in_fit = True
         try: return fit(self, *args, **kwargs)
         except ValueError as e:
             if 'Expected more than 1 value per channel' not in str(e): raise
@@ -349,7 +369,26 @@ def _always_undo(fit):
                              "give the loaders a batch size of at least 2, or larger images") from e
         finally:
             for cb in self._grab_cbs(PairedBatchCallback): cb.undo()
+            for k in ('_in_fit','_first_epoch'): vars(self).pop(k, None)
     _fit._undoes = True
     return _fit
 
 Learner.fit = _always_undo(Learner.fit)
+
+def _ours(o): return isinstance(o, SemiSupCallback) or type(o).__module__.split('.')[0]==__name__.split('.')[0]
+
+def _without_us(export):
+    if hasattr(export, '_undoes'): return export
+    @wraps(export)
+    def _export(self, *args, **kwargs):
+        cbs,metrics = self.cbs.filter(_ours),self.metrics
+        self.remove_cbs(cbs)
+        self.metrics = metrics.filter(_ours, negate=True)
+        try: return export(self, *args, **kwargs)
+        finally:
+            self.add_cbs(cbs)
+            self.metrics = metrics
+    _export._undoes = True
+    return _export
+
+Learner.export = _without_us(Learner.export)

@@ -59,6 +59,7 @@ class EMATeacherCallback(SemiSupCallback):
     # the average
     def before_fit(self):
         super().before_fit()
+        if not self._fitting: return
         self._student,old = _tensors(get_model(self.model)),self.average
         if old is None or {k:v.shape for k,v in old.items()}!={k:v.shape for k,v in self._student.items()}:
             self.average,self.steps = {k:v.detach().clone() for k,v in self._student.items()},0

@@ -140,9 +140,13 @@ def compare(
     study:str,          # table1, figure4, table2, table2-short, table3, table4, figure7, minimum, views, teacher, ramps; or choose, for settings
     data:str=None,      # Folder or CSV of scans; by default $FASTMISEG_DATA
     out:str='studies',  # Folder of runs and results; studies that share it share their runs
-    preset:str='cpu',   # Budget, split and weights: cpu, or a data set of the paper at its full settings (acdc, promise12, spleen, mmwhs; for a GPU)
+    preset:str='cpu',   # Budget, split and weights: cpu, cpu-jitter (T changes intensities too), or a data set of the paper at its full settings (acdc, promise12, spleen, mmwhs; for a GPU)
     recipe:str=None,    # How a scan becomes slices: auto, or a preset (acdc, promise12, spleen, mmwhs, hippocampus); by default the preset's
     seeds:int=3,        # How many seeds, from 0
+    labeled:int=None,   # Subjects whose masks are used in training, instead of the preset's number
+    valid:int=None,     # Subjects for choosing settings, instead of the preset's number
+    test:int=None,      # Subjects for the scores, instead of the preset's number
+    layout:str=None,    # Layout of DATA, where it is not recognised
     score:str=None,     # test, or valid to choose settings; by default test where the preset has test scans
     rows:_list=None,    # Only these rows, separated by semicolons
     epochs:int=None,    # Instead of the preset's
@@ -156,9 +160,10 @@ def compare(
         from fastmiseg.experiments import run_study
         data = data or os.environ.get('FASTMISEG_DATA')
         if not data: raise ValueError('--data: missing; give a folder or CSV of scans, or set FASTMISEG_DATA')
-        given = dict(preset=preset, recipe=recipe, seeds=seeds, score=score, rows=rows and ';'.join(rows), epochs=epochs, n_iters=n_iters)
+        own = dict(recipe=recipe, epochs=epochs, n_iters=n_iters, labeled=labeled, valid=valid, test=test, layout=layout)
+        given = dict(preset=preset, seeds=seeds, score=score, rows=rows and ';'.join(rows), **own)
         default = dict(preset='cpu', seeds=3)
         command = ' '.join(['fastmiseg-compare', study, '--data DATA', *(f"--{k.replace('_','-')} {shlex.quote(str(v))}" for k,v in given.items() if v is not None and default.get(k)!=v)])
-        try: scores = run_study(study, data, out, preset, seeds, score, rows, recipe=recipe, epochs=epochs, n_iters=n_iters, processes=processes, command=command)
+        try: scores = run_study(study, data, out, preset, seeds, score, rows, processes=processes, command=command, **own)
         except RuntimeError as e: print(e, file=sys.stderr); sys.exit(1)
         print(Path(scores.attrs['report']).read_text(encoding='utf-8'))

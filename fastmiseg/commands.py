@@ -28,7 +28,7 @@ from .callback.resume import ResumeCallback
 from .callback.semisup import sigmoid_rampup
 from .inference import evaluate_cohort, predict_cohort
 from .segmenter import _plain, export_segmenter, load_segmenter, method_of
-from .plots import plot_clusters, plot_joints, plot_scans, plot_scores, plot_training, training_log
+from .plots import plot_clusters, plot_joints, plot_scans, plot_scores, plot_training, plot_tsne, training_log
 
 # %% ../nbs/11_commands.ipynb #96e31643
 __all__ = ['RunError', 'methods', 'prepare_run', 'train_run', 'resume_run', 'predict_scans', 'evaluate_run']
@@ -188,6 +188,8 @@ def resume_run(
         if isinstance(o, MIRegCallback):
             plot_joints(learn, o, out=run/'figures'/'joints.png')
             if set(o.local_layers)&set(o.layers): plot_clusters(learn, o, out=run/'figures'/'clusters.png')
+    try: plot_tsne(learn, out=run/'figures'/'tsne.png')
+    except ValueError as e: print(f'figures/tsne.png is not drawn: {e}')
     scores = evaluate_run(run, skip_bad=t['skip_bad'])
     scores.attrs['problems'].update(zip(dls.store.problems.scan, dls.store.problems.problem))
     return scores

@@ -23,6 +23,7 @@ from .phantom import make_phantom
 from .slices import Recipe
 from .data import MISegDataLoaders, show_slice
 from .learner import miseg_learner
+from .views import RandomFlips
 from .metrics import VolumeDice
 from .inference import predict_volume, evaluate_cohort
 from .callback.semisup import sigmoid_rampup
@@ -48,6 +49,7 @@ def _train(df, recipe, out, cbs, epochs, n_iters, lr, width, seed, workers):
                                       seed=seed, path=out, workers=workers)
     set_seed(seed)
     learn = miseg_learner(dls, width=width, metrics=VolumeDice())
+    learn.paired_batch.flips = RandomFlips(jitter=.5)
     learn.fit_one_cycle(epochs, lr, div=5., pct_start=.1, cbs=cbs)
     return learn
 

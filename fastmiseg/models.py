@@ -8,6 +8,7 @@ __all__ = ['UNet', 'unet_encoder', 'create_unet', 'Stage', 'Stages', 'stages', '
 # %% ../nbs/06_models.ipynb #afe81207
 from collections import OrderedDict
 from contextlib import contextmanager
+from difflib import get_close_matches
 from dataclasses import dataclass
 from functools import partial
 
@@ -84,8 +85,8 @@ def _timm_body(name, n_in, pretrained):
     "timm's feature extractor as a sequence of layers, which `DynamicUnet` needs; checked to compute the same"
     import timm
     if not timm.is_model(name):
-        near = timm.list_models(f'*{name[:6]}*')[:5]
-        raise ValueError(f"arch: {name!r} is neither 'unet', 'dynamic_unet' nor a timm model" + (f"; did you mean one of {near}?" if near else ''))
+        near = ', '.join(map(repr, get_close_matches(name, ['unet','dynamic_unet',*timm.list_models()], 5)))
+        raise ValueError(f"arch: {name!r} is neither 'unet', 'dynamic_unet' nor a timm model; " + (f"close are {near}" if near else "timm.list_models() names those that exist"))
     unfit = f"arch: timm's {name!r} is no sequence of layers with shrinking maps, which `DynamicUnet` needs; choose a plain convolutional encoder"
     try: net = timm.create_model(name, features_only=True, pretrained=pretrained, in_chans=n_in)
     except (RuntimeError, AttributeError, AssertionError, TypeError): raise ValueError(unfit) from None
@@ -109,13 +110,20 @@ def create_unet(
     "A segmentation network by the name of its encoder, with its weights in channels-last order, in which convolutions are faster on CPU and GPU"
     return _network(arch, n_in, n_out, size, pretrained, width, **kwargs).to(memory_format=torch.channels_last)
 
+def _torchvision_body(arch, n_in, pretrained):
+    "fastai's body of a torchvision network, as a sequence of layers even where the network keeps all of them in one"
+    meta = model_meta.get(arch, _meta)
+    try: body = create_body(arch(weights=meta.get('weights') if pretrained else None), n_in, pretrained, meta['cut'])
+    except (StopIteration, AssertionError):
+        raise ValueError(f"arch: fastai does not know where to cut {getattr(arch, '__name__', arch)!r} into an encoder; "
+                         "choose a plain convolutional encoder by its name in timm, as in arch='mobilenetv2_100'") from None
+    while len(body)<4 and isinstance(body[0], nn.Sequential): body = nn.Sequential(*body[0], *body[1:])
+    return body
+
 def _network(arch, n_in, n_out, size, pretrained, width, **kwargs):
     if arch=='unet': return UNet(n_in, n_out, width)
     if arch=='dynamic_unet': body = unet_encoder(n_in, width)
-    elif isinstance(arch, str): body = _timm_body(arch, n_in, pretrained)
-    else:
-        meta = model_meta.get(arch, _meta)
-        body = create_body(arch(weights=meta.get('weights') if pretrained else None), n_in, pretrained, meta['cut'])
+    else: body = (_timm_body if isinstance(arch, str) else _torchvision_body)(arch, n_in, pretrained)
     return DynamicUnet(body, n_out, tuple(size), **kwargs)
 
 # %% ../nbs/06_models.ipynb #e1303152

@@ -35,6 +35,11 @@ def run(prepared):
 
 def weights(run): return {k:v for k,v in load_segmenter(run/'model.safetensors', 'cpu').model.state_dict().items()}
 
+def test_figures_of_a_finished_run(run):
+    "Figures 2, 5 and 6 of the paper, the curves, the scores, the worst scans"
+    assert {o.name for o in (run/'figures').iterdir()}=={'training.png','joints.png','clusters.png','tsne.png','dice.png','hd95.png','worst.png'}
+    assert all(o.stat().st_size>5000 for o in (run/'figures').iterdir())
+
 # -- processes -------------------------------------------------------------------------------------------------------------
 def test_ctrl_c_and_resume(prepared, tmp_path):
     "An interrupted run says how to go on, and ends with the weights of one that nobody disturbed"

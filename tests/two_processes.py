@@ -91,7 +91,7 @@ if __name__=='__main__':
     torch.set_num_threads(1)
     res = {k: run(k, path, world) for k in ('paired','norm','files')}
     if world>1:
-        for k in ('paired','files'): res[f'resumed {k}'] = [resume(k, path, rank, stops) for stops in ((), (3,4,6))]
+        for k in ('paired','files'): res[f'resumed {k}'] = [resume(k, path, rank, stops) for stops in ((), (1,2,3) if k=='files' else (3,4,6))]
         res['refused'] = refused(path, rank)
     torch.save(res, f'{path}/{world}-{rank}.pt')
     if dist.is_initialized(): dist.destroy_process_group()

@@ -369,6 +369,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastmiseg.data._ReadMask.encodes': ('data.html#_readmask.encodes', 'fastmiseg/data.py'),
                                 'fastmiseg.data._check_split': ('data.html#_check_split', 'fastmiseg/data.py'),
                                 'fastmiseg.data.processes': ('data.html#processes', 'fastmiseg/data.py'),
+                                'fastmiseg.data.show_batch': ('data.html#show_batch', 'fastmiseg/data.py'),
                                 'fastmiseg.data.show_results': ('data.html#show_results', 'fastmiseg/data.py'),
                                 'fastmiseg.data.show_slice': ('data.html#show_slice', 'fastmiseg/data.py')},
             'fastmiseg.demo': { 'fastmiseg.demo._cohort': ('demo.html#_cohort', 'fastmiseg/demo.py'),

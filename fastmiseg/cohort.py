@@ -35,8 +35,9 @@ def load_cohort(
     if layout is not None and layout not in layouts: raise CohortError(f'layout={layout!r}: is none of {", ".join(layouts)}')
     if isinstance(root, pd.DataFrame): layout,said = 'csv',False
     else:
+        if not isinstance(root, (str,os.PathLike)): raise CohortError(f'root={root!r}: expected a folder with scans, a .csv file or a DataFrame; name where the scans are')
         root,said = Path(root).expanduser(),layout is None
-        if not root.exists(): raise CohortError(f'{root}: does not exist; expected a folder with scans or a .csv file')
+        if not root.exists(): raise CohortError(f'{root}: does not exist; expected a folder with scans or a .csv file. Check the name')
         if layout is None: layout = next((o.name for o in layouts.values() if o.matches(root)), None)
         if layout is None: raise CohortError(f'{root}: no known layout; looked for\n'+'\n'.join(f'- {o.name}: {o.expects}' for o in layouts.values())+f'\nFound {_inside(root)}. Name the layout, or list the scans in a .csv file')
     try: df = layouts[layout].read(root, **options)
@@ -61,7 +62,7 @@ def _describe(df):
 # %% ../nbs/01a_cohort.ipynb #ee9c4449
 def _size(path):
     if not extension(path): return read_volume(path).shape[::-1]
-    if not os.path.isfile(path): raise VolumeError(f'{path}: does not exist')
+    if not os.path.isfile(path): raise VolumeError(f'{path}: does not exist; expected a scan: check the name, and where a link leads')
     r = sitk.ImageFileReader()
     r.SetFileName(_text(path)); r.SetImageIO(_io[extension(path)])
     with _itk(path): r.ReadImageInformation()
@@ -131,8 +132,12 @@ def split_cohort(
     units = _units(df, duplicates or (), scans, stratify)
     total,what = sum(u['n'] for u in units),'scans' if scans else 'subjects'
     want = {k: _number(k,v,total) for k,v in dict(test=test, valid=valid, labeled=labeled).items()}
-    if sum(v for v in want.values() if v is not None)>total:
-        raise CohortError(f'labeled={labeled}, valid={valid}, test={test}: these are more than the {total} {what} with masks in this cohort; ask for fewer')
+    if (asked:=sum(v for v in want.values() if v is not None))>total:
+        more = f'labeled={labeled}, valid={valid}, test={test}: these are more than the {total} {what} with masks in this cohort'
+        if total: raise CohortError(f'{more}; {asked} {what} asked for, {total} with masks found: ask for fewer')
+        layout = layouts.get(df.attrs.get('layout'))
+        raise CohortError(f'{more}: none of its {len(df)} scans has a mask. Expected '+(f'{layout.expects} (layout {layout.name!r})' if layout and 'mask' in layout.expects else 'names of files in the column `mask`')
+                          +'; put the masks there, or call load_cohort with the `layout` that the files have')
     queue,part = _queue(units, seed),{}
     for k,n in want.items():
         got = 0

@@ -82,7 +82,7 @@ def run_demo(
     data=None,       # folder or CSV of scans; by default hearts of the phantom
     out='demo',      # folder for scans, slices, segmentations, scores and the picture
     subjects:int=30, # hearts to make, where no data is given
-    labeled:int=1,   # subjects whose masks may be used; the masks of all others are not opened for training
+    labeled:int=2,   # subjects whose masks may be used; the masks of all others are not opened for training
     test:int=10,     # subjects for the scores
     epochs:int=5,    # passes of `n_iters` steps
     n_iters:int=320, # steps to an epoch
@@ -92,12 +92,13 @@ def run_demo(
     workers:int=None # processes that prepare slices
 )->pd.DataFrame:     # a row per training, test scan and class
     "Train with and without `MIRegCallback` on the same budget, and compare on unseen subjects"
-    out = Path(out); out.mkdir(parents=True, exist_ok=True)
+    out = Path(out)
     df,recipe = _cohort(data, out, subjects, labeled, test, seed)
+    out.mkdir(parents=True, exist_ok=True)
     n = df.groupby('split').subject.nunique()
     print(f"{n.get('labeled',0)} subjects labelled, {n.get('unlabeled',0)} unlabelled, {n.get('test',0)} for testing; {epochs*n_iters} steps each; {recipe}")
-    weights = (sigmoid_rampup(.05), sigmoid_rampup(.05), sigmoid_rampup(4.)) if data is None else (.01, .01, sigmoid_rampup(.3,.4))
-    runs = {'labelled only': None, 'MIRegCallback': MIRegCallback(*weights)}
+    mireg = MIRegCallback(sigmoid_rampup(.01), sigmoid_rampup(.01), sigmoid_rampup(5.,.8), neighborhood={'Upconv3':1,'Upconv2':3})
+    runs = {'labelled only': None, 'MIRegCallback': mireg}
     unseen = df[df['split']=='test']
     first,scores,segs = next(unseen.itertuples()),[],{}
     for name,cb in runs.items():
@@ -115,7 +116,7 @@ def demo(
     data:str=None,   # Folder or CSV of scans; by default synthetic hearts
     out:str='demo',  # Folder for scans, slices, segmentations, scores and the picture
     subjects:int=30, # Hearts to make, where no data is given
-    labeled:int=1,   # Subjects whose masks may be used
+    labeled:int=2,   # Subjects whose masks may be used
     test:int=10,     # Subjects for the scores
     epochs:int=5,    # Epochs of training
     n_iters:int=320, # Steps to an epoch

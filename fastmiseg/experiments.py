@@ -114,6 +114,13 @@ _candidates = {
 _said = lambda o: ', '.join(f'{k} {v}' for k,v in o['weights'].items())
 studies['choose'] = Study('Weights, chosen on validation scans', {**{k:_terms[k] for k in ('Full supervision','Partial supervision')}, **{f'{k}: {_said(o)}': o for k,os in _candidates.items() for o in os}}, ours='Partial supervision', score='valid')
 
+_lit = lambda method, **weights: dict(method=method, weights=weights, flips=dict(jitter=.5))
+studies['stronger'] = Study('A stronger T, and what a term costs', {**{k:_terms[k] for k in ('Full supervision','Partial supervision')},
+    'Both halves in one pass, weight 0': dict(method='consistency', weights=dict(consistency_only=0.)), 'Mean Teacher, flips': dict(method='teacher', weights=dict(teacher=[10.,.8])),
+    'Mean Teacher': _lit('teacher', teacher=[10.,.8]), 'Consistency only': _lit('consistency', consistency_only=[5.,.8]),
+    **{f'All, MI {w}': _lit('mireg', global_mi=w, local_mi=w, consistency=[5.,.8]) for w in (.01,.1)},
+    'All, MI 0.1, windows of 1 and 3': {**_lit('mireg', global_mi=.1, local_mi=.1, consistency=[5.,.8]), 'args':dict(neighborhood={'Upconv3':1,'Upconv2':3})}}, ours='Consistency only', score='valid')
+
 # %% ../nbs/11a_experiments.ipynb #13fdbaa3
 _mi_weights = ('global_mi','local_mi')
 _used = dict(partial=(), full=(), entropy=('entropy',), consistency=('consistency_only',), teacher=('teacher',), mi=('mi_only',),

@@ -140,7 +140,7 @@ def check_intact(
     with open(path,'rb') as f: head = f.read(1<<20)
     zipped = head[:2]==b'\x1f\x8b'
     if ext=='.nii' and zipped: raise ValueError('is gzip-compressed, though it is named .nii: rename it to .nii.gz')
-    if ext=='.nii.gz' and not zipped: raise ValueError(f'is not gzip-compressed, though it is named .nii.gz{": rename it to .nii" if head[344:347]==b"n+1" else ""}')
+    if ext=='.nii.gz' and not zipped: raise ValueError(f'is not gzip-compressed, though it is named .nii.gz: {"rename it to .nii" if head[344:347]==b"n+1" else "copy it again from where it came, or name it after what it is"}')
     if zipped: head = _first(path)
     claim = _formats[ext](head)
     if claim.file:

@@ -91,7 +91,7 @@ def layout(
     return _enter
 
 # %% ../nbs/01_readers.ipynb #38742e09
-@layout('msd', 'a Decathlon task: `dataset.json` beside a folder `imagesTr`', lambda root: (root/'dataset.json').is_file() and (root/'imagesTr').is_dir())
+@layout('msd', 'a Decathlon task: `dataset.json` beside a folder `imagesTr`, with masks in `labelsTr`', lambda root: (root/'dataset.json').is_file() and (root/'imagesTr').is_dir())
 def read_msd(root:Path)->pd.DataFrame:
     "A task of the Medical Segmentation Decathlon"
     file = root/'dataset.json'
@@ -99,7 +99,7 @@ def read_msd(root:Path)->pd.DataFrame:
         info = json.loads(file.read_text(encoding='utf-8'))
         names = {int(k):str(v) for k,v in info['labels'].items()}
         stored,channels = sorted(names),max(1,len(info.get('modality',{})))
-    except FileNotFoundError: raise CohortError(f'{file}: does not exist; expected {layouts["msd"].expects}') from None
+    except FileNotFoundError: raise CohortError(f'{file}: does not exist; expected {layouts["msd"].expects}. Put it there, or name another `layout`') from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise CohortError(f'{file}: cannot be used ({type(e).__name__}: {e}); expected `labels` like {{"0": "background", "1": "spleen"}}') from None
     masks = [(_stem(o),o) for o in _scans(root/'labelsTr',0)]

@@ -167,7 +167,7 @@ def _text(path): # SimpleITK ends the process for names that are not UTF-8
 # %% ../nbs/00_volume.ipynb #eb7359a0
 def _check_path(path):
     try: os.stat(path)
-    except FileNotFoundError: raise VolumeError(f'{path}: does not exist') from None
+    except FileNotFoundError: raise VolumeError(f'{path}: does not exist; expected a scan: check the name, and where a link leads') from None
     except (OSError, ValueError) as e: raise VolumeError(f'{path}: cannot be opened ({getattr(e,"strerror",None) or e})') from None
     _text(path)
     if not os.access(path, os.R_OK): raise VolumeError(f'{path}: cannot be opened (Permission denied)')

@@ -1,7 +1,7 @@
 "Regularisers on learners that people have: networks, data, optimisers and callbacks that know nothing of them"
 import numpy as np, pytest, torch
 from torch import nn
-from fastai.basics import Adam, Callback, L, Learner, OptimWrapper, SGD, params
+from fastai.basics import Adam, Callback, CancelStepException, L, Learner, OptimWrapper, SGD, Transform, params
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import minimum, slide, steep, valley
@@ -11,10 +11,18 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import ranger
 from fastmiseg.callback.baselines import ConsistencyCallback
 from fastmiseg.callback.mireg import MIRegCallback
-from fastmiseg.callback.semisup import SemiSupCallback
+from fastmiseg.callback.semisup import PairedBatchCallback, SemiSupCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
-from fastmiseg.models import create_unet
+from fastmiseg.models import create_unet, find_stages
 from toy import UNet, hooks, disc, learner, loaders, quiet, small_mireg
+
+def values(ps): return [p.detach().clone() for p in ps]
+def equal(ps, before): return all(torch.equal(p, o) for p,o in zip(ps, before, strict=True))
+
+class Odd(SemiSupCallback):
+    "A term that is no number at step 2"
+    def __init__(self): super().__init__(odd=1.)
+    def penalty(self, v): return v.t_logits.mean()*(float('nan') if self.train_iter==2 else 1)
 
 def moved(cb, before): return any(not torch.equal(a, b) for a,b in zip(cb.projectors.parameters(), before))
 
@@ -31,9 +39,9 @@ def rgb(tmp_path_factory):
     Image.fromarray(np.zeros((48,32,3), np.uint8)).save(root/'other'/'0.png'); Image.fromarray(np.zeros((48,32,3), np.uint8)).save(root/'other'/'1.png')
     return root
 
-def unet(rgb, arch=None, **kw):
+def unet(rgb, arch=None, batch_tfms=None, **kw):
     from fastai.vision.all import SegmentationDataLoaders, get_image_files, resnet18, unet_learner
-    dls = SegmentationDataLoaders.from_label_func(rgb, get_image_files(rgb/'images'), lambda o: rgb/'masks'/o.name, codes=['background','square'], bs=2, valid_pct=.34, seed=0, num_workers=0)
+    dls = SegmentationDataLoaders.from_label_func(rgb, get_image_files(rgb/'images'), lambda o: rgb/'masks'/o.name, codes=['background','square'], bs=2, valid_pct=.34, seed=0, num_workers=0, batch_tfms=batch_tfms)
     return quiet(unet_learner(dls, arch or resnet18, pretrained=False, n_out=2, **kw))
 
 def files(rgb, d="more"):
@@ -58,6 +66,19 @@ def test_unet_learner_with_files(rgb):
     learn.fine_tune(1, cbs=cb)
     test = learn.dls.test_dl(files(rgb)); assert learn.get_preds(dl=test)[0].shape==(6,2,32,32)
 
+def test_unlabelled_files_are_augmented(rgb):
+    "As the labelled images are, in every epoch; what is predicted is not"
+    from fastai.vision.all import TensorImage
+    class Grey(Transform):
+        order,split_idx = 99,0
+        def encodes(self, x:TensorImage): return x*0+.5
+    class Sees(SemiSupCallback):
+        def penalty(self, v): seen.append(v.x.unique().tolist()); return v.t_logits.mean()
+    seen,learn = [],unet(rgb, batch_tfms=Grey())
+    learn.fit(2, 1e-3, cbs=Sees(unlabeled=files(rgb), sees=1.))
+    assert seen==[[.5]]*4
+    for dl in (learn.dls.test_dl(files(rgb)), learn.dls.valid): assert len(dl.one_batch()[0].unique())>9
+
 def test_unlabelled_of_another_size(rgb):
     with pytest.raises(ValueError, match=r'unlabelled images are \(3, 48, 32\) .*labelled ones \(3, 32, 32\)'):
         unet(rgb).fit(1, cbs=small_mireg(unlabeled=files(rgb, 'other')))
@@ -66,6 +87,15 @@ def test_timm_encoder(tmp_path):
     learn = quiet(learner(tmp_path, dls=loaders(size=32), net=create_unet('mobilenetv3_small_050', n_in=1, n_out=2, size=(32,32))))
     learn.fit(1, 1e-3, cbs=[MIRegCallback(n_clusters=3, n_heads=2, layers=('Conv4','Upconv3')), EMATeacherCallback()])
     assert hooks(learn.model)==hooks(create_unet('mobilenetv3_small_050', n_in=1, n_out=2, size=(32,32)))
+
+def test_encoder_that_keeps_its_layers_in_one(tmp_path):
+    "The stages of the default layers are found, and train"
+    from torchvision.models import vgg11_bn
+    net,cb = create_unet(vgg11_bn, n_in=1, n_out=2, size=(32,32)),MIRegCallback(n_clusters=3, n_heads=2)
+    assert net(torch.randn(2,1,32,32)).shape==(2,2,32,32) and [s.scale for s in find_stages(net, cb.layers).values()]==[16,2,1]
+    learn = quiet(learner(tmp_path, dls=loaders(size=32, n_iters=1), net=net))
+    learn.fit(1, 1e-3, cbs=cb)
+    assert set(cb.projectors)=={'Conv5','Upconv3','Upconv2'} and np.isfinite(learn.recorder.values[-1]).all()
 
 def test_foreign_network_by_module_paths(tmp_path):
     monai = pytest.importorskip('monai.networks.nets', reason='needs MONAI')
@@ -96,6 +126,46 @@ def test_optimisers(tmp_path, opt):
     learn.save('m'); learn.load('m', weights_only=False)
     learn.fit(1, 1e-3, cbs=cb)
 
+@pytest.mark.parametrize('opt', [Adam, ranger], ids=['Adam','ranger'])
+def test_a_fresh_callback_trains_too(tmp_path, opt):
+    learn = quiet(learner(tmp_path, opt_func=opt))
+    for epochs in (2,2):
+        cb = small_mireg()
+        learn.fit(1, 0., cbs=cb); start = values(cb.projectors.parameters())
+        learn.fit(epochs, 1e-2, cbs=cb)
+        assert moved(cb, start)
+        if opt is ranger: assert [len(g) for g in learn.opt.slow_weights]==[len(g) for g in learn.opt.param_lists] # Lookahead keeps no slow weights of ours
+    first,second = small_mireg(),small_mireg()
+    learn.fit(1, 1e-2, cbs=first); heads = values(first.projectors.parameters())
+    class Start(Callback):
+        def before_train(self): self.heads = values(second.projectors.parameters())
+    learn.fit(1, 1e-2, cbs=[second, o:=Start()])
+    assert moved(second, o.heads) and not moved(first, heads)
+
+def test_weight_decay_of_the_projectors(tmp_path):
+    "Without a gradient the weights shrink by the optimiser's decay, the biases stay"
+    cb = small_mireg(global_weight=lambda t: 0., local_weight=lambda t: 0.)
+    learn = quiet(learner(tmp_path, wd=.1)) # 4 steps
+    learn.fit(1, 0., cbs=cb); start = values(cb.projectors.parameters())
+    learn.fit(1, 1e-1, cbs=cb)
+    for p,o in zip(cb.projectors.parameters(), start): torch.testing.assert_close(p.data, o*(1-.1*.1)**4 if p.ndim>1 else o)
+
+@pytest.mark.parametrize('order', [PairedBatchCallback.order+1, 99])
+def test_skipped_steps(tmp_path, order):
+    "As where mixed precision finds its scale too large: network, teacher and heads wait"
+    class Skip(Callback):
+        def before_step(self): raise CancelStepException()
+    Skip.order = order
+    cb,ema = small_mireg(),EMATeacherCallback()
+    learn = quiet(learner(tmp_path))
+    learn.fit(1, 1e-2, cbs=[cb, ema])
+    state = lambda: values([*cb.projectors.parameters(), *learn.model.parameters(), *ema.average.values()])
+    before,steps = state(),ema.steps
+    learn.fit(1, 1e-2, cbs=[cb, ema, Skip()])
+    assert equal(state(), before) and ema.steps==steps==4
+    learn.fit(1, 1e-2, cbs=[cb, ema])
+    assert ema.steps==8 and not any(torch.equal(a, b) for a,b in zip(state(), before) if a.ndim>1)
+
 def test_accumulated_gradients_are_those_of_the_sum(tmp_path):
     "Two batches of two accumulated are one step"
     class Gradients(Callback):
@@ -120,11 +190,23 @@ def test_trackers(tmp_path):
     state = torch.load(tmp_path/'models'/'model.pth', weights_only=False)
     assert set(state['model'])==set(learn.model.state_dict()) and len(state['opt']['state'])==len(list(learn.model.parameters()))
 
+def test_early_stopping_with_a_teacher(tmp_path, capsys):
+    "It stops while the teacher stands in for the student, who is there again afterwards"
+    class Watch(Callback):
+        order = EarlyStoppingCallback.order-1
+        def after_train(self): self.student = values(self.model.parameters())
+        def after_epoch(self): self.swapped = self.learn.ema_teacher._swapped
+    learn,ema = quiet(learner(tmp_path)),EMATeacherCallback()
+    learn.fit(9, 1e-2, cbs=[small_mireg(), ema, o:=Watch(), EarlyStoppingCallback(min_delta=100, patience=2)])
+    assert 'early stopping' in capsys.readouterr().out and len(learn.recorder.values)==3 and o.swapped
+    assert equal(learn.model.parameters(), o.student) and not ema._swapped and hooks(learn.model)==0
+    assert not torch.equal(ema.average['head.weight'], learn.model.head.weight)
+
 def test_lr_find_gives_all_suggestions(tmp_path):
     learn = quiet(learner(tmp_path, cbs=[small_mireg(), EMATeacherCallback()]))
     before = {k:v.clone() for k,v in learn.model.state_dict().items()}
     found = learn.lr_find(num_it=30, show_plot=False, suggest_funcs=(minimum, steep, valley, slide))
-    assert [n for n in found._fields]==['minimum','steep','valley','slide']
+    assert found._fields==('minimum','steep','valley','slide') and np.isfinite(found).all()
     assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items()) and learn.dls.train.epoch==0
     assert learn.ema_teacher.average is None or learn.ema_teacher.steps==0
 
@@ -185,3 +267,31 @@ def test_float16_features_give_float32_information():
     v = Views(RandomFlips().draw(4), 0., x, *(torch.randn(4,2,16,16, dtype=torch.bfloat16) for _ in range(3)), f, f)
     with torch.autocast('cpu', dtype=torch.bfloat16): terms = cb.penalty(v)
     assert {o.dtype for o in terms.values()}=={torch.float32}
+
+def test_no_number_names_the_scans(tmp_path):
+    "Those whose slices are in the batch, by their names in the cohort"
+    from fastmiseg.cohort import split_cohort
+    from fastmiseg.data import MISegDataLoaders
+    from fastmiseg.learner import miseg_learner
+    from fastmiseg.phantom import make_phantom
+    from fastmiseg.slices import Recipe
+    df = split_cohort(make_phantom(tmp_path/'scans', n_subjects=5, size=(32,40)), labeled=2, valid=1)
+    dls = MISegDataLoaders.from_cohort(df, Recipe(size=(32,32), classes=df.attrs['classes']), store=tmp_path/'slices', bs=2, unlabeled_bs=2, n_iters=4, augment=None, workers=0)
+    class Keep(Callback):
+        order = PairedBatchCallback.order-1
+        def before_batch(self): self.batch = [self.xb[0], self.yb[0]]
+    learn = quiet(miseg_learner(dls, width=2, path=tmp_path))
+    with pytest.raises(FloatingPointError, match=r'odd is nan at step 2 \(epoch 0, batch 2\).*The batch came from labelled: (.*); unlabelled: (.*)') as e: learn.fit(1, 1e-3, cbs=[Odd(), o:=Keep()])
+    n = dls.store.scans.set_index('scan').n
+    holds = lambda x: next(s for s in n.index for i in range(n[s]) if np.array_equal(dls.store.image(s, i), x.numpy()))
+    want = '; '.join(f"{k}: {', '.join(dict.fromkeys(map(holds, xs)))}" for k,xs in zip(('labelled','unlabelled'), o.batch))
+    assert str(e.value).endswith(want)
+
+def test_no_number_without_regularisers(tmp_path):
+    "Paired batches, and nothing but the supervised loss"
+    class Bad(Callback):
+        def before_batch(self):
+            if self.training and self.train_iter==2: self.learn.xb = (self.x*float('nan'),)
+    learn = quiet(learner(tmp_path))
+    with pytest.raises(FloatingPointError, match=r'the supervised loss is nan at step 2 .*labelled: [\d, ]+; unlabelled: \d'): learn.fit(1, 1e-3, cbs=Bad())
+    assert all(p.isfinite().all() for p in learn.model.parameters())

@@ -159,6 +159,7 @@ def test_csv_and_frame(tmp_path, monkeypatch):
     with pytest.raises(CohortError, match="1 scan names are there twice, for example 'x': .*a.nii.gz and .*b.nii.gz; give each"): load_cohort(tmp_path/'twice.csv')
 
 def test_nothing_recognised(tmp_path):
+    with pytest.raises(CohortError, match=r'root=None: expected a folder with scans, a \.csv file or a DataFrame; name where the scans are'): load_cohort(None)
     (tmp_path/'notes.txt').write_text('x')
     with pytest.raises(CohortError) as e: load_cohort(tmp_path)
     for o in ('msd','acdc','promise12','mmwhs','folder','dicom','csv'): assert f'\n- {o}: ' in str(e.value)
@@ -178,6 +179,17 @@ def test_lost_masks(tmp_path):
     with pytest.warns(UserWarning, match='1 masks without an image are left out: z'): load_cohort(tmp_path, 'folder')
 
 # ---- splits
+
+def test_too_few_masks_to_split(tmp_path):
+    for i in range(3): put(tmp_path/'images', f'{i}.nii.gz')
+    asked = r'labeled=1, valid=2, test=10: these are more than the '
+    with pytest.raises(CohortError, match=asked+r"0 subjects with masks in this cohort: none of its 3 scans has a mask\. Expected a folder `images` \(and `masks`\).*\(layout 'folder'\); put the masks there, or"):
+        split_cohort(load_cohort(tmp_path), 1, 2, 10)
+    with pytest.raises(CohortError, match=asked+r'0 subjects.*none of its 3 scans has a mask\. Expected names of files in the column `mask`;'):
+        split_cohort(load_cohort(load_cohort(tmp_path)), 1, 2, 10)
+    masks = [str(tmp_path/'m'/f'{i}.nii.gz') for i in range(2)]
+    with pytest.raises(CohortError, match=asked+r'2 subjects with masks in this cohort; 13 subjects asked for, 2 with masks found: ask for fewer'):
+        split_cohort(load_cohort(tmp_path).assign(mask=[*masks, None]), 1, 2, 10)
 
 def table(n, rng, labelled=.8):
     rows = []

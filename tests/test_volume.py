@@ -141,7 +141,7 @@ def test_impossible_paths(tmp_path):
     (tmp_path/'a').symlink_to(tmp_path/'b'); (tmp_path/'b').symlink_to(tmp_path/'a')
     with pytest.raises(VolumeError, match='symbolic links'): read_volume(tmp_path/'a')
     (tmp_path/'gone.nii').symlink_to(tmp_path/'nowhere.nii')
-    with pytest.raises(VolumeError, match='does not exist'): read_volume(tmp_path/'gone.nii')
+    with pytest.raises(VolumeError, match='gone.nii: does not exist; expected a scan: check the name, and where a link leads'): read_volume(tmp_path/'gone.nii')
     os.mkfifo(tmp_path/'pipe.nii')
     with pytest.raises(VolumeError, match='is empty'): read_volume(tmp_path/'pipe.nii')
 

@@ -118,3 +118,20 @@ def test_command(scans, tmp_path):
     assert done.returncode==2 and 'these are more than the 12 subjects' in done.stderr # the preset wants 56
     done = cli('table1', '--data', str(scans), '--recipe', 'auto', '--out', str(tmp_path/'s'), '--seeds', '1', '--rows', rows, '--epochs', '1', '--n-iters', '1', '--labeled', '1', '--valid', '1', '--test', '1')
     assert done.returncode==0 and '--labeled 1 --valid 1 --test 1' in done.stdout and 'labeled 1 (1 scans), test 1' in done.stdout, done.stderr
+
+def test_readme_says_what_the_table_says():
+    root = Path(__file__).parent.parent
+    t,readme = pd.read_csv(root/'studies'/'table1.csv'),(root/'README.md').read_text(encoding='utf-8')
+    names = {'Full supervision':'full supervision', 'Partial supervision':'partial supervision', 'Entropy min.':'entropy minimisation', 'Mean Teacher':'Mean Teacher',
+             'MI only':'mutual information only', 'Consistency only':'consistency only', 'All':'all terms of the paper'}
+    for o in t.itertuples(): assert f'| {names[o.row]} | {o.mean:.3f} ({o.mean_sd:.3f}) | {o.gap_closed:.0%} |' in readme
+
+@pytest.mark.parametrize('md', sorted((Path(__file__).parent.parent/'studies').glob('*.md')), ids=lambda o: o.stem)
+def test_committed_results(md):
+    "Each table has its command and its scores; the runs behind them have settings, curves and scores, and no weights"
+    text = md.read_text(encoding='utf-8')
+    if md.with_suffix('.csv').exists():
+        t = pd.read_csv(md.with_suffix('.csv'))
+        assert f'    fastmiseg-compare {md.stem.split("_")[0]} --data DATA' in text and all(f'| {r} | ' in text for r in t.row) and md.with_suffix('.png').exists()
+    for o in (md.parent/'runs').iterdir():
+        assert {f.name for f in o.iterdir()}<={'config.json','log.csv','pretrain.csv','scores.csv'} and (o/'config.json').exists()

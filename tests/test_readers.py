@@ -186,7 +186,7 @@ def test_too_few_masks_to_split(tmp_path):
     with pytest.raises(CohortError, match=asked+r"0 subjects with masks in this cohort: none of its 3 scans has a mask\. Expected a folder `images` \(and `masks`\).*\(layout 'folder'\); put the masks there, or"):
         split_cohort(load_cohort(tmp_path), 1, 2, 10)
     with pytest.raises(CohortError, match=asked+r'0 subjects.*none of its 3 scans has a mask\. Expected names of files in the column `mask`;'):
-        split_cohort(load_cohort(load_cohort(tmp_path)), 1, 2, 10)
+        split_cohort(load_cohort(pd.DataFrame(dict(load_cohort(tmp_path)))), 1, 2, 10)
     masks = [str(tmp_path/'m'/f'{i}.nii.gz') for i in range(2)]
     with pytest.raises(CohortError, match=asked+r'2 subjects with masks in this cohort; 13 subjects asked for, 2 with masks found: ask for fewer'):
         split_cohort(load_cohort(tmp_path).assign(mask=[*masks, None]), 1, 2, 10)

@@ -137,7 +137,7 @@ _list.__name__ = _list.__qualname__ = 'names'
 
 @call_parse
 def compare(
-    study:str,          # table1, figure4, table2, table2-short, table3, table4, figure7, minimum, views, teacher, ramps; or choose, for settings
+    study:str,          # table1, figure4, table2, table2-short, table3, table4, figure7, minimum, views, teacher, ramps; or choose and stronger, for settings, on validation scans
     data:str=None,      # Folder or CSV of scans; by default $FASTMISEG_DATA
     out:str='studies',  # Folder of runs and results; studies that share it share their runs
     preset:str='cpu',   # Budget, split and weights: cpu, cpu-jitter (T changes intensities too), or a data set of the paper at its full settings (acdc, promise12, spleen, mmwhs; for a GPU)

@@ -138,7 +138,7 @@ class ResumeCallback(Callback):
             if state['names']!=self._names():
                 raise ValueError(f"ResumeCallback: {file} was written by a training with {', '.join(state['names']) or 'no regulariser'}, "
                                  f"here is {', '.join(self._names()) or 'none'}; call it with the same, or delete the folder")
-            (rank,world),others = processes(),state.get('ranks', [])
+            (rank,world),others = processes(),state['ranks']
             if len(others)+1!=world:
                 raise ValueError(f"ResumeCallback: {file} was written by a training in {len(others)+1} processes, here are {world}; start as many, or delete the folder")
             if rank: state.update({**others[rank-1], 'ours': state['ours'] and {**state['ours'], **others[rank-1]['ours']}})
@@ -168,7 +168,7 @@ class ResumeCallback(Callback):
         self.opt.load_state_dict(self._device(s['opt']))
         if s['ours']: self._ours().load_state_dict(self._device({**s['ours'], 'stream': s['ours']['stream'] or dict(n=0, begin=None)})) # a fit that is over has no stream
         if s['scaler']: self.learn.scaler.load_state_dict(s['scaler'])
-        grads = s.get('grads', {})
+        grads = s['grads']
         for n,p in self._params().items(): p.grad = None if n not in grads else torch.zeros_like(p) if grads[n] is None else grads[n].to(p.device)
         self.learn.train_iter,self.learn.pct_train = s['train_iter'],s['pct_train']
         self._load_notes(s)

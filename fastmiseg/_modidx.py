@@ -393,6 +393,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fastmiseg.experiments._settings': ('experiments.html#_settings', 'fastmiseg/experiments.py'),
                                        'fastmiseg.experiments._splits': ('experiments.html#_splits', 'fastmiseg/experiments.py'),
                                        'fastmiseg.experiments._train': ('experiments.html#_train', 'fastmiseg/experiments.py'),
+                                       'fastmiseg.experiments._versions': ('experiments.html#_versions', 'fastmiseg/experiments.py'),
                                        'fastmiseg.experiments._weights': ('experiments.html#_weights', 'fastmiseg/experiments.py'),
                                        'fastmiseg.experiments._who': ('experiments.html#_who', 'fastmiseg/experiments.py'),
                                        'fastmiseg.experiments.run_study': ('experiments.html#run_study', 'fastmiseg/experiments.py')},

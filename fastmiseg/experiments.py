@@ -177,6 +177,8 @@ def _train(s, df, store, seed, path):
     return learn
 
 # %% ../nbs/11a_experiments.ipynb #9cdd38f3
+def _versions(): return f'fastmiseg {fastmiseg.__version__}, fastai {version("fastai")}, torch {torch.__version__}, Python {platform.python_version()}'
+
 def _key(settings, seed, score, split):
     return hashlib.blake2b(json.dumps([fastmiseg.__version__, settings, seed, score, split], sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
 
@@ -185,7 +187,7 @@ def _run(job):
     torch.set_num_threads(job['threads'])
     path,s,begun = Path(job['path']),job['settings'],time.perf_counter()
     path.mkdir(parents=True, exist_ok=True)
-    _write_text(path/'config.json', json.dumps(dict(settings=s, seed=job['seed'], score=job['score'], threads=job['threads']), indent=1))
+    _write_text(path/'config.json', json.dumps(dict(settings=s, seed=job['seed'], score=job['score'], threads=job['threads'], versions=_versions()), indent=1))
     df = job['df']
     learn = _train(s, df, job['store'], job['seed'], path)
     scores = evaluate_cohort(learn, df[df.split==job['score']], progress=False)
@@ -217,8 +219,7 @@ def _protocol(preset, recipe, parts, score, seeds, threads):
             '- T: ' + ', '.join(['flips along the axes of the recipe', *(f'{k} {v}' for k,v in preset.flips.items())]) + '.',
             f"- Weights, where a row says nothing else: {', '.join(f'{k} {v}' for k,v in preset.weights.items())}; the teacher's decay is {preset.decay:g}.",
             f'- {recipe}',
-            f"- Seeds {', '.join(map(str, seeds))} (initialisation, draws, augmentation); one split.",
-            f"- fastmiseg {fastmiseg.__version__}, fastai {version('fastai')}, torch {torch.__version__}, Python {platform.python_version()}."]
+            f"- Seeds {', '.join(map(str, seeds))} (initialisation, draws, augmentation); one split."]
 
 def run_study(
     name,                # one of `studies`, or a `Study`
@@ -272,6 +273,7 @@ def run_study(
     stem = out/'_'.join([name if isinstance(name, str) else 'study', *([budget] if isinstance(budget, str) and budget!='cpu' else []), *([] if score=='test' else [score])])
     table = study_table(scores, study)
     text = [f'# {study.title}', '', *([f'    {command}', ''] if command else []), *_protocol(preset, recipe, parts, score, seeds, threads),
+            '- ' + '; '.join(sorted({json.loads((Path(j['path'])/'config.json').read_text(encoding='utf-8'))['versions'] for j in jobs})) + '.',
             f"- {len(jobs)} runs, {scores.drop_duplicates(['row','seed']).seconds.sum()/60:.0f} minutes of one process in all.", '', _markdown(table), '', _legend(table, study)]
     _write_text(stem.with_suffix('.md'), '\n'.join(text))
     _write_text(stem.with_suffix('.csv'), table.to_csv(index=False))

@@ -14,7 +14,6 @@ from fastmiseg.cohort import load_cohort
 from fastmiseg.data import palette
 from fastmiseg.experiments import presets, _settings, _splits, _train
 import fastmiseg.experiments as E
-from fastmiseg.mutual_info import mutual_info
 from fastmiseg.plots import plot_clusters, _features, _images
 from fastmiseg.slices import Recipe
 from fastmiseg.store import SliceStore
@@ -40,8 +39,8 @@ def shared(a, b):
     P = torch.zeros(int(n[0].max())+1, int(n[1].max())+1, dtype=torch.float64)
     P.index_put_((n[0],n[1]), torch.ones(n.shape[1], dtype=torch.float64), accumulate=True)
     P /= P.sum()
-    q = P.sum(0); q = q[q>0]
-    return float(mutual_info(P)/-(q*q.log()).sum())
+    entropy = lambda p: -torch.xlogy(p, p).sum()
+    return float((entropy(P.sum(0))+entropy(P.sum(1))-entropy(P))/entropy(P.sum(0)))
 
 def clusters(learn, cb):
     "For each decoder stage: how evenly the clusters are used, and what they tell of tissue class and intensity (means over heads)"

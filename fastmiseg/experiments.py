@@ -117,9 +117,9 @@ studies['choose'] = Study('Weights, chosen on validation scans', {**{k:_terms[k]
 _lit = lambda method, **weights: dict(method=method, weights=weights, flips=dict(jitter=.5))
 studies['stronger'] = Study('A stronger T, and what a term costs', {**{k:_terms[k] for k in ('Full supervision','Partial supervision')},
     'Both halves in one pass, weight 0': dict(method='consistency', weights=dict(consistency_only=0.)), 'Mean Teacher, flips': dict(method='teacher', weights=dict(teacher=[10.,.8])),
-    'Mean Teacher': _lit('teacher', teacher=[10.,.8]), 'Consistency only': _lit('consistency', consistency_only=[5.,.8]),
-    **{f'All, MI {w}': _lit('mireg', global_mi=w, local_mi=w, consistency=[5.,.8]) for w in (.01,.1)},
-    'All, global MI 0.0003, local MI 0.1': _lit('mireg', global_mi=.0003, local_mi=.1, consistency=[5.,.8])}, ours='Consistency only', score='valid')
+    'Mean Teacher, T with intensity': _lit('teacher', teacher=[10.,.8]), 'Consistency only, T with intensity': _lit('consistency', consistency_only=[5.,.8]),
+    **{f'All, T with intensity, MI {w}': _lit('mireg', global_mi=w, local_mi=w, consistency=[5.,.8]) for w in (.01,.1)},
+    'All, T with intensity, global MI 0.0003, local MI 0.1': _lit('mireg', global_mi=.0003, local_mi=.1, consistency=[5.,.8])}, ours='Consistency only, T with intensity', score='valid')
 
 # %% ../nbs/11a_experiments.ipynb #13fdbaa3
 _mi_weights = ('global_mi','local_mi')

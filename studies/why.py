@@ -9,7 +9,7 @@ from fastcore.script import call_parse
 from matplotlib.figure import Figure
 
 from fastmiseg.callback.mireg import MIRegCallback
-from fastmiseg.callback.semisup import _at
+from fastmiseg.callback.regularizer import _at
 from fastmiseg.cohort import load_cohort
 from fastmiseg.data import palette
 from fastmiseg.experiments import presets, _settings, _splits, _train

@@ -10,7 +10,8 @@ import torch
 from fastai.basics import *
 from torch.func import functional_call
 
-from .semisup import SemiSupCallback, _mean_of_all
+from .regularizer import _mean_of_all
+from .semisup import SemiSupCallback
 from ..data import processes
 from ..mutual_info import consistency_loss
 

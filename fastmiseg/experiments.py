@@ -131,6 +131,7 @@ def _settings(preset, row):
     s,weights = {**asdict(preset), 'args':{}, **row},{**preset.weights, **row.get('weights', {})}
     until,weights = s.pop('ramp', None),{k:weights[k] for k in _used[s['method']]}
     if until is not None: weights = {k: [_full(w), until] if until else _full(w) for k,w in weights.items()}
+    if s['method'] in ('partial','full','entropy'): s['flips'] = {} # they have no T
     return {**s, 'weights':weights}
 
 def _full(w): return w[0] if isinstance(w, (list,tuple)) else w

@@ -12,6 +12,7 @@ __all__ = ['SliceStore']
 import hashlib, json, multiprocessing, os, re, signal, sys, threading, time, uuid, warnings
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np, pandas as pd
@@ -282,8 +283,10 @@ def _lookup(self:SliceStore, groups, index):
 @patch
 def _listing(self:SliceStore):
     "{name: size} of what is in the folder; leftovers of killed processes are swept out after an hour"
-    try: found = {o.name:o.stat() for o in os.scandir(self.dir)}
-    except OSError: return {}
+    found = {}
+    with suppress(OSError):
+        for o in os.scandir(self.dir):
+            with suppress(FileNotFoundError): found[o.name] = o.stat() # else another process has just moved it to its place
     for k,v in found.items():
         if k.endswith('.tmp') and time.time()-v.st_mtime>3600: (self.dir/k).unlink(missing_ok=True)
     return {k:v.st_size for k,v in found.items()}

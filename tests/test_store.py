@@ -316,3 +316,12 @@ def test_a_pickled_store_is_small_and_reads(tmp_path):
     store.image('s0', 0)
     text = pickle.dumps(store)
     assert len(text)<5000 and np.array_equal(pickle.loads(text).image('s0', 0), store.image('s0', 0))
+
+def test_a_file_that_another_process_moves_to_its_place_while_we_look_hides_no_other(tmp_path, monkeypatch):
+    df,scandir = make(tmp_path, 2),os.scandir
+    go(tmp_path/'a', df, workers=0)
+    class Gone:
+        name = '.0.tmp'
+        def stat(self): raise FileNotFoundError(2, 'No such file or directory', self.name)
+    monkeypatch.setattr(S.os, 'scandir', lambda p: [Gone(), *scandir(p)])
+    assert len(go(tmp_path/'a', df, workers=0).scans)==2

@@ -28,6 +28,7 @@ from .metrics import VolumeDice
 from .inference import predict_volume, evaluate_cohort
 from .callback.semisup import sigmoid_rampup
 from .callback.mireg import MIRegCallback
+from .callback.teacher import EMATeacherCallback
 from .cli import _polite
 
 # %% ../nbs/12_demo.ipynb #0cffcb9f
@@ -51,6 +52,8 @@ def _train(df, recipe, out, cbs, epochs, n_iters, lr, width, seed, workers):
     learn = miseg_learner(dls, width=width, metrics=VolumeDice())
     learn.paired_batch.flips = RandomFlips(jitter=.5)
     learn.fit_one_cycle(epochs, lr, div=5., pct_start=.1, cbs=cbs)
+    for o in cbs:
+        if isinstance(o, EMATeacherCallback): o.to_model(learn.model)
     return learn
 
 # %% ../nbs/12_demo.ipynb #97a4125d
@@ -85,7 +88,7 @@ def run_demo(
     labeled:int=2,   # subjects whose masks may be used; the masks of all others are not opened for training
     test:int=10,     # subjects for the scores
     epochs:int=5,    # passes of `n_iters` steps
-    n_iters:int=320, # steps to an epoch
+    n_iters:int=300, # steps to an epoch
     lr:float=5e-3,   # peak learning rate of the one-cycle schedule
     width:int=8,     # channels of the U-Net's first stage; the paper's is 16
     seed:int=0,      # of split, initialisation, draws and augmentation
@@ -98,12 +101,12 @@ def run_demo(
     n = df.groupby('split').subject.nunique()
     print(f"{n.get('labeled',0)} subjects labelled, {n.get('unlabeled',0)} unlabelled, {n.get('test',0)} for testing; {epochs*n_iters} steps each; {recipe}")
     mireg = MIRegCallback(sigmoid_rampup(.01), sigmoid_rampup(.01), sigmoid_rampup(5.,.8), neighborhood={'Upconv3':1,'Upconv2':3})
-    runs = {'labelled only': None, 'MIRegCallback': mireg}
+    runs = {'labelled only': [], 'MIRegCallback': [mireg, EMATeacherCallback(.99)]}
     unseen = df[df['split']=='test']
     first,scores,segs = next(unseen.itertuples()),[],{}
-    for name,cb in runs.items():
+    for name,cbs in runs.items():
         print(f'\n{name}')
-        learn = _train(df, recipe, out, cb, epochs, n_iters, lr, width, seed, workers)
+        learn = _train(df, recipe, out, cbs, epochs, n_iters, lr, width, seed, workers)
         scores.append(evaluate_cohort(learn, unseen).assign(training=name, seed=seed))
         segs[name] = predict_volume(learn, first.image, out=out/f"{first.scan}_{name.replace(' ','_')}.nii.gz")
     fig = _picture(first, recipe, segs)
@@ -119,7 +122,7 @@ def demo(
     labeled:int=2,   # Subjects whose masks may be used
     test:int=10,     # Subjects for the scores
     epochs:int=5,    # Epochs of training
-    n_iters:int=320, # Steps to an epoch
+    n_iters:int=300, # Steps to an epoch
     lr:float=5e-3,   # Peak learning rate
     width:int=8,     # Channels of the U-Net's first stage
     seed:int=0,      # First seed

@@ -60,7 +60,8 @@ class Preset:
 
 def _weights(mi, consistency, mi_only=None, consistency_only=None, teacher=None, entropy=.01):
     first = lambda *o: next(w for w in o if w is not None)
-    return dict(global_mi=mi, local_mi=mi, consistency=consistency, mi_only=first(mi_only, mi), consistency_only=first(consistency_only, consistency),
+    both = mi if isinstance(mi, dict) else dict(global_mi=mi, local_mi=mi)
+    return dict(**both, consistency=consistency, mi_only=first(mi_only, mi), consistency_only=first(consistency_only, consistency),
                 teacher=first(teacher, consistency_only, consistency), entropy=entropy)
 
 presets = dict(
@@ -71,6 +72,7 @@ presets = dict(
     cpu       = Preset('auto', 2, 20, 34, width=8, epochs=4, n_iters=500, bs=8, unlabeled_bs=8, lr=5e-3, div=5., decay=.99,
                        weights=_weights(.001, [1.,.4], mi_only=.003, consistency_only=[10.,.8], teacher=[10.,.8], entropy=.003)))
 presets['cpu-jitter'] = replace(presets['cpu'], flips=dict(jitter=.5), weights=_weights(.01, [5.,.8], mi_only=.01, teacher=[10.,.8], entropy=.003))
+presets['cpu-wide'] = replace(presets['cpu-jitter'], width=16, epochs=6, weights=_weights(dict(global_mi=.0003, local_mi=.1), [5.,.8], teacher=[10.,.8], entropy=.003))
 
 # %% ../nbs/11a_experiments.ipynb #f2c5753c
 _all,_mi_only = dict(method='mireg'),dict(method='mi')
@@ -119,7 +121,8 @@ studies['stronger'] = Study('A stronger T, and what a term costs', {**{k:_terms[
     'Both halves in one pass, weight 0': dict(method='consistency', weights=dict(consistency_only=0.)), 'Mean Teacher, flips': dict(method='teacher', weights=dict(teacher=[10.,.8])),
     'Mean Teacher, T with intensity': _lit('teacher', teacher=[10.,.8]), 'Consistency only, T with intensity': _lit('consistency', consistency_only=[5.,.8]),
     **{f'All, T with intensity, MI {w}': _lit('mireg', global_mi=w, local_mi=w, consistency=[5.,.8]) for w in (.01,.1)},
-    'All, T with intensity, global MI 0.0003, local MI 0.1': _lit('mireg', global_mi=.0003, local_mi=.1, consistency=[5.,.8])}, ours='Consistency only, T with intensity', score='valid')
+    **{f'All, T with intensity, global MI 0.0003, local MI {w}': _lit('mireg', global_mi=.0003, local_mi=w, consistency=[5.,.8]) for w in (.1,.5)},
+    'All + teacher, T with intensity, global MI 0.0003, local MI 0.1': _lit('mireg+teacher', global_mi=.0003, local_mi=.1, teacher=[10.,.8])}, ours='Consistency only, T with intensity', score='valid')
 
 # %% ../nbs/11a_experiments.ipynb #13fdbaa3
 _mi_weights = ('global_mi','local_mi')
@@ -141,11 +144,12 @@ def _schedule(w):
     return sigmoid_rampdown(w[0], w[1]) if w[2:]==['down'] else sigmoid_rampup(*w)
 
 def _callbacks(s):
-    w = {k:_schedule(o) for k,o in s['weights'].items()}
+    w = {k:_schedule(o) for k,o in s['weights'].items() if k!='mi_only'}
+    if (mi:=s['weights'].get('mi_only')) is not None: w['mi_only'] = [_schedule(o) for o in (mi.values() if isinstance(mi, dict) else (mi,mi))]
     mireg = lambda consistency: MIRegCallback(w['global_mi'], w['local_mi'], consistency, **s['args'])
     teacher = lambda **kw: EMATeacherCallback(s['decay'], **kw)
     return {'partial': lambda: [], 'full': lambda: [], 'entropy': lambda: [EntropyMinCallback(w['entropy'])], 'consistency': lambda: [ConsistencyCallback(w['consistency_only'])],
-            'teacher': lambda: [teacher(weight=w['teacher'])], 'mi': lambda: [MIRegCallback(w['mi_only'], w['mi_only'], 0., **s['args'])],
+            'teacher': lambda: [teacher(weight=w['teacher'])], 'mi': lambda: [MIRegCallback(*w['mi_only'], 0., **s['args'])],
             'mireg': lambda: [mireg(w['consistency'])], 'mireg+teacher': lambda: [mireg(w['teacher']), teacher(weight=0.)],
             'pretrain': lambda: [mireg(0.)]}[s['method']]()
 

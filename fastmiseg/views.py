@@ -17,23 +17,25 @@ __all__ = ['RandomFlips'] # `Flip` is also a transform of fastai's
 # %% ../nbs/03a_views.ipynb #ff05c6a0
 @dataclass
 class Flip:
-    "A flip for each image of a batch, applied to anything whose last axes are the image's: images, logits, features, masks"
+    "A flip and a shift for each image of a batch, applied to anything whose last axes are the image's: images, logits, features, masks"
     axes:list # for each image the axes to flip, counted from the end: `()`, `(-1,)`, `(-2,)` or `(-2,-1)`
     light:tuple = None # brightness, contrast and gamma of each image (N,), for the images only
+    shifts:list = None # for each image how far to shift along its last axes, as shares of their lengths
 
     def __call__(self,
         x:torch.Tensor # (N, ..., H, W), N = len(axes), at any resolution
     )->torch.Tensor: # same shape
         if len(x)!=len(self.axes):
             raise ValueError(f"x: {len(x)} images were given to a transformation drawn for {len(self.axes)}; draw one for this batch")
-        if not any(self.axes): return x
-        return torch.stack([o.flip(a) if a else o for o,a in zip(x, self.axes)])
+        if not any(self.axes) and not self.shifts: return x
+        return torch.stack([_roll(o.flip(a) if a else o, s, 1) for o,a,s in zip(x, self.axes, self.shifts or [()]*len(x))])
 
     def inverse(self,
         x:torch.Tensor # (N, ..., H, W)
     )->torch.Tensor: # T⁻¹(x)
-        "Undo the flip: a flip is its own inverse"
-        return self(x)
+        "Shift back, then flip: a flip is its own inverse"
+        if not self.shifts: return self(x)
+        return Flip(self.axes)(torch.stack([_roll(o, s, -1) for o,s in zip(x, self.shifts)]))
 
     def images(self,
         x:torch.Tensor # (N,C,H,W) in 0..1
@@ -41,15 +43,22 @@ class Flip:
         "T(x) for the network: moved, and in other intensities where such were drawn"
         return self(x) if self.light is None else _relight(self(x), *(o.to(x.device, non_blocking=True) for o in self.light))
 
-    def __getitem__(self, part:slice): return Flip(self.axes[part], self.light and tuple(o[part] for o in self.light))
+    def __getitem__(self, part:slice): return Flip(self.axes[part], self.light and tuple(o[part] for o in self.light), self.shifts and self.shifts[part])
+
+def _roll(x, shares, sign):
+    "Shift along the last axes; what leaves on one side comes in on the other"
+    if not shares: return x
+    dims = list(range(-len(shares), 0))
+    return x.roll([sign*round(f*x.shape[d]) for f,d in zip(shares, dims)], dims)
 
 # %% ../nbs/03a_views.ipynb #7081d905
 @dataclass
 class RandomFlips:
-    "The paper's pool of transformations: each axis of each image is flipped with probability `p`"
+    "The paper's pool of transformations, each axis of each image flipped with probability `p`; and beyond it, shifts and intensity changes"
     axes:tuple = None    # axes that may be flipped, counted from the end, as (-3,-2,-1) for volumes; None: see `for_data`
     p:float = .5         # the paper says random flips; the authors' code uses 0.8
     jitter:float = 0.    # intensity changes of the transformed images, as in `Augment`; the paper has none
+    shift:float = 0.     # largest shift, as a share of each axis: of height and width, or one for each of the last axes; the paper has none
 
     def for_data(self,
         dls # with the `recipe` that they were made with, or any others
@@ -65,4 +74,7 @@ class RandomFlips:
     )->Flip: # a `Flip` for `n` images
         axes = self.axes or (-2,-1)
         do = torch.rand(n, len(axes), generator=generator) < self.p
-        return Flip([tuple(a for a,d in zip(axes, row) if d) for row in do.tolist()], _draw_light(n, self.jitter, generator) if self.jitter else None)
+        axes = [tuple(a for a,d in zip(axes, row) if d) for row in do.tolist()]
+        light = _draw_light(n, self.jitter, generator) if self.jitter else None
+        most = torch.tensor(self.shift if isinstance(self.shift, (list,tuple)) else [self.shift]*2)
+        return Flip(axes, light, ((2*torch.rand(n, len(most), generator=generator)-1)*most).tolist() if most.any() else None)

@@ -50,7 +50,7 @@ def _train(df, recipe, out, cbs, epochs, n_iters, lr, width, seed, workers):
                                       seed=seed, path=out, workers=workers)
     set_seed(seed)
     learn = miseg_learner(dls, width=width, metrics=VolumeDice())
-    learn.paired_batch.flips = RandomFlips(jitter=.5)
+    learn.paired_batch.flips = RandomFlips(jitter=.5, shift=.5)
     learn.fit_one_cycle(epochs, lr, div=5., pct_start=.1, cbs=cbs)
     for o in cbs:
         if isinstance(o, EMATeacherCallback): o.to_model(learn.model)

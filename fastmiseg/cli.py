@@ -140,7 +140,7 @@ def compare(
     study:str,          # table1, figure4, table2, table2-short, table3, table4, figure7, minimum, views, teacher, ramps; or choose, stronger and shift, for settings, on validation scans
     data:str=None,      # Folder or CSV of scans; by default $FASTMISEG_DATA
     out:str='studies',  # Folder of runs and results; studies that share it share their runs
-    preset:str='cpu',   # Budget, split and weights: cpu, cpu-shift (T shifts and changes intensities too), or a data set of the paper at its full settings (acdc, promise12, spleen, mmwhs; for a GPU)
+    preset:str='cpu',   # Budget, split and weights: cpu, cpu-jitter (T changes intensities too), cpu-shift (and shifts), or a data set of the paper at its full settings (acdc, promise12, spleen, mmwhs; for a GPU)
     recipe:str=None,    # How a scan becomes slices: auto, or a preset (acdc, promise12, spleen, mmwhs, hippocampus); by default the preset's
     seeds:int=3,        # How many seeds, from 0
     labeled:int=None,   # Subjects whose masks are used in training, instead of the preset's number

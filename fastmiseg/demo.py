@@ -88,7 +88,7 @@ def run_demo(
     labeled:int=2,   # subjects whose masks may be used; the masks of all others are not opened for training
     test:int=10,     # subjects for the scores
     epochs:int=5,    # passes of `n_iters` steps
-    n_iters:int=300, # steps to an epoch
+    n_iters:int=240, # steps to an epoch
     lr:float=5e-3,   # peak learning rate of the one-cycle schedule
     width:int=8,     # channels of the U-Net's first stage; the paper's is 16
     seed:int=0,      # of split, initialisation, draws and augmentation
@@ -122,7 +122,7 @@ def demo(
     labeled:int=2,   # Subjects whose masks may be used
     test:int=10,     # Subjects for the scores
     epochs:int=5,    # Epochs of training
-    n_iters:int=300, # Steps to an epoch
+    n_iters:int=240, # Steps to an epoch
     lr:float=5e-3,   # Peak learning rate
     width:int=8,     # Channels of the U-Net's first stage
     seed:int=0,      # First seed

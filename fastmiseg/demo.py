@@ -94,7 +94,7 @@ def run_demo(
     seed:int=0,      # of split, initialisation, draws and augmentation
     workers:int=None # processes that prepare slices
 )->pd.DataFrame:     # a row per training, test scan and class
-    "Train with and without `MIRegCallback` on the same budget, and compare on unseen subjects"
+    "Train with and without `MIRegCallback` (with a teacher) on the same budget, and compare on unseen subjects"
     out = Path(out)
     df,recipe = _cohort(data, out, subjects, labeled, test, seed)
     out.mkdir(parents=True, exist_ok=True)

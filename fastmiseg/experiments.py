@@ -117,7 +117,7 @@ _said = lambda o: ', '.join(f'{k} {v}' for k,v in o['weights'].items())
 studies['choose'] = Study('Weights, chosen on validation scans', {**{k:_terms[k] for k in ('Full supervision','Partial supervision')}, **{f'{k}: {_said(o)}': o for k,os in _candidates.items() for o in os}}, ours='Partial supervision', score='valid')
 
 _lit = lambda method, **weights: dict(method=method, weights=weights, flips=dict(jitter=.5))
-_moved = lambda method, **weights: dict(method=method, weights=weights, flips=dict(jitter=.5, shift=.5))
+_moved = lambda method, **weights: {**_lit(method, **weights), 'flips':dict(jitter=.5, shift=.5)}
 studies['stronger'] = Study('A stronger T, and what a term costs', {**{k:_terms[k] for k in ('Full supervision','Partial supervision')},
     'Both halves in one pass, weight 0': dict(method='consistency', weights=dict(consistency_only=0.)), 'Mean Teacher, flips': dict(method='teacher', weights=dict(teacher=[10.,.8])),
     'Mean Teacher, T with intensity': _lit('teacher', teacher=[10.,.8]), 'Consistency only, T with intensity': _lit('consistency', consistency_only=[5.,.8]),
@@ -148,12 +148,12 @@ def _schedule(w):
     return sigmoid_rampdown(w[0], w[1]) if w[2:]==['down'] else sigmoid_rampup(*w)
 
 def _callbacks(s):
-    w = {k:_schedule(o) for k,o in s['weights'].items() if k!='mi_only'}
-    if (mi:=s['weights'].get('mi_only')) is not None: w['mi_only'] = [_schedule(o) for o in (mi.values() if isinstance(mi, dict) else (mi,mi))]
+    w = {k:_schedule(o) for k,o in s['weights'].items()}
+    both = lambda mi: [mi[k] for k in _mi_weights] if isinstance(mi, dict) else [mi]*2
     mireg = lambda consistency: MIRegCallback(w['global_mi'], w['local_mi'], consistency, **s['args'])
     teacher = lambda **kw: EMATeacherCallback(s['decay'], **kw)
     return {'partial': lambda: [], 'full': lambda: [], 'entropy': lambda: [EntropyMinCallback(w['entropy'])], 'consistency': lambda: [ConsistencyCallback(w['consistency_only'])],
-            'teacher': lambda: [teacher(weight=w['teacher'])], 'mi': lambda: [MIRegCallback(*w['mi_only'], 0., **s['args'])],
+            'teacher': lambda: [teacher(weight=w['teacher'])], 'mi': lambda: [MIRegCallback(*both(w['mi_only']), 0., **s['args'])],
             'mireg': lambda: [mireg(w['consistency'])], 'mireg+teacher': lambda: [mireg(w['teacher']), teacher(weight=0.)],
             'pretrain': lambda: [mireg(0.)]}[s['method']]()
 

@@ -72,6 +72,8 @@ def train(
     unlabeled_bs:int=10, # Unlabelled slices to a batch
     scale:float=1.,    # What the paper's weights are multiplied with; they suit 30,000 steps, trainings of minutes want less (0.2)
     ramp:float=0.,     # Fraction of the training over which the weights grow (0.4); 0: constant, as in the paper
+    shift:float=0.,    # Largest shift of the transformed images, as a share of height and width (0.5); the paper only flips them
+    jitter:float=0.,   # Intensity changes of the transformed images, 0..1 (0.5); the paper has none
     seed:int=0,        # Of the split, the network and the draws
     layout:str=None,   # As for fastmiseg-prepare
     recipe:str=None,   # As for fastmiseg-prepare; auto by default
@@ -88,7 +90,7 @@ def train(
         if resume and data is not None: raise ValueError('DATA: the run knows its scans; leave it out with --resume')
         if not resume and data is None: raise ValueError('DATA: missing; give a folder or CSV of scans, or --resume')
         given = {k:v for k,v in dict(layout=layout, recipe=recipe, labeled=labeled, valid=valid, test=test, skip_bad=skip_bad or None).items() if v is not None}
-        scores = resume_run(out, workers) if resume else train_run(data, out, method, arch, width, epochs, n_iters, lr, bs, unlabeled_bs, scale, ramp, seed, overwrite, workers, **given)
+        scores = resume_run(out, workers) if resume else train_run(data, out, method, arch, width, epochs, n_iters, lr, bs, unlabeled_bs, scale, ramp, shift, jitter, seed, overwrite, workers, **given)
         _means(scores)
         _report([f'{k}: {v}' for k,v in scores.attrs['problems'].items()])
 

@@ -26,6 +26,7 @@ from .callback.baselines import ConsistencyCallback, EntropyMinCallback
 from .callback.teacher import EMATeacherCallback
 from .callback.resume import ResumeCallback
 from .callback.semisup import sigmoid_rampup
+from .views import RandomFlips
 from .inference import evaluate_cohort, predict_cohort
 from .segmenter import _plain, export_segmenter, load_segmenter, method_of
 from .plots import plot_clusters, plot_joints, plot_scans, plot_scores, plot_training, plot_tsne, training_log
@@ -149,6 +150,8 @@ def train_run(
     unlabeled_bs:int=10, # unlabelled slices to a batch
     scale:float=1.,  # what the weights of the paper are multiplied with; they suit 30,000 steps, and small budgets want less
     ramp:float=0.,   # fraction of the training over which the weights grow; 0: they are constant, as in the paper
+    shift:float=0.,  # largest shift of the transformed images, as a share of height and width; the paper only flips them
+    jitter:float=0., # intensity changes of the transformed images, 0..1; the paper has none
     seed:int=0,      # of the split, the network and the draws
     overwrite:bool=False, # replace the run that is in `out`
     workers=None,    # processes that prepare slices
@@ -157,8 +160,10 @@ def train_run(
     "Train, and leave a run folder: config, split, log, checkpoints, model, metrics and figures"
     if method not in methods: raise RunError(f"method: {method!r} is none of {', '.join(methods)}")
     _schedule(scale, ramp)
+    for k,o in dict(shift=shift, jitter=jitter).items():
+        if not 0<=o<=1: raise RunError(f'{k}: {o} is not between 0 and 1')
     net = dict(arch=arch, **(dict(width=width) if arch in ('unet','dynamic_unet') else {}))
-    train = dict(method=method, net=net, epochs=epochs, n_iters=n_iters, lr=lr, bs=bs, unlabeled_bs=unlabeled_bs, scale=scale, ramp=ramp, skip_bad=kwargs.get('skip_bad', False))
+    train = dict(method=method, net=net, epochs=epochs, n_iters=n_iters, lr=lr, bs=bs, unlabeled_bs=unlabeled_bs, scale=scale, ramp=ramp, flips=dict(shift=shift, jitter=jitter), skip_bad=kwargs.get('skip_bad', False))
     if (Path(data)/'config.json').exists():
         if Path(data).resolve()==Path(out).resolve(): raise RunError(f'{out}: is the folder with the prepared slices; make the run in another one, or resume it')
         if kwargs: raise RunError(f"{', '.join(kwargs)}: cannot be changed, for {data} is prepared already")
@@ -179,6 +184,7 @@ def resume_run(
     dls = MISegDataLoaders.from_cohort(df, c['recipe'], store=c['store'], bs=t['bs'], unlabeled_bs=t['unlabeled_bs'], n_iters=t['n_iters'], seed=c['seed'], workers=workers, skip_bad=t['skip_bad'], path=run)
     set_seed(c['seed'])
     learn,regs = miseg_learner(dls, **t['net'], metrics=[VolumeDice(), *VolumeDice.per_class(dls.vocab)]),methods[t['method']](_schedule(t['scale'], t['ramp']))
+    learn.paired_batch.flips = RandomFlips(**t['flips'])
     learn.fit_one_cycle(t['epochs'], t['lr'], cbs=[*regs, ResumeCallback(run/'checkpoints'), _Log(run/'log.csv')])
     for o in regs:
         if isinstance(o, EMATeacherCallback) and o.evaluate=='teacher': o.to_model(learn.model) # who was validated is who is saved

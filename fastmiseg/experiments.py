@@ -30,7 +30,7 @@ from .learner import miseg_learner
 from .metrics import VolumeDice
 from .report import Study, plot_study, study_curves, study_scores, study_table, _legend, _markdown
 from .slices import Recipe
-from .store import SliceStore, _leave_with_parent
+from .store import SliceStore, _digest, _fingerprint, _leave_with_parent
 from .views import RandomFlips
 
 # %% ../nbs/11a_experiments.ipynb #17ee3681
@@ -119,7 +119,7 @@ studies['choose'] = Study('Weights, chosen on validation scans', {**{k:_terms[k]
 _lit = lambda method, **weights: dict(method=method, weights=weights, flips=dict(jitter=.5))
 _moved = lambda method, **weights: {**_lit(method, **weights), 'flips':dict(jitter=.5, shift=.5)}
 studies['stronger'] = Study('A stronger T, and what a term costs', {**{k:_terms[k] for k in ('Full supervision','Partial supervision')},
-    'Both halves in one pass, weight 0': dict(method='consistency', weights=dict(consistency_only=0.)), 'Mean Teacher, flips': dict(method='teacher', weights=dict(teacher=[10.,.8])),
+    'Both halves in one pass, weight 0': dict(method='consistency', weights=dict(consistency_only=0.)), 'Mean Teacher, flips': dict(method='teacher', weights=dict(teacher=[10.,.8]), flips={}),
     'Mean Teacher, T with intensity': _lit('teacher', teacher=[10.,.8]), 'Consistency only, T with intensity': _lit('consistency', consistency_only=[5.,.8]),
     **{f'All, T with intensity, MI {w}': _lit('mireg', global_mi=w, local_mi=w, consistency=[5.,.8]) for w in (.01,.1)},
     'All, T with intensity, global MI 0.0003, local MI 0.1': _lit('mireg', global_mi=.0003, local_mi=.1, consistency=[5.,.8])}, ours='Consistency only, T with intensity', score='valid')
@@ -137,13 +137,17 @@ def _settings(preset, row):
     "Everything that decides the result of a run, but the seed"
     s,weights = {**asdict(preset), 'args':{}, **row},{**preset.weights, **row.get('weights', {})}
     until,weights = s.pop('ramp', None),{k:weights[k] for k in _used[s['method']]}
-    if until is not None: weights = {k: [_full(w), until] if until else _full(w) for k,w in weights.items()}
+    grows = lambda w: {k:grows(o) for k,o in w.items()} if isinstance(w, dict) else [w, until] if until else w
+    if until is not None: weights = {k: grows(_full(w)) for k,w in weights.items()}
     if s['method'] in ('partial','full','entropy'): s['flips'] = {} # they have no T
     return {**s, 'weights':weights}
 
-def _full(w): return w[0] if isinstance(w, (list,tuple)) else w
+def _full(w):
+    if isinstance(w, dict): return {k:_full(o) for k,o in w.items()}
+    return w[0] if isinstance(w, (list,tuple)) else w
 
 def _schedule(w):
+    if isinstance(w, dict): return {k:_schedule(o) for k,o in w.items()}
     if not isinstance(w, (list,tuple)): return w
     return sigmoid_rampdown(w[0], w[1]) if w[2:]==['down'] else sigmoid_rampup(*w)
 
@@ -170,8 +174,7 @@ def _train(s, df, store, seed, path):
                                        unlabeled_bs=s['unlabeled_bs'], n_iters=s['n_iters'], seed=seed, path=path)
     set_seed(seed)
     learn = miseg_learner(dls, width=s['width'], metrics=VolumeDice(), wd=s['wd'])
-    for cb in learn.cbs:
-        if type(cb).__name__=='PairedBatchCallback': cb.flips = RandomFlips(**{k: tuple(o) if k=='axes' else o for k,o in s['flips'].items()})
+    learn.paired_batch.flips = RandomFlips(**{k: tuple(o) if k=='axes' else o for k,o in s['flips'].items()})
     cbs,one = _callbacks(s),dict(lr_max=s['lr'], div=s['div'], pct_start=s['pct_start'])
     def fit(epochs, cbs, name):
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, **one, cbs=[*cbs, ResumeCallback(path/name, every=s['n_iters']), _Log(path/f'{name}.csv')])
@@ -214,9 +217,28 @@ def _splits(df, preset, rows, score, split_seed, out):
     if not (parts[n].split==score).any(): raise ValueError(f"score: the preset has no {score!r} scans; there are {', '.join(sorted(parts[n].split.unique()))}")
     return parts
 
+def _same_scans(df, out):
+    "Runs in a folder are found again by the names of their scans; these must then be the same scans"
+    now = pd.DataFrame([dict(scan=r.scan, content=_digest(*(_fingerprint(o)[1] for o in (r.image, r.mask) if isinstance(o, str)))) for r in df.itertuples()])
+    if (file:=out/'scans.csv').exists():
+        old = pd.read_csv(file, dtype=str)
+        both = old.merge(now, on='scan')
+        if len(bad:=both[both.content_x!=both.content_y]):
+            raise ValueError(f"{out}: its runs were made with other scans of the same names ({len(bad)} of {len(now)} differ, {bad.scan.iloc[0]} for one); choose another folder for these")
+        now = pd.concat([old, now]).drop_duplicates('scan')
+    _write_text(file, now.to_csv(index=False))
+
 def _who(df): return df[['subject','scan','split']].to_csv(index=False)
 
-def _protocol(preset, recipe, parts, score, seeds, threads):
+def _own(preset, row):
+    "T and weights of a row that has its own, as a list of texts"
+    if not {'flips','weights','ramp'}&set(row): return []
+    s = _settings(preset, row)
+    return [*(['T ' + _T(s['flips'])] if s['flips']!=preset.flips else []), *(f'{k} {w}' for k,w in s['weights'].items() if w!=preset.weights[k])]
+
+def _T(flips): return ', '.join([f"flips along {'axes '+' and '.join(map(str, flips['axes'])) if 'axes' in flips else 'the axes of the recipe'}", *(f'{k} {v}' for k,v in flips.items() if k!='axes')])
+
+def _protocol(preset, recipe, parts, score, seeds, threads, rows):
     "What a reader must know about the numbers"
     df = parts[min(parts)]
     n = df.groupby('split').agg(subjects=('subject','nunique'), scans=('scan','size'))
@@ -225,8 +247,9 @@ def _protocol(preset, recipe, parts, score, seeds, threads):
     return [f'- Subjects: {counts}' + ('' if len(parts)==1 else f'; labelled subjects as the rows say') + (f'. No subject is in two parts.' if whole else '. SUBJECTS ARE IN SEVERAL PARTS.'),
             f"- Scored: the {score} scans" + (', which were used for nothing else' if score=='test' else '') + ', with the final checkpoint; Dice of each class over the whole scan, mean over scans, then over classes.',
             f'- Budget: U-Net of width {preset.width}, {preset.epochs*preset.n_iters} steps of {preset.bs} labelled and {preset.unlabeled_bs} unlabelled slices, Adam, one cycle up to {preset.lr:g} from a {preset.div:g}th, warm-up {preset.pct_start:g} of the steps, weight decay {preset.wd:g}; {threads} thread(s) to a run.',
-            '- T: ' + ', '.join(['flips along the axes of the recipe', *(f'{k} {v}' for k,v in preset.flips.items())]) + '.',
-            f"- Weights, where a row says nothing else: {', '.join(f'{k} {v}' for k,v in preset.weights.items())}; the teacher's decay is {preset.decay:g}.",
+            f'- T: {_T(preset.flips)}.',
+            f"- Weights: {', '.join(f'{k} {v}' for k,v in preset.weights.items())}; [a, b] is reached after b of the steps; the teacher's decay is {preset.decay:g}.",
+            *(f'- Otherwise in "{k}": {"; ".join(_own(preset, o))}.' for k,o in rows.items() if not all(text in k for text in _own(preset, o))),
             f'- {recipe}',
             f"- Seeds {', '.join(map(str, seeds))} (initialisation, draws, augmentation); one split."]
 
@@ -262,6 +285,7 @@ def run_study(
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     df = load_cohort(data, layout)
     out.mkdir(parents=True, exist_ok=True)
+    _same_scans(df, out)
     parts = _splits(df, preset, todo.values(), score, split_seed, out)
     gpu = torch.cuda.is_available()
     n = processes or (1 if gpu else os.cpu_count())
@@ -281,7 +305,7 @@ def run_study(
     scores = study_scores(jobs)
     stem = out/'_'.join([name if isinstance(name, str) else 'study', *([budget] if isinstance(budget, str) and budget!='cpu' else []), *([] if score=='test' else [score])])
     table = study_table(scores, study)
-    text = [f'# {study.title}', '', *([f'    {command}', ''] if command else []), *_protocol(preset, recipe, parts, score, seeds, threads),
+    text = [f'# {study.title}', '', *([f'    {command}', ''] if command else []), *_protocol(preset, recipe, parts, score, seeds, threads, todo),
             '- ' + '; '.join(sorted({json.loads((Path(j['path'])/'config.json').read_text(encoding='utf-8'))['versions'] for j in jobs})) + '.',
             f"- {len(jobs)} runs, {scores.drop_duplicates(['row','seed']).seconds.sum()/60:.0f} minutes of one process in all.", '', _markdown(table), '', _legend(table, study)]
     _write_text(stem.with_suffix('.md'), '\n'.join(text))

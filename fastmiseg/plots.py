@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 from .volume import Volume, collect_warnings, read_mask, read_volume
 from .slices import Recipe
 from .data import palette, show_slice
-from .views import RandomFlips
+from .views import normalize_of
 from .mutual_info import global_joint, local_joint, mutual_info
 from .models import _evaluating, find_stages
 from .inference import _recipe, predict_volume
@@ -268,8 +268,8 @@ def plot_joints(
     "Joint distributions of the clusters of x and T(x), for each regularised stage; without displacement"
     proj,layers,(x,_) = _trained(cb),list(cb.layers),_images(learn, x, n)
     x = x.as_subclass(torch.Tensor).to(next(learn.model.parameters()).device)
-    T = RandomFlips().for_data(learn.dls).draw(len(x), torch.Generator().manual_seed(0))
-    f,g = _features(learn, T(x), layers),_features(learn, x, layers)
+    T = learn.paired_batch.flips.for_data(learn.dls).draw(len(x), torch.Generator().manual_seed(0))
+    f,g = _features(learn, T.images(x, normalize_of(learn.dls)), layers),_features(learn, x, layers)
     fig,axs = _subplots(1, len(layers), (3.1*len(layers), 3.))
     with torch.no_grad():
         for l,ax in zip(layers, axs[0]):

@@ -77,7 +77,7 @@ def _markdown(table):
 def _legend(table, study):
     text = 'Dice, mean (standard deviation) over the seeds.'
     if 'gap_closed' in table: text += ' Gap closed: (method − partial) / (full − partial).'
-    if 'p' in table: text += f" p: one-sided paired t-test over subjects, {study.ours}{' with as many labelled' if study.x else ''} above the row."
+    if 'p' in table: text += f" p: one-sided paired t-test over subjects, of means over the seeds, {study.ours}{' with as many labelled' if study.x else ''} above the row; it knows nothing of how much the seeds differ."
     return text
 
 # %% ../nbs/10a_report.ipynb #f3d13013
@@ -114,13 +114,14 @@ def plot_study(
         for i,(name,g) in enumerate(seeds.groupby('line', sort=False)):
             g = g.assign(x=g.row.map(x)).groupby('x')['mean'].agg(['mean','std'])
             ax.errorbar(g.index, g['mean'], g['std'].fillna(0), marker='osD^v'[i%5], capsize=3, color=palette[(7,1,4,6,3)[i%5]], label=name)
-        ax.set(xscale='log', xlabel='labelled', ylabel='mean Dice'); ax.set_xticks(sorted(x.unique()), [str(o) for o in sorted(x.unique())]); ax.minorticks_off()
+        ax.set(xscale='log', xlabel='labelled subjects', ylabel='mean Dice'); ax.set_xticks(sorted(x.unique()), [str(o) for o in sorted(x.unique())]); ax.minorticks_off()
         ax.legend(fontsize=8)
     else:
         g = seeds.groupby('row', sort=False)['mean']
-        for i,k in enumerate(rows): ax.plot(g.get_group(k), [i]*len(g.get_group(k)), 'o', ms=5, alpha=.7, color=palette[7])
-        ax.errorbar(g.mean().loc[rows], range(len(rows)), xerr=g.std().fillna(0).loc[rows], fmt='k|', ms=12, capsize=3)
-        ax.set_yticks(range(len(rows)), rows); ax.set_ylim(len(rows)-.5, -.5); ax.set_xlabel('mean Dice of each seed, their mean and sd')
-    fig.suptitle(study.title, fontsize=10); ax.grid(alpha=.3)
+        for i,k in enumerate(rows): ax.plot(g.get_group(k), [i]*len(g.get_group(k)), 'o', ms=5, mfc='none', color=palette[7])
+        several = seeds.seed.nunique()>1
+        if several: ax.errorbar(g.mean().loc[rows], range(len(rows)), xerr=g.std().loc[rows], fmt='k|', ms=12, capsize=3)
+        ax.set_yticks(range(len(rows)), rows); ax.set_ylim(len(rows)-.5, -.5); ax.set_xlabel('mean Dice of each seed, their mean and sd' if several else 'mean Dice, one seed')
+    ax.set_title(study.title, fontsize=10); ax.grid(alpha=.3)
     if out: Path(out).parent.mkdir(parents=True, exist_ok=True); fig.savefig(out, dpi=110)
     return fig

@@ -1,7 +1,7 @@
 """Why a term helps or harms: its gradient beside the supervised one, and what its clusters follow. Writes why.md, why.png, clusters_*.png
 
     python studies/why.py DATA --recipe hippocampus"""
-import warnings; warnings.filterwarnings('ignore')
+import tempfile, warnings; warnings.filterwarnings('ignore')
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -54,54 +54,57 @@ def clusters(learn, cb):
         marginal = p.double().mean((0,3,4)) # (S,K)
         k = p.argmax(2)
         of = lambda b: np.mean([shared(k[:,s], b) for s in range(k.shape[1])])
+        band = lambda n: torch.arange(n)*10//n # ten bands from one side of the map to the other
+        row,column = torch.broadcast_tensors(band(k.shape[-2])[:,None], band(k.shape[-1]))
         rows.append(dict(stage=l, evenness=float((-(marginal*marginal.log()).sum(1)/np.log(marginal.shape[1])).mean()),
                          clusters_that_win=np.mean([len(k[:,s].unique()) for s in range(k.shape[1])]),
-                         confidence=float(p.max(2).values.mean()), tells_of_class=of(small(y[:,None])[:,0].long()), tells_of_intensity=of(torch.bucketize(light, edges))))
+                         confidence=float(p.max(2).values.mean()), tells_of_class=of(small(y[:,None])[:,0].long()), tells_of_intensity=of(torch.bucketize(light, edges)),
+                         tells_of_row=of(row.expand(len(k), *row.shape)), tells_of_column=of(column.expand(len(k), *row.shape))))
     return rows
 
 @call_parse
 def main(
     data:str,           # Folder or CSV of scans
     recipe:str='auto',  # How a scan becomes slices
-    preset:str='cpu-jitter', # Budget and weights
+    preset:str='cpu-shift', # Budget and weights
     out:str='studies',  # Folder
     seed:int=0,         # Of the trainings
     n_iters:int=None    # Steps to an epoch, instead of the preset's
 ):
-    "Watch two trainings with all terms, with the preset's weights of mutual information and with the paper's 0.1"
+    "Watch trainings with all terms: with mutual information at 0.01, at the paper's 0.1, and at 0.1 with a T that also shifts"
     torch.set_num_threads(1)
     (out:=Path(out)).mkdir(parents=True, exist_ok=True)
     p = presets[preset]
     df = _splits(load_cohort(data), p, [dict(method='mireg')], 'valid', 0, out)[p.labeled]
+    command = ' '.join(['python studies/why.py DATA', *(f'--{k} {o}' for k,o,usual in (('recipe',recipe,'auto'),('preset',preset,'cpu-shift'),('seed',seed,0),('n_iters',n_iters,None)) if o!=usual)])
     recipe = Recipe.auto(df) if recipe=='auto' else getattr(Recipe, recipe)()
     SliceStore(str(out/'slices'), recipe).prepare(df[df.split!='test'])
     E.MIRegCallback = Watched
     pulls,used = [],[]
-    for w in (p.weights['global_mi'], .1):
-        s = {**_settings(p, dict(method='mireg', weights=dict(global_mi=w, local_mi=w))), 'recipe':recipe.to_dict()}
+    for name,w,shift in (('0.01',.01,0.), ('0.1',.1,0.), ('0.1, T shifts',.1,.5)):
+        s = {**_settings(p, dict(method='mireg', weights=dict(global_mi=w, local_mi=w), flips={**p.flips, 'shift':shift})), 'recipe':recipe.to_dict()}
         if n_iters: s['n_iters'] = n_iters
         made,callbacks = [],E._callbacks
         E._callbacks = lambda s: made.extend(callbacks(s)) or made
-        (run:=out/'runs'/f'why-{w}-{seed}').mkdir(parents=True, exist_ok=True)
-        for o in run.rglob('*.*'): o.unlink()
-        learn = _train(s, df, str(out/'slices'), seed, run)
+        with tempfile.TemporaryDirectory() as tmp:
+            learn = _train(s, df, str(out/'slices'), seed, Path(tmp))
+            dice = pd.read_csv(Path(tmp)/'log.csv').dice.iloc[-1]
         E._callbacks = callbacks
-        for o in run.rglob('*.pt'): o.unlink()
-        pulls.append(pd.DataFrame(made[0].seen).assign(weight=w))
-        used += [dict(weight=w, valid_dice=pd.read_csv(run/'log.csv').dice.iloc[-1], **o) for o in clusters(learn, made[0])]
-        plot_clusters(learn, made[0], out=out/f'clusters_{w}.png')
+        pulls.append(pd.DataFrame(made[0].seen).assign(weight=name))
+        used += [dict(weight=name, valid_dice=dice, **o) for o in clusters(learn, made[0])]
+        plot_clusters(learn, made[0], out=out/f'clusters_{w}{"_shift" if shift else ""}.png')
     pulls = pd.concat(pulls)
     last = pulls.assign(training=pd.cut(pulls.step/pulls.step.max(), [-.1,.25,.75,1], labels=['first quarter','half','last quarter']))
     table = last.groupby(['weight','term','stage','training'], observed=True)[['ratio','cosine']].median().unstack('training')
     md = lambda o: '\n'.join('| ' + ' | '.join(r) + ' |' for r in [list(o.columns), ['---']*len(o.columns), *o.map(lambda v: v if isinstance(v, str) else f'{v:.3g}').values.tolist()])
     flat = table.reset_index(); flat.columns = [' '.join(filter(None, c)) for c in flat.columns]
-    (out/'why.md').write_text('\n'.join([f'# What the terms pull at, and what the clusters follow', '', f'    python studies/why.py DATA --recipe {s["recipe"] and "hippocampus"} --preset {preset} --seed {seed}'.replace(' --seed 0',''), '',
+    (out/'why.md').write_text('\n'.join([f'# What the terms pull at, and what the clusters follow', '', '    '+command, '',
         f'Gradient of each weighted term over that of the supervised loss (norms, parameters of a stage; median over the steps), and the cosine between the two. {s["epochs"]*s["n_iters"]} steps, seed {seed}.', '', md(flat), '',
-        'Clusters on 64 validation slices, means over the heads. Evenness: entropy of the marginal over log K. Tells of: mutual information with the class of the mask, or with ten steps of intensity, as a share of their entropy.', '', md(pd.DataFrame(used)), '']), encoding='utf-8')
-    fig = Figure(figsize=(9,5.2), layout='constrained')
-    for row,(w,g) in zip(fig.subplots(2, 3, sharex=True, sharey=True), pulls.groupby('weight')):
+        'Clusters on 64 validation slices, means over the heads. Evenness: entropy of the marginal over log K. Tells of: mutual information with the class of the mask, with ten steps of intensity, or with the place in the image (ten bands of rows or of columns), as a share of their entropy.', '', md(pd.DataFrame(used)), '']), encoding='utf-8')
+    fig = Figure(figsize=(9,7.5), layout='constrained')
+    for row,(w,g) in zip(fig.subplots(3, 3, sharex=True, sharey=True), pulls.groupby('weight', sort=False)):
         for ax,n in zip(row, stages):
-            for i,(k,o) in enumerate(g[g.stage==n].groupby('term')): ax.semilogy(o.step, o.ratio.clip(1e-4).rolling(5, min_periods=1).median(), color=palette[(7,1,4)[i]], label=k)
+            for i,(k,o) in enumerate(g[g.stage==n].groupby('term')): ax.semilogy(o.step, o.ratio.where(o.ratio>0).rolling(5, min_periods=1).median(), color=palette[(7,1,4)[i]], label=k)
             ax.axhline(1, color='k', lw=.6); ax.set_title(f'{n}, MI weight {w}', fontsize=9); ax.grid(alpha=.3)
     row[0].set(xlabel='step', ylabel='gradient / supervised'); row[0].legend(fontsize=8)
     fig.savefig(out/'why.png', dpi=110)

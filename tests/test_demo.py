@@ -10,7 +10,7 @@ def demo(*args):
 def check(out, res, n_scans, n_classes):
     assert res.returncode==0, res.stderr
     scores = pd.read_csv(out/'scores.csv')
-    assert scores.training.unique().tolist()==['labelled only', 'MIRegCallback']
+    assert scores.training.unique().tolist()==['labelled only', 'MIRegCallback + teacher']
     assert len(scores)==2*n_scans*n_classes and scores.dice.between(0, 1).all()
     assert 'MIRegCallback' in res.stdout and 'Dice on unseen subjects' in res.stdout
     assert (out/'demo_0.png').stat().st_size>10_000
@@ -27,10 +27,10 @@ def test_phantom(run):
 
 def test_geometry_of_a_predicted_scan(run):
     out,_ = run
-    preds = sorted(out.glob('*MIRegCallback.nii.gz'))
+    preds = sorted(out.glob('*MIRegCallback_teacher.nii.gz'))
     assert len(preds)==1
     seg = nib.load(preds[0])
-    scan = nib.load(out/'scans'/'images'/preds[0].name.replace('_MIRegCallback', ''))
+    scan = nib.load(out/'scans'/'images'/preds[0].name.replace('_MIRegCallback_teacher', ''))
     assert seg.shape==scan.shape and seg.get_data_dtype()==np.uint8
     np.testing.assert_allclose(seg.affine, scan.affine, atol=1e-4)
     assert np.abs(scan.affine[0,1])>1e-3 # oblique
@@ -50,6 +50,7 @@ def test_real_scans(tmp_path):
 @pytest.mark.parametrize('args,says', [
     (('--data', 'no/such/folder'), 'no/such/folder'),
     (('--subjects', 5, '--labeled', 9), 'labeled=9'),
+    (('--test', 0), 'test: 0 subjects leave nothing to score'),
 ])
 def test_wrong_input_is_a_sentence(tmp_path, args, says):
     res = demo('--out', tmp_path, *args)

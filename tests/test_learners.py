@@ -66,6 +66,24 @@ def test_unet_learner_with_files(rgb):
     learn.fine_tune(1, cbs=cb)
     test = learn.dls.test_dl(files(rgb)); assert learn.get_preds(dl=test)[0].shape==(6,2,32,32)
 
+def test_intensities_of_normalised_images(rgb):
+    "T changes them as they were before `Normalize`, not what the network gets: that is negative in places, and would be cut off"
+    from fastai.vision.all import Normalize, imagenet_stats
+    from fastmiseg.views import RandomFlips
+    class Sees(SemiSupCallback):
+        def penalty(self, v): seen.append((v.x, v.T, self.learn.paired_batch._tx)); return v.t_logits.mean()
+    class Keep(Callback):
+        order = PairedBatchCallback.order+1
+        def before_batch(self):
+            if self.training: self.learn.paired_batch._tx = self.x[-2:].clone()
+    seen,learn = [],unet(rgb, batch_tfms=Normalize.from_stats(*imagenet_stats))
+    learn.paired_batch.flips = RandomFlips(jitter=.5)
+    learn.fit(1, 1e-3, cbs=[Sees(unlabeled=files(rgb), sees=1.), Keep()])
+    mean,std = (torch.tensor(o)[:,None,None] for o in imagenet_stats)
+    for x,T,tx in seen:
+        assert x.amin()<-1
+        torch.testing.assert_close(tx*std+mean, T.images(x*std+mean), atol=1e-4, rtol=0)
+
 def test_unlabelled_files_are_augmented(rgb):
     "As the labelled images are, in every epoch; what is predicted is not"
     from fastai.vision.all import TensorImage
@@ -276,7 +294,7 @@ def test_no_number_names_the_scans(tmp_path):
     from fastmiseg.phantom import make_phantom
     from fastmiseg.slices import Recipe
     df = split_cohort(make_phantom(tmp_path/'scans', n_subjects=5, size=(32,40)), labeled=2, valid=1)
-    dls = MISegDataLoaders.from_cohort(df, Recipe(size=(32,32), classes=df.attrs['classes']), store=tmp_path/'slices', bs=2, unlabeled_bs=2, n_iters=4, augment=None, workers=0)
+    dls = MISegDataLoaders.from_cohort(df, Recipe(size=(32,32), classes=df.attrs['classes'], flip='h'), store=tmp_path/'slices', bs=2, unlabeled_bs=2, n_iters=4, augment=None, workers=0)
     class Keep(Callback):
         order = PairedBatchCallback.order-1
         def before_batch(self): self.batch = [self.xb[0], self.yb[0]]

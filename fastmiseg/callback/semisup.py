@@ -12,9 +12,10 @@ import torch, torch.distributed as dist
 from fastai.basics import *
 from fastai.callback.schedule import LRFinder
 
+
 from ..data import PairedDL, processes
 from ..models import find_stages
-from ..views import RandomFlips
+from ..views import RandomFlips, normalize_of
 from .regularizer import SemiSupCallback, Views, sigmoid_rampdown, sigmoid_rampup, _mean_of_all
 from .stream import UnlabeledStream, random_states, restore_random_states, share_out
 
@@ -83,7 +84,7 @@ def _items(dl, i, stream=None):
 class PairedBatchCallback(Callback):
     "Takes paired batches apart, and runs the regularisers that are attached to the learner"
     order = TrainEvalCallback.order+1 # before everything that looks at the batch
-    _regs,_teacher,_x_l,_v,_ids,_handles,_maps,_heads,_stream,_guard,_pool,_undo_lr_find = (),None,None,None,{},(),None,None,None,None,None,None
+    _regs,_teacher,_x_l,_v,_ids,_handles,_maps,_heads,_stream,_guard,_pool,_normalize,_undo_lr_find = (),None,None,None,{},(),None,None,None,None,None,None,None
 
     def __init__(self):
         super().__init__()
@@ -103,7 +104,8 @@ class PairedBatchCallback(Callback):
         asked = {p for r in self._regs for p in r.views}
         self._teaches = self._teacher is not None and 'x' in asked
         self._parts = ['x']*('own' in asked or 'x' in asked and not self._teaches) + ['tx']*('tx' in asked)
-        self._stream,self._pool = self._own_stream(),self.flips.for_data(self.dls)
+        self._stream,self._pool = self._own_stream(),self.flips.for_data(self.dls) if 'tx' in self._parts else self.flips
+        self._normalize = normalize_of(self.dls)
         if self.generator is None: self.generator = torch.Generator().manual_seed(torch.initial_seed())
         found = find_stages(self.model, list(dict.fromkeys(n for r in self._regs for n in r.layers)))
         self._make_projectors(found)
@@ -152,6 +154,8 @@ class PairedBatchCallback(Callback):
         T = self._pool.draw(n*world, self.generator)
         return T if world==1 else T[rank*n:(rank+1)*n]
 
+
+
     # each batch: build the views, and take the outputs apart
     def before_batch(self):
         self._x_l = self._v = None
@@ -166,7 +170,7 @@ class PairedBatchCallback(Callback):
             raise ValueError(f"unlabelled images are {tuple(x_u.shape[1:])} (channels, height, width), labelled ones {tuple(x_l.shape[1:])}; "
                              "they go through the network together, so give both the same size and channels")
         self._x_l,self._v,self._maps = x_l,Views(self._draw(len(x_u)), self.pct_train, x_u),{}
-        self.learn.xb = (torch.cat([x_l] + [x_u if p=='x' else self._v.T.images(x_u) for p in self._parts]),)
+        self.learn.xb = (torch.cat([x_l] + [x_u if p=='x' else self._v.T.images(x_u, self._normalize) for p in self._parts]),)
 
     def after_pred(self):
         for k,o in self._ids.items(): setattr(self.learn.yb[-1], k, o)

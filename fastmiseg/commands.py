@@ -106,7 +106,9 @@ def prepare_run(
     "Recognise the scans, split them by subject, choose a recipe, and prepare the slices"
     df = load_cohort(data, layout)
     if 'split' not in df: df = split_cohort(df, labeled=None if labeled=='all' else labeled, valid=valid, test=test, seed=seed)
-    recipe,out = _recipe_of(recipe, df),_new_run(out, overwrite)
+    recipe = _recipe_of(recipe, df)
+    if train: _check_T(train, recipe)
+    out = _new_run(out, overwrite)
     if train: _write_config(out, 'slices', seed, recipe, train); save_cohort(df, out/'split.csv')
     try: store = SliceStore(out/'slices', recipe).prepare(df, workers=workers, skip_bad=skip_bad)
     except Exception:
@@ -128,6 +130,10 @@ def _schedule(scale, ramp):
     if scale<=0: raise RunError(f'scale: {scale} is not above 0; to leave the unlabelled scans out, take the method partial')
     if not 0<=ramp<=1: raise RunError(f'ramp: {ramp} is not between 0 and 1; it is a fraction of the training')
     return lambda weight: sigmoid_rampup(scale*weight, ramp) if ramp else scale*weight
+
+def _check_T(train, recipe):
+    "Before anything is prepared"
+    if train['method'] not in ('partial','entropy'): RandomFlips(**train['flips']).for_recipe(recipe).checked()
 
 class _Log(Callback):
     "`log.csv`, after each epoch"
@@ -167,7 +173,9 @@ def train_run(
     if (Path(data)/'config.json').exists():
         if Path(data).resolve()==Path(out).resolve(): raise RunError(f'{out}: is the folder with the prepared slices; make the run in another one, or resume it')
         if kwargs: raise RunError(f"{', '.join(kwargs)}: cannot be changed, for {data} is prepared already")
-        c,df,out = _config(data),load_cohort(Path(data)/'split.csv', 'csv'),_new_run(out, overwrite)
+        c,df = _config(data),load_cohort(Path(data)/'split.csv', 'csv')
+        _check_T(train, c['recipe'])
+        out = _new_run(out, overwrite)
         _write_config(out, str(c['store'].resolve()), seed, c['recipe'], train)
         save_cohort(df, out/'split.csv')
     else: prepare_run(data, out, seed=seed, overwrite=overwrite, workers=workers, train=train, **kwargs)

@@ -85,7 +85,7 @@ def run_demo(
     data=None,       # folder or CSV of scans; by default hearts of the phantom
     out='demo',      # folder for scans, slices, segmentations, scores and the picture
     subjects:int=60, # hearts to make, where no data is given
-    labeled:int=1,   # subjects whose masks may be used; the masks of all others are not opened for training
+    labeled:int=4,   # subjects whose masks may be used; the masks of all others are not opened for training
     test:int=10,     # subjects for the scores
     epochs:int=5,    # passes of `n_iters` steps
     n_iters:int=240, # steps to an epoch
@@ -101,7 +101,7 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     n = df.groupby('split').subject.nunique()
     print(f"{n.get('labeled',0)} subjects labelled, {n.get('unlabeled',0)} unlabelled, {n.get('test',0)} for testing; {epochs*n_iters} steps each; {recipe}")
-    mireg = MIRegCallback(sigmoid_rampup(.01), sigmoid_rampup(.01), sigmoid_rampup(5.,.8), neighborhood={'Upconv3':1,'Upconv2':3})
+    mireg = MIRegCallback(sigmoid_rampup(.0003), sigmoid_rampup(.05), sigmoid_rampup(5.,.8), neighborhood={'Upconv3':1,'Upconv2':3})
     runs = {'labelled only': [], 'MIRegCallback + teacher': [mireg, EMATeacherCallback(.99)]}
     unseen = df[df['split']=='test']
     first,scores,segs = next(unseen.itertuples()),[],{}
@@ -120,7 +120,7 @@ def demo(
     data:str=None,   # Folder or CSV of scans; by default synthetic hearts
     out:str='demo',  # Folder for scans, slices, segmentations, scores and the picture
     subjects:int=60, # Hearts to make, where no data is given
-    labeled:int=1,   # Subjects whose masks may be used
+    labeled:int=4,   # Subjects whose masks may be used
     test:int=10,     # Subjects for the scores
     epochs:int=5,    # Epochs of training
     n_iters:int=240, # Steps to an epoch

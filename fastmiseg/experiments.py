@@ -133,13 +133,17 @@ _mi_weights = ('global_mi','local_mi')
 _used = dict(partial=(), full=(), entropy=('entropy',), consistency=('consistency_only',), teacher=('teacher',), mi=('mi_only',),
              mireg=(*_mi_weights,'consistency'), pretrain=_mi_weights) | {'mireg+teacher': (*_mi_weights,'teacher')}
 
+_without_T = ('partial','full','entropy')
+
+def _flips(s): return RandomFlips(**{k: tuple(o) if k=='axes' else o for k,o in s['flips'].items()})
+
 def _settings(preset, row):
     "Everything that decides the result of a run, but the seed"
     s,weights = {**asdict(preset), 'args':{}, **row},{**preset.weights, **row.get('weights', {})}
     until,weights = s.pop('ramp', None),{k:weights[k] for k in _used[s['method']]}
     grows = lambda w: {k:grows(o) for k,o in w.items()} if isinstance(w, dict) else [w, until] if until else w
     if until is not None: weights = {k: grows(_full(w)) for k,w in weights.items()}
-    if s['method'] in ('partial','full','entropy'): s['flips'] = {} # they have no T
+    if s['method'] in _without_T: s['flips'] = {}
     return {**s, 'weights':weights}
 
 def _full(w):
@@ -174,7 +178,7 @@ def _train(s, df, store, seed, path):
                                        unlabeled_bs=s['unlabeled_bs'], n_iters=s['n_iters'], seed=seed, path=path)
     set_seed(seed)
     learn = miseg_learner(dls, width=s['width'], metrics=VolumeDice(), wd=s['wd'])
-    learn.paired_batch.flips = RandomFlips(**{k: tuple(o) if k=='axes' else o for k,o in s['flips'].items()})
+    learn.paired_batch.flips = _flips(s)
     cbs,one = _callbacks(s),dict(lr_max=s['lr'], div=s['div'], pct_start=s['pct_start'])
     def fit(epochs, cbs, name):
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, **one, cbs=[*cbs, ResumeCallback(path/name, every=s['n_iters']), _Log(path/f'{name}.csv')])
@@ -218,10 +222,10 @@ def _splits(df, preset, rows, score, split_seed, out):
     return parts
 
 def _same_scans(df, out):
-    "Runs in a folder are found again by the names of their scans; these must then be the same scans"
+    "Runs in a folder are found again by the names of their scans, which must then be the same scans"
     now = pd.DataFrame([dict(scan=r.scan, content=_digest(*(_fingerprint(o)[1] for o in (r.image, r.mask) if isinstance(o, str)))) for r in df.itertuples()])
-    if (file:=out/'scans.csv').exists():
-        old = pd.read_csv(file, dtype=str)
+    if (file:=out/'scans.csv').exists() and any(out.glob('runs/*/scores.csv')):
+        old = pd.read_csv(file, dtype=str, keep_default_na=False)
         both = old.merge(now, on='scan')
         if len(bad:=both[both.content_x!=both.content_y]):
             raise ValueError(f"{out}: its runs were made with other scans of the same names ({len(bad)} of {len(now)} differ, {bad.scan.iloc[0]} for one); choose another folder for these")
@@ -234,7 +238,7 @@ def _own(preset, row):
     "T and weights of a row that has its own, as a list of texts"
     if not {'flips','weights','ramp'}&set(row): return []
     s = _settings(preset, row)
-    return [*(['T ' + _T(s['flips'])] if s['flips']!=preset.flips else []), *(f'{k} {w}' for k,w in s['weights'].items() if w!=preset.weights[k])]
+    return [*(['T ' + _T(s['flips'])] if s['flips']!=preset.flips and s['method'] not in _without_T else []), *(f'{k} {w}' for k,w in s['weights'].items() if w!=preset.weights.get(k))]
 
 def _T(flips): return ', '.join([f"flips along {'axes '+' and '.join(map(str, flips['axes'])) if 'axes' in flips else 'the axes of the recipe'}", *(f'{k} {v}' for k,v in flips.items() if k!='axes')])
 
@@ -285,7 +289,6 @@ def run_study(
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     df = load_cohort(data, layout)
     out.mkdir(parents=True, exist_ok=True)
-    _same_scans(df, out)
     parts = _splits(df, preset, todo.values(), score, split_seed, out)
     gpu = torch.cuda.is_available()
     n = processes or (1 if gpu else os.cpu_count())
@@ -294,9 +297,11 @@ def run_study(
     recipe = _recipe_of(preset.recipe, df)
     store = str(Path(store or out/'slices').resolve())
     SliceStore(store, recipe).prepare(df[df.split!='test'])
+    _same_scans(df, out)
     jobs = []
     for k,row in todo.items():
         s = {**_settings(preset, row), 'recipe':recipe.to_dict()}
+        if s['method'] not in _without_T: _flips(s).for_recipe(recipe).checked()
         for seed in seeds:
             key = _key(s, seed, score, _who(part:=parts[s['labeled']]))
             jobs.append(dict(row=k, settings=s, seed=seed, score=score, df=part, store=store, threads=threads,

@@ -268,7 +268,7 @@ def plot_joints(
     "Joint distributions of the clusters of x and T(x), for each regularised stage; without displacement"
     proj,layers,(x,_) = _trained(cb),list(cb.layers),_images(learn, x, n)
     x = x.as_subclass(torch.Tensor).to(next(learn.model.parameters()).device)
-    T = learn.paired_batch.flips.for_data(learn.dls).draw(len(x), torch.Generator().manual_seed(0))
+    T = learn.paired_batch.flips.for_recipe(getattr(learn.dls, 'recipe', None)).draw(len(x), torch.Generator().manual_seed(0))
     f,g = _features(learn, T.images(x, normalize_of(learn.dls)), layers),_features(learn, x, layers)
     fig,axs = _subplots(1, len(layers), (3.1*len(layers), 3.))
     with torch.no_grad():

@@ -6,6 +6,7 @@
 __all__ = ['Study', 'study_scores', 'study_table', 'study_curves', 'plot_study']
 
 # %% ../nbs/10a_report.ipynb #498161b6
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,6 +123,6 @@ def plot_study(
         several = seeds.seed.nunique()>1
         if several: ax.errorbar(g.mean().loc[rows], range(len(rows)), xerr=g.std().loc[rows], fmt='k|', ms=12, capsize=3)
         ax.set_yticks(range(len(rows)), rows); ax.set_ylim(len(rows)-.5, -.5); ax.set_xlabel('mean Dice of each seed, their mean and sd' if several else 'mean Dice, one seed')
-    ax.set_title(study.title, fontsize=10); ax.grid(alpha=.3)
+    ax.set_title(textwrap.fill(study.title, 45), fontsize=10); ax.grid(alpha=.3)
     if out: Path(out).parent.mkdir(parents=True, exist_ok=True); fig.savefig(out, dpi=110)
     return fig

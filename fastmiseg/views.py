@@ -64,20 +64,23 @@ def _roll(x, shares, sign):
 @dataclass
 class RandomFlips:
     "The paper's pool of transformations, each axis of each image flipped with probability `p`; and beyond it, shifts and intensity changes"
-    axes:tuple = None    # axes that may be flipped, counted from the end, as (-3,-2,-1) for volumes; None: see `for_data`
+    axes:tuple = None    # axes that may be flipped, counted from the end, as (-3,-2,-1) for volumes; None: see `for_recipe`
     p:float = .5         # the paper says random flips; the authors' code uses 0.8
     jitter:float = 0.    # intensity changes of the transformed images, as in `Augment`; the paper has none
     shift:float = 0.     # largest shift, as a share of each axis: of height and width, or one for each of the last axes; the paper has none
 
-    def for_data(self,
-        dls # with the `recipe` that they were made with, or any others
+    def for_recipe(self,
+        recipe # `Recipe` of the images, or None
     ):
         "The same with axes, where none were given: those along which the recipe's augmentation flips; both, as in the paper, where there is no recipe"
-        flip = getattr(getattr(dls, 'recipe', None), 'flip', 'hv')
-        T = self if self.axes is not None else replace(self, axes=tuple(a for f,a in (('v',-2),('h',-1)) if f in flip))
-        if T.axes and T.p or T.jitter or T._most().any(): return T
-        raise ValueError(f"RandomFlips: T does nothing, so that there is nothing to learn from it (the recipe's flip is {flip!r}, axes={T.axes}, p={T.p}, shift={T.shift}, jitter={T.jitter}). "
-                         "Give the recipe a flip that the anatomy allows ('h', 'v' or 'hv'), or let T shift: learn.paired_batch.flips = RandomFlips(shift=.5)")
+        if self.axes is not None: return self
+        return replace(self, axes=tuple(a for f,a in (('v',-2),('h',-1)) if f in getattr(recipe, 'flip', 'hv')))
+
+    def checked(self):
+        "Itself; an error where it does nothing"
+        if self.axes!=() and self.p or self.jitter or self._most().any(): return self
+        raise ValueError(f"RandomFlips: T does nothing, so that there is nothing to learn from it (axes={self.axes}, p={self.p}, shift={self.shift}, jitter={self.jitter}; the axes are those that the recipe flips). "
+                         "Give the recipe a flip that the anatomy allows ('h', 'v' or 'hv'), or let T shift: learn.paired_batch.flips = RandomFlips(shift=.5), or fastmiseg-train --shift .5")
 
     def _most(self): return torch.tensor(self.shift if isinstance(self.shift, (list,tuple)) else [self.shift]*2, dtype=torch.float)
 

@@ -19,7 +19,7 @@ def check(out, res, n_scans, n_classes):
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp('demo')
-    return out, demo('--out', out, '--subjects', 7, '--test', 2, '--epochs', 1, '--n-iters', 2, '--width', 2)
+    return out, demo('--out', out, '--subjects', 7, '--labeled', 1, '--test', 2, '--epochs', 1, '--n-iters', 2, '--width', 2)
 
 def test_phantom(run):
     scores = check(*run, n_scans=2, n_classes=3)
@@ -37,13 +37,13 @@ def test_geometry_of_a_predicted_scan(run):
 
 def test_same_seed_same_numbers(run, tmp_path):
     out,_ = run
-    demo('--out', tmp_path, '--subjects', 7, '--test', 2, '--epochs', 1, '--n-iters', 2, '--width', 2)
+    demo('--out', tmp_path, '--subjects', 7, '--labeled', 1, '--test', 2, '--epochs', 1, '--n-iters', 2, '--width', 2)
     pd.testing.assert_frame_equal(pd.read_csv(out/'scores.csv'), pd.read_csv(tmp_path/'scores.csv'), check_exact=True)
 
 def test_real_scans(tmp_path):
     data = os.environ.get('FASTMISEG_DATA')
     if not data: pytest.skip('FASTMISEG_DATA does not name a folder with Decathlon scans')
-    res = demo('--data', data, '--out', tmp_path, '--test', 2, '--epochs', 1, '--n-iters', 2, '--width', 2)
+    res = demo('--data', data, '--out', tmp_path, '--labeled', 1, '--test', 2, '--epochs', 1, '--n-iters', 2, '--width', 2)
     assert res.returncode==0, res.stderr
     assert set(pd.read_csv(tmp_path/'scores.csv')['class'])=={'anterior','posterior'} or 'Anterior' in res.stdout
 

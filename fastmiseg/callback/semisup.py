@@ -104,7 +104,8 @@ class PairedBatchCallback(Callback):
         asked = {p for r in self._regs for p in r.views}
         self._teaches = self._teacher is not None and 'x' in asked
         self._parts = ['x']*('own' in asked or 'x' in asked and not self._teaches) + ['tx']*('tx' in asked)
-        self._stream,self._pool = self._own_stream(),self.flips.for_data(self.dls) if 'tx' in self._parts else self.flips
+        self._stream,self._pool = self._own_stream(),self.flips.for_recipe(getattr(self.dls, 'recipe', None))
+        if 'tx' in self._parts: self._pool.checked()
         self._normalize = normalize_of(self.dls)
         if self.generator is None: self.generator = torch.Generator().manual_seed(torch.initial_seed())
         found = find_stages(self.model, list(dict.fromkeys(n for r in self._regs for n in r.layers)))

@@ -12,7 +12,6 @@ import torch, torch.distributed as dist
 from fastai.basics import *
 from fastai.callback.schedule import LRFinder
 
-
 from ..data import PairedDL, processes
 from ..models import find_stages
 from ..views import RandomFlips, normalize_of
@@ -154,8 +153,6 @@ class PairedBatchCallback(Callback):
         rank,world = processes()
         T = self._pool.draw(n*world, self.generator)
         return T if world==1 else T[rank*n:(rank+1)*n]
-
-
 
     # each batch: build the views, and take the outputs apart
     def before_batch(self):

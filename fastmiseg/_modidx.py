@@ -386,6 +386,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fastmiseg.experiments._flips': ('experiments.html#_flips', 'fastmiseg/experiments.py'),
                                        'fastmiseg.experiments._full': ('experiments.html#_full', 'fastmiseg/experiments.py'),
                                        'fastmiseg.experiments._key': ('experiments.html#_key', 'fastmiseg/experiments.py'),
+                                       'fastmiseg.experiments._made_with': ('experiments.html#_made_with', 'fastmiseg/experiments.py'),
                                        'fastmiseg.experiments._make': ('experiments.html#_make', 'fastmiseg/experiments.py'),
                                        'fastmiseg.experiments._mi': ('experiments.html#_mi', 'fastmiseg/experiments.py'),
                                        'fastmiseg.experiments._no_supervision': ( 'experiments.html#_no_supervision',

@@ -70,7 +70,7 @@ def train(
     lr:float=1e-3,     # Highest learning rate
     bs:int=4,          # Labelled slices to a batch
     unlabeled_bs:int=10, # Unlabelled slices to a batch
-    scale:float=1.,    # What the paper's weights are multiplied with; they suit 30,000 steps, trainings of minutes want less (0.2)
+    scale:float=1.,    # What the paper's weights are multiplied with; they suit 30,000 steps, shorter trainings want less
     ramp:float=0.,     # Fraction of the training over which the weights grow (0.4); 0: constant, as in the paper
     shift:float=0.,    # Largest shift of the transformed images, as a share of height and width (0.5); the paper only flips them
     jitter:float=0.,   # Intensity changes of the transformed images, 0..1 (0.5); the paper has none
@@ -139,10 +139,10 @@ _list.__name__ = _list.__qualname__ = 'names'
 
 @call_parse
 def compare(
-    study:str,          # table1, figure4, table2, table2-short, table3, table4, figure7, minimum, views, teacher, ramps; or choose, stronger and shift, for settings, on validation scans
+    study:str,          # table1, figure4, table2, table2-short, table3, table4, figure7, minimum, views, faithful, teacher, ramps; or choose, stronger and shift, for settings, on validation scans
     data:str=None,      # Folder or CSV of scans; by default $FASTMISEG_DATA
     out:str='studies',  # Folder of runs and results; studies that share it share their runs
-    preset:str='cpu',   # Budget, split and weights: cpu, cpu-jitter (T changes intensities too), cpu-shift (and shifts), or a data set of the paper at its full settings (acdc, promise12, spleen, mmwhs; for a GPU)
+    preset:str='cpu',   # Budget, split and weights: cpu, cpu-jitter (T changes intensities too), cpu-shift (and shifts), cpu-wide (the same in the paper's U-Net, half the steps), or a data set of the paper at its full settings (acdc, promise12, spleen, mmwhs; for a GPU)
     recipe:str=None,    # How a scan becomes slices: auto, or a preset (acdc, promise12, spleen, mmwhs, hippocampus); by default the preset's
     seeds:int=3,        # How many seeds, from 0
     labeled:int=None,   # Subjects whose masks are used in training, instead of the preset's number

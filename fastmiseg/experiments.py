@@ -67,12 +67,13 @@ def _weights(mi, consistency, mi_only=None, consistency_only=None, teacher=None,
 presets = dict(
     acdc      = Preset('acdc', 8, 25, 0, scans=True, weights=_weights(.1, 5.)),
     promise12 = Preset('promise12', 4, 10, 0, lr=4e-4, weights=_weights(.05, 10.)),
-    spleen    = Preset('spleen', 6, 5, 0, lr=4e-4, weights=_weights(.05, 5.)),
+    spleen    = Preset('spleen', 6, 5, 0, lr=4e-4, flips=dict(axes=[-2,-1]), weights=_weights(.05, 5.)),
     mmwhs     = Preset('mmwhs', 2, 5, 0, weights=_weights(.1, 5.)),
     cpu       = Preset('auto', 2, 20, 34, width=8, epochs=4, n_iters=500, bs=8, unlabeled_bs=8, lr=5e-3, div=5., decay=.99,
                        weights=_weights(.001, [1.,.4], mi_only=.003, consistency_only=[10.,.8], teacher=[10.,.8], entropy=.003)))
 presets['cpu-jitter'] = replace(presets['cpu'], flips=dict(jitter=.5), weights=_weights(.01, [5.,.8], mi_only=.01, teacher=[10.,.8], entropy=.003))
 presets['cpu-shift'] = replace(presets['cpu'], flips=dict(jitter=.5, shift=.5), weights=_weights(dict(global_mi=.0003, local_mi=.1), [5.,.8], teacher=[10.,.8], entropy=.003))
+presets['cpu-wide'] = replace(presets['cpu-shift'], width=16, epochs=2)
 
 # %% ../nbs/11a_experiments.ipynb #f2c5753c
 _all,_mi_only = dict(method='mireg'),dict(method='mi')
@@ -81,7 +82,8 @@ def _mi(mi=None, consistency=None):
     given = {**({} if mi is None else dict(global_mi=mi, local_mi=mi)), **({} if consistency is None else dict(consistency=consistency))}
     return dict(method='mireg', weights=given)
 
-_terms = {'Full supervision': dict(method='full'), 'Partial supervision': dict(method='partial'), 'Entropy min.': dict(method='entropy'),
+_bounds = {'Full supervision': dict(method='full'), 'Partial supervision': dict(method='partial')}
+_terms = {**_bounds, 'Entropy min.': dict(method='entropy'),
           'Mean Teacher': dict(method='teacher'), 'MI only': _mi_only, 'Consistency only': dict(method='consistency'), 'All': _all}
 _ratio = {'Partial supervision': dict(method='partial'), 'Mean Teacher': dict(method='teacher'), 'All': _all, 'All + teacher': dict(method='mireg+teacher')}
 _stages = [('Conv5',), ('Upconv5',), ('Upconv4',), ('Upconv3',), ('Upconv2',), ('Conv5','Upconv5'), ('Conv5','Upconv4'), ('Conv5','Upconv3'), ('Conv5','Upconv2'),
@@ -92,8 +94,8 @@ _on = lambda layers: _all if layers==('Conv5','Upconv3','Upconv2') else dict(met
 studies = {
     'table1':  Study('Terms of the loss (Table 1)', _terms),
     'figure4': Study('Ratio of labelled data (Figure 4)', {f'{k}, {n}': dict(o, labeled=n) for k,o in _ratio.items() for n in (1,2,4,8)}, x='labeled'),
-    'table2':  Study('Stages whose features are regularised (Table 2)', {' + '.join(o): _on(o) for o in _stages}, ours='Conv5 + Upconv3 + Upconv2'),
-    'table2-short': Study('Stages whose features are regularised (main rows of Table 2)', {'Partial supervision': dict(method='partial'), 'Consistency only': dict(method='consistency'),
+    'table2':  Study('Stages whose features are regularised (Table 2)', {**_bounds, **{' + '.join(o): _on(o) for o in _stages}}, ours='Conv5 + Upconv3 + Upconv2'),
+    'table2-short': Study('Stages whose features are regularised (main rows of Table 2)', {**_bounds, 'Consistency only': dict(method='consistency'),
                          **{' + '.join(o): _on(o) for o in (('Conv5',), ('Upconv3',), ('Upconv2',), ('Conv5','Upconv3'), ('Conv5','Upconv3','Upconv2'))}}, ours='Conv5 + Upconv3 + Upconv2'),
     'table3':  Study('Weights of the terms (Table 3)', {f'MI {m}, consistency {c}': _mi(m, c) for c in (1.,5.,10.,15.) for m in (.01,.05,.1,.5,1.)}, ours='MI 0.1, consistency 5.0'),
     'table4':  Study('Clusters in encoder and decoder (Table 4)', {f'decoder {d}, encoder {e}': dict(method='mireg', args=dict(n_clusters={'Conv5':e, 'Upconv3':d, 'Upconv2':d}))
@@ -101,7 +103,10 @@ studies = {
     'figure7': Study('Pretraining or joint optimisation (Figure 7)', {'Partial supervision': dict(method='partial'), 'Pretrain and finetune': dict(method='pretrain'), 'All': _all}, curve=True),
     'minimum': Study("The published code's local loss, less its minimum", {'All': _all, 'All, less the minimum': dict(method='mireg', args=dict(subtract_min=True)),
                      'MI only': _mi_only, 'MI only, less the minimum': dict(method='mi', args=dict(subtract_min=True))}),
-    'views':   Study('Transformations', {'All': _all, 'Consistency only': dict(method='consistency'), 'Consistency, flips along both axes': dict(method='consistency', flips=dict(axes=[-2,-1])), 'Flips with probability 0.8': dict(method='mireg', flips=dict(p=.8)), 'Flips and intensity': dict(method='mireg', flips=dict(jitter=.5))}),
+    'views':   Study('Transformations', {'All': _all, 'Consistency only': dict(method='consistency'), 'Consistency, flips along both axes': dict(method='consistency', flips=dict(axes=[-2,-1])), 'Flips and intensity': dict(method='mireg', flips=dict(jitter=.5))}),
+    'faithful': Study('Where paper and published code differ', {'All': _all, 'Local joints less their minimum': dict(method='mireg', args=dict(subtract_min=True)),
+                     'Joints not averaged with their transposes': dict(method='mireg', args=dict(symmetric=False)), 'Average pooling': dict(method='mireg', args=dict(pool='avg')),
+                     'Flips with probability 0.8': dict(method='mireg', flips=dict(p=.8)), 'K = 20': dict(method='mireg', args=dict(n_clusters=20))}),
     'teacher': Study('With a teacher', {'Mean Teacher': dict(method='teacher'), 'All': _all, 'All + teacher': dict(method='mireg+teacher')}, ours='All + teacher'),
     'ramps':   Study('When the weights of all terms are reached', {'All': _all, **{f'Reached at {u}': dict(method='mireg', ramp=u) for u in (.2,.4,.8)}, 'From the first step': dict(method='mireg', ramp=0)}),
 }
@@ -114,24 +119,24 @@ _candidates = {
     'Mean Teacher':     [dict(method='teacher', weights=dict(teacher=w)) for w in ([.3,.4], [1.,.4], [3.,.8], [10.,.8])],
     'Entropy min.':     [dict(method='entropy', weights=dict(entropy=w)) for w in (.001, .003, .01, [.03,.8])]}
 _said = lambda o: ', '.join(f'{k} {v}' for k,v in o['weights'].items())
-studies['choose'] = Study('Weights, chosen on validation scans', {**{k:_terms[k] for k in ('Full supervision','Partial supervision')}, **{f'{k}: {_said(o)}': o for k,os in _candidates.items() for o in os}}, ours='Partial supervision', score='valid')
+studies['choose'] = Study('Weights, chosen on validation scans', {**_bounds, **{f'{k}: {_said(o)}': o for k,os in _candidates.items() for o in os}}, ours='Partial supervision', score='valid')
 
 _lit = lambda method, **weights: dict(method=method, weights=weights, flips=dict(jitter=.5))
 _moved = lambda method, **weights: {**_lit(method, **weights), 'flips':dict(jitter=.5, shift=.5)}
-studies['stronger'] = Study('A stronger T, and what a term costs', {**{k:_terms[k] for k in ('Full supervision','Partial supervision')},
+studies['stronger'] = Study('A stronger T, and what a term costs', {**_bounds,
     'Both halves in one pass, weight 0': dict(method='consistency', weights=dict(consistency_only=0.)), 'Mean Teacher, flips': dict(method='teacher', weights=dict(teacher=[10.,.8]), flips={}),
     'Mean Teacher, T with intensity': _lit('teacher', teacher=[10.,.8]), 'Consistency only, T with intensity': _lit('consistency', consistency_only=[5.,.8]),
     **{f'All, T with intensity, MI {w}': _lit('mireg', global_mi=w, local_mi=w, consistency=[5.,.8]) for w in (.01,.1)},
     'All, T with intensity, global MI 0.0003, local MI 0.1': _lit('mireg', global_mi=.0003, local_mi=.1, consistency=[5.,.8])}, ours='Consistency only, T with intensity', score='valid')
 
-studies['shift'] = Study('T that also shifts (shift 0.5) and changes intensities (jitter 0.5)', {**{k:_terms[k] for k in ('Full supervision','Partial supervision')},
+studies['shift'] = Study('T that also shifts (shift 0.5) and changes intensities (jitter 0.5)', {**_bounds,
     'Mean Teacher': _moved('teacher', teacher=[10.,.8]), 'Consistency only': _moved('consistency', consistency_only=[5.,.8]),
     **{f'All, global MI {g}, local MI {l}': _moved('mireg', global_mi=g, local_mi=l, consistency=[5.,.8]) for g,l in ((.0003,.1), (.1,.1))}}, ours='Consistency only', score='valid')
 
 # %% ../nbs/11a_experiments.ipynb #13fdbaa3
 _mi_weights = ('global_mi','local_mi')
 _used = dict(partial=(), full=(), entropy=('entropy',), consistency=('consistency_only',), teacher=('teacher',), mi=('mi_only',),
-             mireg=(*_mi_weights,'consistency'), pretrain=_mi_weights) | {'mireg+teacher': (*_mi_weights,'teacher')}
+             mireg=(*_mi_weights,'consistency'), pretrain=(*_mi_weights,'consistency')) | {'mireg+teacher': (*_mi_weights,'teacher')}
 
 _without_T = ('partial','full','entropy')
 
@@ -163,7 +168,7 @@ def _callbacks(s):
     return {'partial': lambda: [], 'full': lambda: [], 'entropy': lambda: [EntropyMinCallback(w['entropy'])], 'consistency': lambda: [ConsistencyCallback(w['consistency_only'])],
             'teacher': lambda: [teacher(weight=w['teacher'])], 'mi': lambda: [MIRegCallback(*both(w['mi_only']), 0., **s['args'])],
             'mireg': lambda: [mireg(w['consistency'])], 'mireg+teacher': lambda: [mireg(w['teacher']), teacher(weight=0.)],
-            'pretrain': lambda: [mireg(0.)]}[s['method']]()
+            'pretrain': lambda: [mireg(w['consistency'])]}[s['method']]()
 
 # %% ../nbs/11a_experiments.ipynb #a3360fad
 def _no_supervision(pred, y): return (pred*0).sum()
@@ -249,13 +254,20 @@ def _protocol(preset, recipe, parts, score, seeds, threads, rows):
     counts = ', '.join(f'{k} {o.subjects} ({o.scans} scans)' for k,o in n.iterrows())
     whole = (df.groupby('subject').split.nunique()==1).all()
     return [f'- Subjects: {counts}' + ('' if len(parts)==1 else f'; labelled subjects as the rows say') + (f'. No subject is in two parts.' if whole else '. SUBJECTS ARE IN SEVERAL PARTS.'),
-            f"- Scored: the {score} scans" + (', which were used for nothing else' if score=='test' else '') + ', with the final checkpoint; Dice of each class over the whole scan, mean over scans, then over classes.',
+            f"- Scored: the {score} scans" + (', on which no setting was chosen' if score=='test' else '') + ', with the final checkpoint (of the teacher, where a row has one); Dice of each class over the whole scan, mean over scans, then over classes.',
             f'- Budget: U-Net of width {preset.width}, {preset.epochs*preset.n_iters} steps of {preset.bs} labelled and {preset.unlabeled_bs} unlabelled slices, Adam, one cycle up to {preset.lr:g} from a {preset.div:g}th, warm-up {preset.pct_start:g} of the steps, weight decay {preset.wd:g}; {threads} thread(s) to a run.',
             f'- T: {_T(preset.flips)}.',
-            f"- Weights: {', '.join(f'{k} {v}' for k,v in preset.weights.items())}; [a, b] is reached after b of the steps; the teacher's decay is {preset.decay:g}.",
+            f"- Weights: {', '.join(f'{k} {v}' for k,v in preset.weights.items())}; [a, b] is reached after b of the steps, [a, b, 'down'] begins with a and is gone after b; those with _only are for rows without the other terms; the teacher's decay is {preset.decay:g}.",
             *(f'- Otherwise in "{k}": {"; ".join(_own(preset, o))}.' for k,o in rows.items() if not all(text in k for text in _own(preset, o))),
             f'- {recipe}',
             f"- Seeds {', '.join(map(str, seeds))} (initialisation, draws, augmentation); one split."]
+
+def _made_with(jobs):
+    "The versions behind the runs; where there are several, with their rows"
+    found = {}
+    for j in jobs: found.setdefault(json.loads((Path(j['path'])/'config.json').read_text(encoding='utf-8'))['versions'], {}).setdefault(j['row'], []).append(str(j['seed']))
+    whose = lambda rows: ': ' + '; '.join(f'{k} ({", ".join(seeds)})' for k,seeds in rows.items()) if len(found)>1 else ''
+    return [f'- {v}{whose(rows)}.' for v,rows in sorted(found.items())]
 
 def run_study(
     name,                # one of `studies`, or a `Study`
@@ -281,6 +293,7 @@ def run_study(
     if isinstance(name, str) and name not in studies: raise ValueError(f"study: {name!r} is none of {', '.join(studies)}")
     if isinstance(preset, str) and preset not in presets: raise ValueError(f"preset: {preset!r} is none of {', '.join(presets)}")
     study,budget,preset,out = studies[name] if isinstance(name, str) else name,preset,presets[preset] if isinstance(preset, str) else preset,Path(out)
+    if (named:=isinstance(budget, str) and budget!='cpu'): study = replace(study, title=f'{study.title}, preset {budget}')
     preset = replace(preset, **{k:o for k,o in dict(recipe=recipe, epochs=epochs, n_iters=n_iters, labeled=labeled, valid=valid, test=test).items() if o is not None})
     if bad := set(rows or ())-set(study.rows): raise ValueError(f"rows: {', '.join(sorted(bad))}: no such row; there are {'; '.join(study.rows)}")
     todo = {k:o for k,o in study.rows.items() if rows is None or k in rows}
@@ -308,10 +321,10 @@ def run_study(
                              path=str(out/'runs'/f"{s['method'].replace('+','_')}-{s['labeled']}-{seed}-{key}")))
     _make([j for j in jobs if not (Path(j['path'])/'scores.csv').exists()], n)
     scores = study_scores(jobs)
-    stem = out/'_'.join([name if isinstance(name, str) else 'study', *([budget] if isinstance(budget, str) and budget!='cpu' else []), *([] if score=='test' else [score])])
+    stem = out/'_'.join([name if isinstance(name, str) else 'study', *([budget] if named else []), *([] if score=='test' else [score])])
     table = study_table(scores, study)
     text = [f'# {study.title}', '', *([f'    {command}', ''] if command else []), *_protocol(preset, recipe, parts, score, seeds, threads, todo),
-            '- ' + '; '.join(sorted({json.loads((Path(j['path'])/'config.json').read_text(encoding='utf-8'))['versions'] for j in jobs})) + '.',
+            *_made_with(jobs),
             f"- {len(jobs)} runs, {scores.drop_duplicates(['row','seed']).seconds.sum()/60:.0f} minutes of one process in all.", '', _markdown(table), '', _legend(table, study)]
     _write_text(stem.with_suffix('.md'), '\n'.join(text))
     _write_text(stem.with_suffix('.csv'), table.to_csv(index=False))

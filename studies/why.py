@@ -12,7 +12,7 @@ from fastmiseg.callback.mireg import MIRegCallback
 from fastmiseg.callback.regularizer import _at
 from fastmiseg.cohort import load_cohort
 from fastmiseg.data import palette
-from fastmiseg.experiments import presets, _settings, _splits, _train
+from fastmiseg.experiments import presets, _settings, _splits, _train, _versions
 import fastmiseg.experiments as E
 from fastmiseg.plots import plot_clusters, _features, _images
 from fastmiseg.slices import Recipe
@@ -99,7 +99,7 @@ def main(
     md = lambda o: '\n'.join('| ' + ' | '.join(r) + ' |' for r in [list(o.columns), ['---']*len(o.columns), *o.map(lambda v: v if isinstance(v, str) else f'{v:.3g}').values.tolist()])
     flat = table.reset_index(); flat.columns = [' '.join(filter(None, c)) for c in flat.columns]
     (out/'why.md').write_text('\n'.join([f'# What the terms pull at, and what the clusters follow', '', '    '+command, '',
-        f'Gradient of each weighted term over that of the supervised loss (norms, parameters of a stage; median over the steps), and the cosine between the two. {s["epochs"]*s["n_iters"]} steps, seed {seed}.', '', md(flat), '',
+        f'Gradient of each weighted term over that of the supervised loss (norms, parameters of a stage; median over the steps), and the cosine between the two. Three trainings with all terms, seed {seed}: U-Net of width {s["width"]}, {s["epochs"]*s["n_iters"]} steps, consistency {s["weights"]["consistency"]} ([a, b] is reached after b of the steps), T with jitter {s["flips"]["jitter"]}, in the last one with shift {s["flips"]["shift"]} too. {_versions()}.', '', md(flat), '',
         'Clusters on 64 validation slices, means over the heads. Evenness: entropy of the marginal over log K. Tells of: mutual information with the class of the mask, with ten steps of intensity, or with the place in the image (ten bands of rows or of columns), as a share of their entropy.', '', md(pd.DataFrame(used)), '']), encoding='utf-8')
     fig = Figure(figsize=(9,7.5), layout='constrained')
     for row,(w,g) in zip(fig.subplots(3, 3, sharex=True, sharey=True), pulls.groupby('weight', sort=False)):

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from dataclasses import replace
 from scipy.stats import ttest_rel
-from fastmiseg.experiments import Preset, presets, run_study, studies, _callbacks, _settings
+from fastmiseg.experiments import Preset, presets, run_study, studies, _callbacks, _made_with, _settings
 from fastmiseg.report import Study, study_curves, study_table, _p
 from fastmiseg.phantom import make_phantom
 from fastmiseg.slices import Recipe
@@ -34,34 +34,52 @@ def some_rows(name):
     rows = list(studies[name].rows)
     return [k for k in rows if k.endswith((', 1',', 2'))] if studies[name].x else rows if len(rows)<8 else [rows[0],*rows[-2:]]
 
-@pytest.mark.parametrize('name', [k for k,o in studies.items() if o.score is None and k!='table1'])
-def test_study_runs(name, scans, out):
-    kw = dict(rows=some_rows(name))
-    scores = run(name, scans, out, **kw)
-    table = pd.read_csv(out/f'{name}.csv')
-    assert list(table.row)==kw['rows'] and set(scores.row)==set(table.row)
+def check_arithmetic(scores, table, study):
+    "Means, deviations, gap closed and p of a table, from the scores by other means"
+    t = table.set_index('row')
+    classes,seeds = sorted(set(scores['class'])),sorted(set(scores.seed))
+    means = {k: np.array([np.mean([g[(g.seed==s)&(g['class']==c)].dice.mean() for c in classes]) for s in seeds]) for k,g in scores.groupby('row')}
+    for k,m in means.items():
+        assert np.isclose(t['mean'][k], m.mean()) and np.isclose(t.mean_sd[k], m.std(ddof=1) if len(m)>1 else np.nan, equal_nan=True)
+    assert ('gap_closed' in t)==({'Partial supervision','Full supervision'}<=set(means))
+    if 'gap_closed' in t:
+        lo,hi = means['Partial supervision'].mean(),means['Full supervision'].mean()
+        for k,m in means.items(): assert np.isclose(t.gap_closed[k], (m.mean()-lo)/(hi-lo) if hi!=lo else np.nan, equal_nan=True)
+    by = lambda k: [scores[(scores.row==k)&(scores.subject==s)].dice.mean() for s in sorted(set(scores.subject))]
+    for k in set(means)-{study.against(k) for k in means}:
+        ours = study.against(k)
+        if ours in means: assert np.isclose(t.p[k], ttest_rel(by(ours), by(k), alternative='greater').pvalue, equal_nan=True)
+
+@pytest.mark.parametrize('name', [k for k in studies if k!='table1'])
+def test_study_runs(name, scans, out, tmp_path):
+    kw,study = dict(rows=some_rows(name)),studies[name]
+    score = study.score or 'test'
+    found,stem = run(name, scans, out, **kw),out/(name if score=='test' else f'{name}_{score}')
+    table = pd.read_csv(stem.with_suffix('.csv'))
+    assert list(table.row)==kw['rows'] and set(found.row)==set(table.row)
     assert list(table.columns)[:10]==['row','seeds','RV','RV_sd','Myo','Myo_sd','LV','LV_sd','mean','mean_sd'] and 'hd95' in table
-    text = (out/f'{name}.md').read_text()
-    assert 'test 2 (2 scans)' in text and 'No subject is in two parts' in text and 'final checkpoint' in text and (out/f'{name}.png').stat().st_size>5000
-    test = set(pd.read_csv(out/'split_1.csv').query("split=='test'").subject)
-    assert set(scores.subject)==test
+    check_arithmetic(found, table, study)
+    text = stem.with_suffix('.md').read_text()
+    assert 'test 2 (2 scans)' in text and 'No subject is in two parts' in text and 'final checkpoint' in text and stem.with_suffix('.png').stat().st_size>5000
+    assert set(found.subject)==set(pd.read_csv(out/'split_1.csv').query(f"split=='{score}'").subject)
     assert str(scans) not in ''.join(o.read_text() for o in out.rglob('*') if o.suffix in ('.md','.csv','.json') and 'slices' not in o.parts) # results name no folder of this machine
+    same_figures(found, run(name, scans, tmp_path, rows=kw['rows'][-1:], store=out/'slices'))
+
+def same_figures(first, again):
+    cols = ['row','seed','subject','class','dice','hd95','assd']
+    first,again = (o[cols].sort_values(cols[:4]).reset_index(drop=True) for o in (first[first.row.isin(again.row)], again))
+    pd.testing.assert_frame_equal(again, first, check_exact=True)
 
 def test_table1_arithmetic_and_repetition(scans, out, tmp_path):
-    study,kw = 'table1',dict(seeds=2)
-    scores = run(study, scans, out, **kw)
-    t = pd.read_csv(out/'table1.csv').set_index('row')
-    means = {k: np.array([np.mean([g[(g.seed==s)&(g['class']==c)].dice.mean() for c in ('RV','Myo','LV')]) for s in (0,1)]) for k,g in scores.groupby('row')}
-    for k,m in means.items(): assert np.isclose(t['mean'][k], m.mean()) and np.isclose(t.mean_sd[k], m.std(ddof=1))
-    lo,hi = means['Partial supervision'].mean(),means['Full supervision'].mean()
-    assert np.isclose(t.gap_closed['All'], (means['All'].mean()-lo)/(hi-lo))
-    by = lambda k: [scores[(scores.row==k)&(scores.subject==s)].dice.mean() for s in sorted(set(scores.subject))]
-    for k in set(means)-{'All'}: assert np.isclose(t.p[k], ttest_rel(by('All'), by(k), alternative='greater').pvalue, equal_nan=True)
-    for k,m in means.items(): assert np.isclose(t.gap_closed[k], (m.mean()-lo)/(hi-lo))
-    again = run(study, scans, tmp_path, rows=['All','Mean Teacher'], **kw)
-    first = scores[scores.row.isin(['All','Mean Teacher'])]
-    cols = ['row','seed','subject','class','dice','hd95','assd']
-    pd.testing.assert_frame_equal(again[cols].sort_values(cols[:4]).reset_index(drop=True), first[cols].sort_values(cols[:4]).reset_index(drop=True), check_exact=True)
+    scores = run('table1', scans, out, seeds=2)
+    check_arithmetic(scores, pd.read_csv(out/'table1.csv'), studies['table1'])
+    same_figures(scores, run('table1', scans, tmp_path, rows=['All','Mean Teacher'], seeds=2))
+
+def test_what_made_the_runs_is_told(tmp_path):
+    jobs = [dict(row=row, seed=seed, path=str(tmp_path/f'{row}{seed}')) for row in ('a','b') for seed in (0,1)]
+    for j,v in zip(jobs, ('torch 2','torch 2','torch 2','torch 3')):
+        (o:=Path(j['path'])).mkdir(); (o/'config.json').write_text(json.dumps(dict(versions=v)))
+    assert _made_with(jobs[:3])==['- torch 2.'] and _made_with(jobs)==['- torch 2: a (0, 1); b (0).', '- torch 3: b (1).']
 
 def test_runs_are_shared_and_kept(scans, out):
     run('teacher', scans, out)

@@ -12,8 +12,9 @@ from fastmiseg.callback.mireg import MIRegCallback
 from fastmiseg.callback.regularizer import _at
 from fastmiseg.cohort import load_cohort
 from fastmiseg.data import palette
-from fastmiseg.experiments import presets, _settings, _splits, _train, _versions
-import fastmiseg.experiments as E
+from fastmiseg.experiments import presets, _splits
+from fastmiseg.trial import _settings, _train, _versions
+import fastmiseg.trial as T
 from fastmiseg.plots import plot_clusters, _features, _images
 from fastmiseg.slices import Recipe
 from fastmiseg.store import SliceStore
@@ -79,17 +80,17 @@ def main(
     command = ' '.join(['python studies/why.py DATA', *(f'--{k} {o}' for k,o,usual in (('recipe',recipe,'auto'),('preset',preset,'cpu-shift'),('seed',seed,0),('n_iters',n_iters,None)) if o!=usual)])
     recipe = Recipe.auto(df) if recipe=='auto' else getattr(Recipe, recipe)()
     SliceStore(str(out/'slices'), recipe).prepare(df[df.split!='test'])
-    E.MIRegCallback = Watched
+    T.MIRegCallback = Watched
     pulls,used = [],[]
     for name,w,shift in (('0.01',.01,0.), ('0.1',.1,0.), ('0.1, T shifts',.1,.5)):
         s = {**_settings(p, dict(method='mireg', weights=dict(global_mi=w, local_mi=w), flips={**p.flips, 'shift':shift})), 'recipe':recipe.to_dict()}
         if n_iters: s['n_iters'] = n_iters
-        made,callbacks = [],E._callbacks
-        E._callbacks = lambda s: made.extend(callbacks(s)) or made
+        made,callbacks = [],T._callbacks
+        T._callbacks = lambda s: made.extend(callbacks(s)) or made
         with tempfile.TemporaryDirectory() as tmp:
             learn = _train(s, df, str(out/'slices'), seed, Path(tmp))
             dice = pd.read_csv(Path(tmp)/'log.csv').dice.iloc[-1]
-        E._callbacks = callbacks
+        T._callbacks = callbacks
         pulls.append(pd.DataFrame(made[0].seen).assign(weight=name))
         used += [dict(weight=name, valid_dice=dice, **o) for o in clusters(learn, made[0])]
         plot_clusters(learn, made[0], out=out/f'clusters_{w}{"_shift" if shift else ""}.png')

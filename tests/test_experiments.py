@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from dataclasses import replace
 from scipy.stats import ttest_rel
-from fastmiseg.experiments import Preset, presets, run_study, studies, _callbacks, _made_with, _settings
+from fastmiseg.experiments import presets, run_study, studies, _made_with
+from fastmiseg.trial import Preset, _callbacks, _settings
 from fastmiseg.report import Study, study_curves, study_table, _p
 from fastmiseg.phantom import make_phantom
 from fastmiseg.slices import Recipe

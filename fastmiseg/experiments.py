@@ -98,10 +98,15 @@ studies['shift'] = Study('T that also shifts (shift 0.5) and changes intensities
     'Mean Teacher': _moved('teacher', teacher=[10.,.8]), 'Consistency only': _moved('consistency', consistency_only=[5.,.8]),
     **{f'All, global MI {g}, local MI {l}': _moved('mireg', global_mi=g, local_mi=l, consistency=[5.,.8]) for g,l in ((.0003,.1), (.1,.1))}}, ours='Consistency only', score='valid')
 
-studies['choose-shift'] = Study('Weights of consistency and Mean Teacher where T shifts', {**_bounds,
-    **{f'Consistency only: {w}': _moved('consistency', consistency_only=[w,.8]) for w in (2.,5.,10.)},
-    **{f'Mean Teacher: {w}': _moved('teacher', teacher=[w,.8]) for w in (2.,5.,10.,20.)},
-    **{f'All: consistency {w}': _moved('mireg', global_mi=.0003, local_mi=.1, consistency=[w,.8]) for w in (2.,5.,10.)}}, ours='Consistency only: 5.0', score='valid')
+_pairs = [dict(global_mi=g, local_mi=l) for g,l in ((.0003,.1), (.01,.1), (.003,.003), (.001,.001))]
+_where_T_shifts = {
+    'All':              [_moved('mireg', **_pairs[0], consistency=[w,.8]) for w in (2.,5.,10.)] + [_moved('mireg', **_pairs[1], consistency=[5.,.8])],
+    'Consistency only': [_moved('consistency', consistency_only=[w,.8]) for w in (1.,2.,5.,10.)],
+    'MI only':          [_moved('mi', mi_only=o) for o in _pairs],
+    'Mean Teacher':     [_moved('teacher', teacher=[w,.8]) for w in (2.,5.,10.,20.)],
+    'Entropy min.':     _candidates['Entropy min.']}
+studies['choose-shift'] = Study('Weights where T shifts, chosen on validation scans', {**_bounds, **{f'{k}: {_said(o)}': o for k,os in _where_T_shifts.items() for o in os}},
+                                ours='Partial supervision', score='valid')
 
 # %% ../nbs/11b_experiments.ipynb #4cd8be97
 def _splits(df, preset, rows, score, split_seed, out):

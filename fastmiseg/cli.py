@@ -139,10 +139,10 @@ _list.__name__ = _list.__qualname__ = 'names'
 
 @call_parse
 def compare(
-    study:str,          # table1, figure4, table2, table2-short, table3, table4, figure7, minimum, views, faithful, teacher, ramps; or choose, stronger and shift, for settings, on validation scans
+    study:str,          # table1, figure4, table2, table2-short, table3, table4, figure7, minimum, views, faithful, teacher, ramps; or choose, stronger, shift, choose-shift and choose-shift-again, for settings, on validation scans
     data:str=None,      # Folder or CSV of scans; by default $FASTMISEG_DATA
     out:str='studies',  # Folder of runs and results; studies that share it share their runs
-    preset:str='cpu',   # Budget, split and weights: cpu, cpu-jitter (T changes intensities too), cpu-shift (and shifts), cpu-wide (the same in the paper's U-Net, half the steps), or a data set of the paper at its full settings (acdc, promise12, spleen, mmwhs; for a GPU)
+    preset:str='cpu',   # Budget, split and weights: cpu, cpu-jitter (T changes intensities too), cpu-shift (and shifts), cpu-wide (the same in the paper's U-Net, half the steps), cpu-long (all the steps), or a data set of the paper at its full settings (acdc, promise12, spleen, mmwhs; for a GPU)
     recipe:str=None,    # How a scan becomes slices: auto, or a preset (acdc, promise12, spleen, mmwhs, hippocampus); by default the preset's
     seeds:int=3,        # How many seeds, from 0
     labeled:int=None,   # Subjects whose masks are used in training, instead of the preset's number

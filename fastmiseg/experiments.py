@@ -39,6 +39,7 @@ presets = dict(
 presets['cpu-jitter'] = replace(presets['cpu'], flips=dict(jitter=.5), weights=_weights(.01, [5.,.8], mi_only=.01, teacher=[10.,.8], entropy=.003))
 presets['cpu-shift'] = replace(presets['cpu'], flips=dict(jitter=.5, shift=.5), weights=_weights(dict(global_mi=.0003, local_mi=.1), [5.,.8], teacher=[10.,.8], entropy=.003))
 presets['cpu-wide'] = replace(presets['cpu-shift'], width=16, epochs=2)
+presets['cpu-long'] = replace(presets['cpu-shift'], width=16, weights=_weights(dict(global_mi=.0003, local_mi=.1), [5.,.8], teacher=[2.,.8], entropy=.003))
 
 # %% ../nbs/11b_experiments.ipynb #f2c5753c
 _all,_mi_only = dict(method='mireg'),dict(method='mi')
@@ -107,6 +108,8 @@ _where_T_shifts = {
     'Entropy min.':     _candidates['Entropy min.']}
 studies['choose-shift'] = Study('Weights where T shifts, chosen on validation scans', {**_bounds, **{f'{k}: {_said(o)}': o for k,os in _where_T_shifts.items() for o in os}},
                                 ours='Partial supervision', score='valid')
+studies['choose-shift-again'] = Study('The best of these weights again', {**_bounds, **{f'{k}: {_said(_where_T_shifts[k][i])}': _where_T_shifts[k][i] for k,best in
+                                {'All':(1,3), 'Consistency only':(1,2), 'MI only':(0,2), 'Mean Teacher':(0,1,2), 'Entropy min.':(1,2)}.items() for i in best}}, ours='Partial supervision', score='valid')
 
 # %% ../nbs/11b_experiments.ipynb #4cd8be97
 def _splits(df, preset, rows, score, split_seed, out):

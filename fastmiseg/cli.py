@@ -70,8 +70,11 @@ def train(
     lr:float=1e-3,     # Highest learning rate
     bs:int=4,          # Labelled slices to a batch
     unlabeled_bs:int=10, # Unlabelled slices to a batch
-    scale:float=1.,    # What the paper's weights are multiplied with; they suit 30,000 steps, shorter trainings want less
-    ramp:float=0.,     # Fraction of the training over which the weights grow (0.4); 0: constant, as in the paper
+    global_mi:float=None,   # Weight of global mutual information; by default the paper's 0.1, for 30,000 steps; shorter trainings want much less (0.0003)
+    local_mi:float=None,    # Weight of local mutual information; by default the paper's 0.1
+    consistency:float=None, # Weight of the consistency of predictions, with a teacher too; by default the paper's 5
+    entropy:float=None,     # Weight of entropy minimisation; by default 0.01
+    ramp:float=0.,     # Fraction of the training over which the weight of consistency grows (0.8); 0: constant, as in the paper
     shift:float=0.,    # Largest shift of the transformed images, as a share of height and width (0.5); the paper only flips them
     jitter:float=0.,   # Intensity changes of the transformed images, 0..1 (0.5); the paper has none
     seed:int=0,        # Of the split, the network and the draws
@@ -90,7 +93,7 @@ def train(
         if resume and data is not None: raise ValueError('DATA: the run knows its scans; leave it out with --resume')
         if not resume and data is None: raise ValueError('DATA: missing; give a folder or CSV of scans, or --resume')
         given = {k:v for k,v in dict(layout=layout, recipe=recipe, labeled=labeled, valid=valid, test=test, skip_bad=skip_bad or None).items() if v is not None}
-        scores = resume_run(out, workers) if resume else train_run(data, out, method, arch, width, epochs, n_iters, lr, bs, unlabeled_bs, scale, ramp, shift, jitter, seed, overwrite, workers, **given)
+        scores = resume_run(out, workers) if resume else train_run(data, out, method, arch, width, epochs, n_iters, lr, bs, unlabeled_bs, global_mi, local_mi, consistency, entropy, ramp, shift, jitter, seed, overwrite, workers, **given)
         _means(scores)
         _report([f'{k}: {v}' for k,v in scores.attrs['problems'].items()])
 

@@ -10,7 +10,7 @@ import json, os, shutil
 from pathlib import Path
 
 import pandas as pd
-from fastai.basics import set_seed
+from fastai.basics import L, set_seed
 from fastai.callback.core import Callback
 
 import fastmiseg
@@ -118,18 +118,34 @@ def prepare_run(
     return store.problems
 
 # %% ../nbs/11_commands.ipynb #88a394e2
-methods = { # w makes a weight or schedule of the paper's weight
-    'partial':       lambda w: [],                                                     # the labelled scans only
-    'mireg':         lambda w: [MIRegCallback(w(.1), w(.1), w(5.))],                   # the paper's method
-    'consistency':   lambda w: [ConsistencyCallback(w(5.))],
-    'entropy':       lambda w: [EntropyMinCallback(w(.01))],
-    'teacher':       lambda w: [EMATeacherCallback(weight=w(5.))],                     # Mean Teacher
-    'mireg+teacher': lambda w: [MIRegCallback(w(.1), w(.1), w(5.)), EMATeacherCallback(weight=0.)]} # both (section 5.2)
+_paper = dict(global_mi=.1, local_mi=.1, consistency=5.)
 
-def _schedule(scale, ramp):
-    if scale<=0: raise RunError(f'scale: {scale} is not above 0; to leave the unlabelled scans out, take the method partial')
+methods = { # the weights, and the callbacks that they go to
+    'partial':       ({}, lambda: []),                                                         # the labelled scans only
+    'mireg':         (_paper, MIRegCallback),                                                  # the paper's method
+    'consistency':   (dict(consistency=5.), ConsistencyCallback),
+    'entropy':       (dict(entropy=.01), EntropyMinCallback),
+    'teacher':       (dict(consistency=5.), lambda weight: EMATeacherCallback(weight=weight)), # Mean Teacher
+    'mireg+teacher': (_paper, lambda *weights: [MIRegCallback(*weights), EMATeacherCallback(weight=0.)])} # both (section 5.2)
+
+def _weights(method, ramp, **given):
+    "The weights of a method: the paper's, and those that are given"
+    usual = methods[method][0]
+    given = {k:o for k,o in given.items() if o is not None}
     if not 0<=ramp<=1: raise RunError(f'ramp: {ramp} is not between 0 and 1; it is a fraction of the training')
-    return lambda weight: sigmoid_rampup(scale*weight, ramp) if ramp else scale*weight
+    for k in [*given, *(['consistency'] if ramp else [])]:
+        if k not in usual: raise RunError(f"{k if k in given else 'ramp'}: the method {method!r} has no {k} term; it has {', '.join(usual) or 'none'}")
+    for k,o in given.items():
+        if o<0: raise RunError(f'{k}: {o} is below 0')
+    weights = {**usual, **given}
+    if usual and not any(weights.values()): raise RunError(f"{', '.join(weights)}: 0 leaves the unlabelled scans out; for that, take the method partial")
+    return weights
+
+def _regularizers(t):
+    weights = t['weights']
+    if t['ramp']: weights = {**weights, 'consistency': sigmoid_rampup(weights['consistency'], t['ramp'])}
+    usual,make = methods[t['method']]
+    return L(make(*(weights[k] for k in usual)))
 
 def _check_T(train, recipe):
     "Before anything is prepared"
@@ -154,8 +170,11 @@ def train_run(
     lr:float=1e-3,   # highest learning rate of the one-cycle schedule
     bs:int=4,        # labelled slices to a batch
     unlabeled_bs:int=10, # unlabelled slices to a batch
-    scale:float=1.,  # what the weights of the paper are multiplied with; they suit 30,000 steps, and small budgets want less
-    ramp:float=0.,   # fraction of the training over which the weights grow; 0: they are constant, as in the paper
+    global_mi:float=None,   # weight of the global mutual information, where it is not the paper's
+    local_mi:float=None,    # weight of the local mutual information
+    consistency:float=None, # weight of the consistency of predictions, with a teacher too
+    entropy:float=None,     # weight of entropy minimisation
+    ramp:float=0.,   # fraction of the training over which the weight of consistency grows; 0: it is constant, as in the paper
     shift:float=0.,  # largest shift of the transformed images, as a share of height and width; the paper only flips them
     jitter:float=0., # intensity changes of the transformed images, 0..1; the paper has none
     seed:int=0,      # of the split, the network and the draws
@@ -165,11 +184,11 @@ def train_run(
 )->pd.DataFrame:     # scores, as from `evaluate_cohort`
     "Train, and leave a run folder: config, split, log, checkpoints, model, metrics and figures"
     if method not in methods: raise RunError(f"method: {method!r} is none of {', '.join(methods)}")
-    _schedule(scale, ramp)
+    weights = _weights(method, ramp, global_mi=global_mi, local_mi=local_mi, consistency=consistency, entropy=entropy)
     for k,o in dict(shift=shift, jitter=jitter).items():
         if not 0<=o<=1: raise RunError(f'{k}: {o} is not between 0 and 1')
     net = dict(arch=arch, **(dict(width=width) if arch in ('unet','dynamic_unet') else {}))
-    train = dict(method=method, net=net, epochs=epochs, n_iters=n_iters, lr=lr, bs=bs, unlabeled_bs=unlabeled_bs, scale=scale, ramp=ramp, flips=dict(shift=shift, jitter=jitter), skip_bad=kwargs.get('skip_bad', False))
+    train = dict(method=method, net=net, epochs=epochs, n_iters=n_iters, lr=lr, bs=bs, unlabeled_bs=unlabeled_bs, weights=weights, ramp=ramp, flips=dict(shift=shift, jitter=jitter), skip_bad=kwargs.get('skip_bad', False))
     if (Path(data)/'config.json').exists():
         if Path(data).resolve()==Path(out).resolve(): raise RunError(f'{out}: is the folder with the prepared slices; make the run in another one, or resume it')
         if kwargs: raise RunError(f"{', '.join(kwargs)}: cannot be changed, for {data} is prepared already")
@@ -191,7 +210,7 @@ def resume_run(
     t,df = c['train'],load_cohort(run/'split.csv', 'csv')
     dls = MISegDataLoaders.from_cohort(df, c['recipe'], store=c['store'], bs=t['bs'], unlabeled_bs=t['unlabeled_bs'], n_iters=t['n_iters'], seed=c['seed'], workers=workers, skip_bad=t['skip_bad'], path=run)
     set_seed(c['seed'])
-    learn,regs = miseg_learner(dls, **t['net'], metrics=[VolumeDice(), *VolumeDice.per_class(dls.vocab)]),methods[t['method']](_schedule(t['scale'], t['ramp']))
+    learn,regs = miseg_learner(dls, **t['net'], metrics=[VolumeDice(), *VolumeDice.per_class(dls.vocab)]),_regularizers(t)
     learn.paired_batch.flips = RandomFlips(**t['flips'])
     learn.fit_one_cycle(t['epochs'], t['lr'], cbs=[*regs, ResumeCallback(run/'checkpoints'), _Log(run/'log.csv')])
     for o in regs:

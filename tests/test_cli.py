@@ -176,10 +176,10 @@ def test_bad_scan_while_training(hearts, tmp_path):
     csv,kw = save_cohort(df, tmp_path/'c.csv'),dict(recipe=hearts.recipe, workers=0, **{**tiny, 'epochs':1, 'n_iters':2})
     with pytest.raises(VolumeError, match='1 of 6 scans cannot be used'): train_run(csv, tmp_path/'a', **kw)
     assert sorted(o.name for o in (tmp_path/'a').iterdir()) in ([], ['slices'])
-    scores = train_run(csv, tmp_path/'a', skip_bad=True, scale=.2, ramp=.5, shift=.5, jitter=.5, **kw)
+    scores = train_run(csv, tmp_path/'a', skip_bad=True, global_mi=.001, consistency=1., ramp=.5, shift=.5, jitter=.5, **kw)
     assert set(scores.scan)=={'heart004'} and list(scores.attrs['problems'])==['heart005']
     about = load_segmenter(tmp_path/'a'/'model.safetensors', 'cpu').about['provenance']
-    assert about['weights']['MIRegCallback']['consistency']=='sigmoid_rampup(1.0, 0.5)' and about['training']['flips']==dict(shift=.5, jitter=.5)
+    assert about['weights']['MIRegCallback']==dict(global_mi=.001, local_mi=.1, consistency='sigmoid_rampup(1.0, 0.5)') and about['training']['flips']==dict(shift=.5, jitter=.5)
 
 # -- real scans ------------------------------------------------------------------------------------------------------------
 def test_hippocampus(tmp_path):

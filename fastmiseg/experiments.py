@@ -39,7 +39,7 @@ presets = dict(
 presets['cpu-jitter'] = replace(presets['cpu'], flips=dict(jitter=.5), weights=_weights(.01, [5.,.8], mi_only=.01, teacher=[10.,.8], entropy=.003))
 presets['cpu-shift'] = replace(presets['cpu'], flips=dict(jitter=.5, shift=.5), weights=_weights(dict(global_mi=.0003, local_mi=.1), [5.,.8], teacher=[10.,.8], entropy=.003))
 presets['cpu-wide'] = replace(presets['cpu-shift'], width=16, epochs=2)
-presets['cpu-long'] = replace(presets['cpu-shift'], width=16, weights=_weights(dict(global_mi=.0003, local_mi=.1), [5.,.8], teacher=[2.,.8], entropy=.003))
+presets['cpu-long'] = replace(presets['cpu-shift'], width=16, weights={**presets['cpu-shift'].weights, 'teacher':[2.,.8]})
 
 # %% ../nbs/11b_experiments.ipynb #f2c5753c
 _all,_mi_only = dict(method='mireg'),dict(method='mi')
@@ -84,8 +84,13 @@ _candidates = {
     'MI only':          [dict(method='mi', weights=dict(mi_only=w)) for w in (.001, .003, .01, [.05,.5,'down'])],
     'Mean Teacher':     [dict(method='teacher', weights=dict(teacher=w)) for w in ([.3,.4], [1.,.4], [3.,.8], [10.,.8])],
     'Entropy min.':     [dict(method='entropy', weights=dict(entropy=w)) for w in (.001, .003, .01, [.03,.8])]}
-_said = lambda o: ', '.join(f'{k} {v}' for k,v in o['weights'].items())
-studies['choose'] = Study('Weights, chosen on validation scans', {**_bounds, **{f'{k}: {_said(o)}': o for k,os in _candidates.items() for o in os}}, ours='Partial supervision', score='valid')
+def _said(row):
+    mi = row['weights'].get('mi_only')
+    return ', '.join(f'{k} {v}' for k,v in (mi if isinstance(mi, dict) else row['weights']).items())
+
+def _choice(title, candidates): return Study(title, {**_bounds, **{f'{k}: {_said(o)}': o for k,rows in candidates.items() for o in rows}}, ours='Partial supervision', score='valid')
+
+studies['choose'] = _choice('Weights, chosen on validation scans', _candidates)
 
 _lit = lambda method, **weights: dict(method=method, weights=weights, flips=dict(jitter=.5))
 _moved = lambda method, **weights: {**_lit(method, **weights), 'flips':dict(jitter=.5, shift=.5)}
@@ -106,10 +111,9 @@ _where_T_shifts = {
     'MI only':          [_moved('mi', mi_only=o) for o in _pairs],
     'Mean Teacher':     [_moved('teacher', teacher=[w,.8]) for w in (2.,5.,10.,20.)],
     'Entropy min.':     _candidates['Entropy min.']}
-studies['choose-shift'] = Study('Weights where T shifts, chosen on validation scans', {**_bounds, **{f'{k}: {_said(o)}': o for k,os in _where_T_shifts.items() for o in os}},
-                                ours='Partial supervision', score='valid')
-studies['choose-shift-again'] = Study('The best of these weights again', {**_bounds, **{f'{k}: {_said(_where_T_shifts[k][i])}': _where_T_shifts[k][i] for k,best in
-                                {'All':(1,3), 'Consistency only':(1,2), 'MI only':(0,2), 'Mean Teacher':(0,1,2), 'Entropy min.':(1,2)}.items() for i in best}}, ours='Partial supervision', score='valid')
+_best = {'All':(1,3), 'Consistency only':(1,2), 'MI only':(0,2), 'Mean Teacher':(0,1,2), 'Entropy min.':(1,2)}
+studies['choose-shift'] = _choice('Weights where T shifts, chosen on validation scans', _where_T_shifts)
+studies['choose-shift-again'] = _choice('Weights where T shifts, the best of each method again', {k:[_where_T_shifts[k][i] for i in best] for k,best in _best.items()})
 
 # %% ../nbs/11b_experiments.ipynb #4cd8be97
 def _splits(df, preset, rows, score, split_seed, out):

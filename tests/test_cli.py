@@ -6,6 +6,7 @@ import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 import SimpleITK as sitk
 
 import fastmiseg.commands as C
+from fastmiseg import cli
 from fastmiseg.cohort import load_cohort, save_cohort
 from fastmiseg.commands import evaluate_run, predict_scans, prepare_run, resume_run, train_run
 from fastmiseg.segmenter import load_segmenter
@@ -82,6 +83,12 @@ def test_wrong_calls(tmp_path):
     assert r.returncode==2 and r.stderr=='fastmiseg-train: DATA: missing; give a folder or CSV of scans, or --resume\n'
     r = command('prepare', tmp_path/'nothing')
     assert r.returncode==2 and 'does not exist' in r.stderr and 'Traceback' not in r.stderr
+
+@pytest.mark.parametrize('option', ['global_mi','local_mi','consistency','entropy','ramp'])
+def test_weights_reach_their_terms(prepared, tmp_path, capsys, option):
+    "What the command hands on is refused under its own name by a method that has no such term"
+    with pytest.raises(SystemExit, match='2'): cli.train(str(prepared), str(tmp_path/'run'), method='partial', **{option:.1})
+    assert capsys.readouterr().err==f"fastmiseg-train: {option}: the method 'partial' has no {'consistency' if option=='ramp' else option} term; it has none\n" and not (tmp_path/'run').exists()
 
 # -- run folders -----------------------------------------------------------------------------------------------------------
 def test_split_is_taken(run, prepared):

@@ -72,7 +72,9 @@ studies = {
     'views':   Study('Transformations', {'All': _all, 'Consistency only': dict(method='consistency'), 'Consistency, flips along both axes': dict(method='consistency', flips=dict(axes=[-2,-1])), 'Flips and intensity': dict(method='mireg', flips=dict(jitter=.5))}),
     'faithful': Study('Where paper and published code differ', {'All': _all, 'Local joints less their minimum': dict(method='mireg', args=dict(subtract_min=True)),
                      'Joints not averaged with their transposes': dict(method='mireg', args=dict(symmetric=False)), 'Average pooling': dict(method='mireg', args=dict(pool='avg')),
-                     'Flips with probability 0.8': dict(method='mireg', flips=dict(p=.8)), 'K = 20': dict(method='mireg', args=dict(n_clusters=20))}),
+                     'Flips with probability 0.8': dict(method='mireg', flips=dict(p=.8)), 'K = 20': dict(method='mireg', args=dict(n_clusters=20)),
+                     "PyTorch's Adam": dict(method='mireg', adam=dict(sqr_mom=.999, decouple_wd=False)), "fastai's epsilon": dict(method='mireg', adam=dict(eps=1e-5)),
+                     'Linear warm-up, momentum held': dict(method='mireg', one_cycle=False)}),
     'teacher': Study('With a teacher', {'Mean Teacher': dict(method='teacher'), 'All': _all, 'All + teacher': dict(method='mireg+teacher')}, ours='All + teacher'),
     'ramps':   Study('When the weights of all terms are reached', {'All': _all, **{f'Reached at {u}': dict(method='mireg', ramp=u) for u in (.2,.4,.8)}, 'From the first step': dict(method='mireg', ramp=0)}),
 }
@@ -92,10 +94,10 @@ def _choice(title, candidates): return Study(title, {**_bounds, **{f'{k}: {_said
 
 studies['choose'] = _choice('Weights, chosen on validation scans', _candidates)
 
-_lit = lambda method, **weights: dict(method=method, weights=weights, flips=dict(jitter=.5))
+_lit = lambda method, **weights: dict(method=method, weights=weights, flips=dict(jitter=.5, shift=0.))
 _moved = lambda method, **weights: {**_lit(method, **weights), 'flips':dict(jitter=.5, shift=.5)}
 studies['stronger'] = Study('A stronger T, and what a term costs', {**_bounds,
-    'Both halves in one pass, weight 0': dict(method='consistency', weights=dict(consistency_only=0.)), 'Mean Teacher, flips': dict(method='teacher', weights=dict(teacher=[10.,.8]), flips={}),
+    'Both halves in one pass, weight 0': dict(method='consistency', weights=dict(consistency_only=0.)), 'Mean Teacher, flips': dict(method='teacher', weights=dict(teacher=[10.,.8]), flips=dict(jitter=0., shift=0.)),
     'Mean Teacher, T with intensity': _lit('teacher', teacher=[10.,.8]), 'Consistency only, T with intensity': _lit('consistency', consistency_only=[5.,.8]),
     **{f'All, T with intensity, MI {w}': _lit('mireg', global_mi=w, local_mi=w, consistency=[5.,.8]) for w in (.01,.1)},
     'All, T with intensity, global MI 0.0003, local MI 0.1': _lit('mireg', global_mi=.0003, local_mi=.1, consistency=[5.,.8])}, ours='Consistency only, T with intensity', score='valid')
@@ -139,10 +141,12 @@ def _same_scans(df, out):
 def _who(df): return df[['subject','scan','split']].to_csv(index=False)
 
 def _own(preset, row):
-    "T and weights of a row that has its own, as a list of texts"
-    if not {'flips','weights','ramp'}&set(row): return []
-    s = _settings(preset, row)
-    return [*(['T ' + _T(s['flips'])] if s['flips']!=preset.flips and s['method'] not in _without_T else []), *(f'{k} {w}' for k,w in s['weights'].items() if w!=preset.weights.get(k))]
+    "What a row does otherwise than the preset, as a list of texts"
+    s,adam = _settings(preset, row),row.get('adam')
+    told = ['Adam with '+', '.join(f'{k} {v}' for k,v in adam.items())] if adam else []
+    if not row.get('one_cycle', True): told.append('linear warm-up and cosine to 0 with momentum 0.9')
+    if not {'flips','weights','ramp'}&set(row): return told
+    return [*told, *(['T ' + _T(s['flips'])] if s['flips']!=preset.flips and s['method'] not in _without_T else []), *(f'{k} {w}' for k,w in s['weights'].items() if w!=preset.weights.get(k))]
 
 def _T(flips): return ', '.join([f"flips along {'axes '+' and '.join(map(str, flips['axes'])) if 'axes' in flips else 'the axes of the recipe'}", *(f'{k} {v}' for k,v in flips.items() if k!='axes')])
 

@@ -14,7 +14,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from fastai.basics import set_seed
+from fastai.basics import Adam, partial, set_seed
+from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
 
 import fastmiseg
 from .callback.baselines import ConsistencyCallback, EntropyMinCallback
@@ -67,7 +68,8 @@ def _flips(s): return RandomFlips(**{k: tuple(o) if k=='axes' else o for k,o in 
 
 def _settings(preset, row):
     "Everything that decides the result of a run, but the seed"
-    s,weights = {**asdict(preset), 'args':{}, **row},{**preset.weights, **row.get('weights', {})}
+    flips,weights = ({**getattr(preset, k), **row.get(k, {})} for k in ('flips','weights'))
+    s = {**asdict(preset), 'args':{}, **row, 'flips':{k:o for k,o in flips.items() if o}}
     until,weights = s.pop('ramp', None),{k:weights[k] for k in _used[s['method']]}
     grows = lambda w: {k:grows(o) for k,o in w.items()} if isinstance(w, dict) else [w, until] if until else w
     if until is not None: weights = {k: grows(_full(w)) for k,w in weights.items()}
@@ -96,6 +98,10 @@ def _callbacks(s):
 # %% ../nbs/11a_trial.ipynb #8f9f3746
 def _no_supervision(pred, y): return (pred*0).sum()
 
+def _warmup_cosine(lr, div, pct_start):
+    "The paper's schedule"
+    return ParamScheduler({'lr': combine_scheds([pct_start,1-pct_start], [SchedLin(lr/div, lr), SchedCos(lr, 0.)])})
+
 def _train(s, df, store, seed, path):
     "A learner after its last step"
     if s['method']=='full':
@@ -105,11 +111,14 @@ def _train(s, df, store, seed, path):
     dls = MISegDataLoaders.from_cohort(df, Recipe.from_dict(s['recipe']), store=store, bs=s['bs'],
                                        unlabeled_bs=s['unlabeled_bs'], n_iters=s['n_iters'], seed=seed, path=path)
     set_seed(seed)
-    learn = miseg_learner(dls, width=s['width'], metrics=VolumeDice(), wd=s['wd'])
+    learn = miseg_learner(dls, width=s['width'], opt_func=partial(Adam, **{'eps':1e-8, **s.get('adam', {})}), metrics=VolumeDice(), wd=s['wd'])
     learn.paired_batch.flips = _flips(s)
-    cbs,one = _callbacks(s),dict(lr_max=s['lr'], div=s['div'], pct_start=s['pct_start'])
+    cbs,shape = _callbacks(s),dict(div=s['div'], pct_start=s['pct_start'])
     def fit(epochs, cbs, name):
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, **one, cbs=[*cbs, ResumeCallback(path/name, every=s['n_iters']), _Log(path/f'{name}.csv')])
+        cbs = [*cbs, ResumeCallback(path/name, every=s['n_iters']), _Log(path/f'{name}.csv')]
+        with learn.no_bar(), learn.no_logging():
+            if s.get('one_cycle', True): learn.fit_one_cycle(epochs, s['lr'], **shape, cbs=cbs)
+            else: learn.fit(epochs, cbs=[_warmup_cosine(s['lr'], **shape), *cbs])
     if s['method']=='pretrain':
         loss,learn.loss_func = learn.loss_func,_no_supervision
         fit(s['epochs']-s['epochs']//2, cbs, 'pretrain')

@@ -77,7 +77,7 @@ def main(
     (out:=Path(out)).mkdir(parents=True, exist_ok=True)
     p = presets[preset]
     df = _splits(load_cohort(data), p, [dict(method='mireg')], 'valid', 0, out)[p.labeled]
-    command = ' '.join(['python studies/why.py DATA', *(f'--{k} {o}' for k,o,usual in (('recipe',recipe,'auto'),('preset',preset,'cpu-shift'),('seed',seed,0),('n_iters',n_iters,None)) if o!=usual)])
+    command = ' '.join(['python studies/why.py DATA', *(f'--{k.replace("_","-")} {o}' for k,o,usual in (('recipe',recipe,'auto'),('preset',preset,'cpu-shift'),('seed',seed,0),('n_iters',n_iters,None)) if o!=usual)])
     recipe = Recipe.auto(df) if recipe=='auto' else getattr(Recipe, recipe)()
     SliceStore(str(out/'slices'), recipe).prepare(df[df.split!='test'])
     T.MIRegCallback = Watched

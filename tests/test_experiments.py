@@ -5,7 +5,8 @@ import numpy as np, pandas as pd, pytest
 from dataclasses import replace
 from scipy.stats import ttest_rel
 from fastmiseg.experiments import presets, run_study, studies, _made_with
-from fastmiseg.trial import Preset, _callbacks, _settings
+from fastmiseg.cohort import load_cohort, split_cohort
+from fastmiseg.trial import Preset, _callbacks, _key, _settings, _train
 from fastmiseg.report import Study, study_curves, study_table, _p
 from fastmiseg.phantom import make_phantom
 from fastmiseg.slices import Recipe
@@ -117,11 +118,31 @@ def test_ramp_of_two_weights():
     s = _settings(presets['cpu-shift'], dict(method='mi', ramp=.2))
     assert s['weights']==dict(mi_only=dict(global_mi=[.0003,.2], local_mi=[.1,.2])) and _callbacks(s)
 
+def test_optimiser_and_schedule_of_a_row(scans, tmp_path):
+    df = split_cohort(load_cohort(scans), 1, 1, 1, seed=0)
+    def hypers(**row):
+        s = {**_settings(tiny, dict(method='partial', **row)), 'recipe':tiny.recipe.to_dict()}
+        learn = _train(s, df, str(tmp_path/'slices'), 0, tmp_path/_key(s, 0, 'test', ''))
+        return learn.opt.hypers[-1],[getattr(o, 'func', o).__name__ for o in learn.opt.cbs],{k:np.array(o) for k,o in learn.recorder.hps.items()}
+    h,steps,hps = hypers()
+    assert (h['eps'],h['sqr_mom'])==(1e-8,.99) and 'weight_decay' in steps and np.isclose(hps['mom'].min(), .85, atol=.01)
+    h,steps,_ = hypers(adam=dict(sqr_mom=.999, decouple_wd=False))
+    assert (h['eps'],h['sqr_mom'],h['wd'])==(1e-8,.999,tiny.wd) and 'l2_reg' in steps and 'weight_decay' not in steps
+    assert hypers(adam=dict(eps=1e-5))[0]['eps']==1e-5
+    h,_,hps = hypers(one_cycle=False)
+    first,n = tiny.lr/tiny.div,tiny.epochs*tiny.n_iters # warm-up over a tenth of 20 steps
+    assert set(hps)=={'lr'} and h['mom']==.9 and np.allclose(hps['lr'][:3], [first, (first+tiny.lr)/2, tiny.lr])
+    assert np.allclose(hps['lr'][2:], tiny.lr*(1+np.cos(np.pi*np.arange(n-2)/(n-2)))/2)
+
 def test_settings_of_rows_are_told(scans, out):
     run('shift', scans, out, rows=['Partial supervision','Consistency only'])
     text = (out/'shift_valid.md').read_text()
     assert '- T: flips along the axes of the recipe.' in text
     assert '- Otherwise in "Consistency only": T flips along the axes of the recipe, jitter 0.5, shift 0.5; consistency_only [5.0, 0.8].' in text
+    run('faithful', scans, out, rows=["PyTorch's Adam",'Linear warm-up, momentum held'])
+    text = (out/'faithful.md').read_text()
+    assert '''- Otherwise in "PyTorch's Adam": Adam with sqr_mom 0.999, decouple_wd False.''' in text
+    assert '- Otherwise in "Linear warm-up, momentum held": linear warm-up and cosine to 0 with momentum 0.9.' in text
 
 def test_other_scans_of_the_same_names(scans, tmp_path):
     rows = dict(rows=['Partial supervision'])

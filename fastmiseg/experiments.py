@@ -29,11 +29,13 @@ def _weights(mi, consistency, mi_only=None, consistency_only=None, teacher=None,
     return dict(**both, consistency=consistency, mi_only=first(mi_only, mi), consistency_only=first(consistency_only, consistency),
                 teacher=first(teacher, consistency_only, consistency), entropy=entropy)
 
+_paper = dict(adam=dict(sqr_mom=.999, decouple_wd=False), one_cycle=False)
+
 presets = dict(
-    acdc      = Preset('acdc', 8, 25, 0, scans=True, weights=_weights(.1, 5.)),
-    promise12 = Preset('promise12', 4, 10, 0, lr=4e-4, weights=_weights(.05, 10.)),
-    spleen    = Preset('spleen', 6, 5, 0, lr=4e-4, flips=dict(axes=[-2,-1]), weights=_weights(.05, 5.)),
-    mmwhs     = Preset('mmwhs', 2, 5, 0, weights=_weights(.1, 5.)),
+    acdc      = Preset('acdc', 8, 25, 0, scans=True, **_paper, weights=_weights(.1, 5.)),
+    promise12 = Preset('promise12', 4, 10, 0, lr=4e-4, **_paper, weights=_weights(.05, 10.)),
+    spleen    = Preset('spleen', 6, 5, 0, lr=4e-4, **_paper, flips=dict(axes=[-2,-1]), weights=_weights(.05, 5.)),
+    mmwhs     = Preset('mmwhs', 2, 5, 0, **_paper, weights=_weights(.1, 5.)),
     cpu       = Preset('auto', 2, 20, 34, width=8, epochs=4, n_iters=500, bs=8, unlabeled_bs=8, lr=5e-3, div=5., decay=.99,
                        weights=_weights(.001, [1.,.4], mi_only=.003, consistency_only=[10.,.8], teacher=[10.,.8], entropy=.003)))
 presets['cpu-jitter'] = replace(presets['cpu'], flips=dict(jitter=.5), weights=_weights(.01, [5.,.8], mi_only=.01, teacher=[10.,.8], entropy=.003))
@@ -69,12 +71,12 @@ studies = {
     'figure7': Study('Pretraining or joint optimisation (Figure 7)', {'Partial supervision': dict(method='partial'), 'Pretrain and finetune': dict(method='pretrain'), 'All': _all}, curve=True),
     'minimum': Study("The published code's local loss, less its minimum", {'All': _all, 'All, less the minimum': dict(method='mireg', args=dict(subtract_min=True)),
                      'MI only': _mi_only, 'MI only, less the minimum': dict(method='mi', args=dict(subtract_min=True))}),
-    'views':   Study('Transformations', {'All': _all, 'Consistency only': dict(method='consistency'), 'Consistency, flips along both axes': dict(method='consistency', flips=dict(axes=[-2,-1])), 'Flips and intensity': dict(method='mireg', flips=dict(jitter=.5))}),
-    'faithful': Study('Where paper and published code differ', {'All': _all, 'Local joints less their minimum': dict(method='mireg', args=dict(subtract_min=True)),
-                     'Joints not averaged with their transposes': dict(method='mireg', args=dict(symmetric=False)), 'Average pooling': dict(method='mireg', args=dict(pool='avg')),
-                     'Flips with probability 0.8': dict(method='mireg', flips=dict(p=.8)), 'K = 20': dict(method='mireg', args=dict(n_clusters=20)),
-                     "PyTorch's Adam": dict(method='mireg', adam=dict(sqr_mom=.999, decouple_wd=False)), "fastai's epsilon": dict(method='mireg', adam=dict(eps=1e-5)),
-                     'Linear warm-up, momentum held': dict(method='mireg', one_cycle=False)}),
+    'views':   Study('Transformations', {'All': _all, 'Consistency only': dict(method='consistency'), 'Consistency, flips along both axes': dict(method='consistency', flips=dict(axes=[-2,-1])), 'Flips and intensity': dict(method='mireg', flips=dict(jitter=.5, shift=0.))}),
+    'faithful': Study('Where paper, published code and fastai differ', {'All': _all, 'Code: local joints less their minimum': dict(method='mireg', args=dict(subtract_min=True)),
+                     'Paper: joints not averaged with their transposes': dict(method='mireg', args=dict(symmetric=False)), 'Code: average pooling': dict(method='mireg', args=dict(pool='avg')),
+                     'Code: flips with probability 0.8': dict(method='mireg', flips=dict(p=.8)), 'Code: K = 20': dict(method='mireg', args=dict(n_clusters=20)),
+                     "Both: PyTorch's Adam": dict(method='mireg', adam=_paper['adam']), 'Both: linear warm-up, cosine, momentum held': dict(method='mireg', one_cycle=False),
+                     "fastai: Adam's epsilon": dict(method='mireg', adam=dict(eps=1e-5))}),
     'teacher': Study('With a teacher', {'Mean Teacher': dict(method='teacher'), 'All': _all, 'All + teacher': dict(method='mireg+teacher')}, ours='All + teacher'),
     'ramps':   Study('When the weights of all terms are reached', {'All': _all, **{f'Reached at {u}': dict(method='mireg', ramp=u) for u in (.2,.4,.8)}, 'From the first step': dict(method='mireg', ramp=0)}),
 }
@@ -138,15 +140,29 @@ def _same_scans(df, out):
         now = pd.concat([old, now]).drop_duplicates('scan')
     _write_text(file, now.to_csv(index=False))
 
+def _jobs(rows, preset, recipe, seeds, score, parts, out):
+    "Every run of some rows; `parts`: the split for each number of labelled subjects, as text"
+    jobs = []
+    for k,row in rows.items():
+        s = {**_settings(preset, row), 'recipe':recipe.to_dict()}
+        if s['method'] not in _without_T: _flips(s).for_recipe(recipe).checked()
+        for seed in seeds:
+            name = f"{s['method'].replace('+','_')}-{s['labeled']}-{seed}-{_key(s, seed, score, parts[s['labeled']])}"
+            jobs.append(dict(row=k, settings=s, seed=seed, score=score, path=str(Path(out)/'runs'/name)))
+    return jobs
+
 def _who(df): return df[['subject','scan','split']].to_csv(index=False)
 
 def _own(preset, row):
     "What a row does otherwise than the preset, as a list of texts"
-    s,adam = _settings(preset, row),row.get('adam')
-    told = ['Adam with '+', '.join(f'{k} {v}' for k,v in adam.items())] if adam else []
-    if not row.get('one_cycle', True): told.append('linear warm-up and cosine to 0 with momentum 0.9')
+    s = _settings(preset, row)
+    told = [*([_adam_of(row['adam'])] if 'adam' in row else []), *([_held if not row['one_cycle'] else 'one cycle'] if 'one_cycle' in row else [])]
     if not {'flips','weights','ramp'}&set(row): return told
     return [*told, *(['T ' + _T(s['flips'])] if s['flips']!=preset.flips and s['method'] not in _without_T else []), *(f'{k} {w}' for k,w in s['weights'].items() if w!=preset.weights.get(k))]
+
+_held = 'linear warm-up and cosine with the momentum held at 0.9'
+
+def _adam_of(adam): return 'Adam' + (f" with {', '.join(f'{k} {v}' for k,v in adam.items())}" if adam else '')
 
 def _T(flips): return ', '.join([f"flips along {'axes '+' and '.join(map(str, flips['axes'])) if 'axes' in flips else 'the axes of the recipe'}", *(f'{k} {v}' for k,v in flips.items() if k!='axes')])
 
@@ -157,8 +173,8 @@ def _protocol(preset, recipe, parts, score, seeds, threads, rows):
     counts = ', '.join(f'{k} {o.subjects} ({o.scans} scans)' for k,o in n.iterrows())
     whole = (df.groupby('subject').split.nunique()==1).all()
     return [f'- Subjects: {counts}' + ('' if len(parts)==1 else f'; labelled subjects as the rows say') + (f'. No subject is in two parts.' if whole else '. SUBJECTS ARE IN SEVERAL PARTS.'),
-            f"- Scored: the {score} scans" + (', on which no setting was chosen' if score=='test' else '') + ', with the final checkpoint (of the teacher, where a row has one); Dice of each class over the whole scan, mean over scans, then over classes.',
-            f'- Budget: U-Net of width {preset.width}, {preset.epochs*preset.n_iters} steps of {preset.bs} labelled and {preset.unlabeled_bs} unlabelled slices, Adam, one cycle up to {preset.lr:g} from a {preset.div:g}th, warm-up {preset.pct_start:g} of the steps, weight decay {preset.wd:g}; {threads} thread(s) to a run.',
+            f"- Scored: the {score} scans" + (' (no setting is chosen on them here)' if score=='test' else '') + ', with the final checkpoint (of the teacher, where a row has one); Dice of each class over the whole scan, mean over scans, then over classes.',
+            f"- Budget: U-Net of width {preset.width}, {preset.epochs*preset.n_iters} steps of {preset.bs} labelled and {preset.unlabeled_bs} unlabelled slices, {_adam_of(preset.adam)}, {'one cycle' if preset.one_cycle else _held+','} up to {preset.lr:g} from a {preset.div:g}th, warm-up {preset.pct_start:g} of the steps, weight decay {preset.wd:g}; {threads} thread(s) to a run.",
             f'- T: {_T(preset.flips)}.',
             f"- Weights: {', '.join(f'{k} {v}' for k,v in preset.weights.items())}; [a, b] is reached after b of the steps, [a, b, 'down'] begins with a and is gone after b; those with _only are for rows without the other terms; the teacher's decay is {preset.decay:g}.",
             *(f'- Otherwise in "{k}": {"; ".join(_own(preset, o))}.' for k,o in rows.items() if not all(text in k for text in _own(preset, o))),
@@ -214,15 +230,8 @@ def run_study(
     store = str(Path(store or out/'slices').resolve())
     SliceStore(store, recipe).prepare(df[df.split!='test'])
     _same_scans(df, out)
-    jobs = []
-    for k,row in todo.items():
-        s = {**_settings(preset, row), 'recipe':recipe.to_dict()}
-        if s['method'] not in _without_T: _flips(s).for_recipe(recipe).checked()
-        for seed in seeds:
-            key = _key(s, seed, score, _who(part:=parts[s['labeled']]))
-            jobs.append(dict(row=k, settings=s, seed=seed, score=score, df=part, store=store, threads=threads,
-                             path=str(out/'runs'/f"{s['method'].replace('+','_')}-{s['labeled']}-{seed}-{key}")))
-    _make([j for j in jobs if not (Path(j['path'])/'scores.csv').exists()], n)
+    jobs = _jobs(todo, preset, recipe, seeds, score, {k:_who(o) for k,o in parts.items()}, out)
+    _make([{**j, 'df':parts[j['settings']['labeled']], 'store':store, 'threads':threads} for j in jobs if not (Path(j['path'])/'scores.csv').exists()], n)
     scores = study_scores(jobs)
     stem = out/'_'.join([name if isinstance(name, str) else 'study', *([budget] if named else []), *([] if score=='test' else [score])])
     table = study_table(scores, study)

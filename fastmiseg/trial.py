@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from fastai.basics import Adam, partial, set_seed
+from fastai.basics import partial, set_seed
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
 
 import fastmiseg
@@ -26,7 +26,7 @@ from .callback.teacher import EMATeacherCallback
 from .commands import _Log, _write_text
 from .data import MISegDataLoaders
 from .inference import evaluate_cohort
-from .learner import miseg_learner
+from .learner import miseg_learner, _adam
 from .metrics import VolumeDice
 from .slices import Recipe
 from .store import _leave_with_parent
@@ -54,6 +54,8 @@ class Preset:
     pct_start:float = .1   # share of the training in which the rate grows
     wd:float = 1e-5        # weight decay
     decay:float = .999     # of the teacher
+    adam:dict = field(default_factory=dict)    # arguments of the optimiser that are not those of `miseg_learner`
+    one_cycle:bool = True                      # fastai's schedule; False: the paper's linear warm-up and cosine, with the momentum held
     flips:dict = field(default_factory=dict)   # arguments of `RandomFlips`, where T is not the paper's
     weights:dict = field(default_factory=dict) # of each term, for the methods that use it
 
@@ -69,7 +71,9 @@ def _flips(s): return RandomFlips(**{k: tuple(o) if k=='axes' else o for k,o in 
 def _settings(preset, row):
     "Everything that decides the result of a run, but the seed"
     flips,weights = ({**getattr(preset, k), **row.get(k, {})} for k in ('flips','weights'))
-    s = {**asdict(preset), 'args':{}, **row, 'flips':{k:o for k,o in flips.items() if o}}
+    s = {**asdict(preset), 'args':{}, **row, 'flips':{k:o for k,o in flips.items() if o or k not in ('jitter','shift')}}
+    for k in ('adam','one_cycle'):
+        if s[k]==getattr(Preset(), k): del s[k]
     until,weights = s.pop('ramp', None),{k:weights[k] for k in _used[s['method']]}
     grows = lambda w: {k:grows(o) for k,o in w.items()} if isinstance(w, dict) else [w, until] if until else w
     if until is not None: weights = {k: grows(_full(w)) for k,w in weights.items()}
@@ -85,13 +89,13 @@ def _schedule(w):
     if not isinstance(w, (list,tuple)): return w
     return sigmoid_rampdown(w[0], w[1]) if w[2:]==['down'] else sigmoid_rampup(*w)
 
-def _callbacks(s):
+def _callbacks(s, MIReg=MIRegCallback, Teacher=EMATeacherCallback):
     w = {k:_schedule(o) for k,o in s['weights'].items()}
     both = lambda mi: [mi[k] for k in _mi_weights] if isinstance(mi, dict) else [mi]*2
-    mireg = lambda consistency: MIRegCallback(w['global_mi'], w['local_mi'], consistency, **s['args'])
-    teacher = lambda **kw: EMATeacherCallback(s['decay'], **kw)
+    mireg = lambda consistency: MIReg(w['global_mi'], w['local_mi'], consistency, **s['args'])
+    teacher = lambda **kw: Teacher(s['decay'], **kw)
     return {'partial': lambda: [], 'full': lambda: [], 'entropy': lambda: [EntropyMinCallback(w['entropy'])], 'consistency': lambda: [ConsistencyCallback(w['consistency_only'])],
-            'teacher': lambda: [teacher(weight=w['teacher'])], 'mi': lambda: [MIRegCallback(*both(w['mi_only']), 0., **s['args'])],
+            'teacher': lambda: [teacher(weight=w['teacher'])], 'mi': lambda: [MIReg(*both(w['mi_only']), 0., **s['args'])],
             'mireg': lambda: [mireg(w['consistency'])], 'mireg+teacher': lambda: [mireg(w['teacher']), teacher(weight=0.)],
             'pretrain': lambda: [mireg(w['consistency'])]}[s['method']]()
 
@@ -102,8 +106,8 @@ def _warmup_cosine(lr, div, pct_start):
     "The paper's schedule"
     return ParamScheduler({'lr': combine_scheds([pct_start,1-pct_start], [SchedLin(lr/div, lr), SchedCos(lr, 0.)])})
 
-def _train(s, df, store, seed, path):
-    "A learner after its last step"
+def _train(s, df, store, seed, path, cbs=None):
+    "A learner after its last step; `cbs`: instead of `_callbacks`"
     if s['method']=='full':
         df = df.assign(split=df.split.replace('unlabeled', 'labeled'))
         df = df[df['mask'].notna()]
@@ -111,9 +115,9 @@ def _train(s, df, store, seed, path):
     dls = MISegDataLoaders.from_cohort(df, Recipe.from_dict(s['recipe']), store=store, bs=s['bs'],
                                        unlabeled_bs=s['unlabeled_bs'], n_iters=s['n_iters'], seed=seed, path=path)
     set_seed(seed)
-    learn = miseg_learner(dls, width=s['width'], opt_func=partial(Adam, **{'eps':1e-8, **s.get('adam', {})}), metrics=VolumeDice(), wd=s['wd'])
+    learn = miseg_learner(dls, width=s['width'], opt_func=partial(_adam, **s.get('adam', {})), metrics=VolumeDice(), wd=s['wd'])
     learn.paired_batch.flips = _flips(s)
-    cbs,shape = _callbacks(s),dict(div=s['div'], pct_start=s['pct_start'])
+    cbs,shape = _callbacks(s) if cbs is None else cbs,dict(div=s['div'], pct_start=s['pct_start'])
     def fit(epochs, cbs, name):
         cbs = [*cbs, ResumeCallback(path/name, every=s['n_iters']), _Log(path/f'{name}.csv')]
         with learn.no_bar(), learn.no_logging():

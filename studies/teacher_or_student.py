@@ -12,12 +12,11 @@ from torch.func import functional_call
 
 from fastmiseg.callback.teacher import EMATeacherCallback, _tensors
 from fastmiseg.cohort import load_cohort
-from fastmiseg.experiments import presets, _splits
+from fastmiseg.experiments import presets, _splits, _T
 from fastmiseg.inference import evaluate_cohort
 from fastmiseg.slices import Recipe
 from fastmiseg.store import SliceStore
-from fastmiseg.trial import _settings, _train, _versions
-import fastmiseg.trial as T
+from fastmiseg.trial import _callbacks, _settings, _train, _versions
 
 who = ('Teacher, statistics averaged','Teacher, statistics of its own passes','Student')
 
@@ -54,11 +53,11 @@ def main(
     command = ' '.join(['python studies/teacher_or_student.py DATA', *(f'--{k.replace("_","-")} {o}' for k,o,usual in (('recipe',recipe,'auto'),('preset',preset,'cpu-long'),('seeds',seeds,3),('parts',parts,4),('n_iters',n_iters,None)) if o!=usual)])
     recipe = Recipe.auto(df) if recipe=='auto' else getattr(Recipe, recipe)()
     SliceStore(str(out/'slices'), recipe).prepare(df[df.split!='test'])
-    s,made,callbacks,rows = {**_settings(p, row), 'recipe':recipe.to_dict()},[],T._callbacks,[]
-    T.EMATeacherCallback,T._callbacks = Kept,lambda s: made.extend(callbacks(s)) or made[-2:]
+    s,rows = {**_settings(p, row), 'recipe':recipe.to_dict()},[]
     for seed in range(seeds):
-        with tempfile.TemporaryDirectory() as tmp: learn = _train(s, df, str(out/'slices'), seed, Path(tmp))
-        for i,kept in enumerate(made[-1].kept, 1):
+        _,teacher = cbs = _callbacks(s, Teacher=Kept)
+        with tempfile.TemporaryDirectory() as tmp: learn = _train(s, df, str(out/'slices'), seed, Path(tmp), cbs)
+        for i,kept in enumerate(teacher.kept, 1):
             for k,tensors in kept.items():
                 learn.model.load_state_dict(tensors)
                 scores = evaluate_cohort(learn, df[df.split=='valid'], progress=False)
@@ -69,7 +68,7 @@ def main(
     table = rows.groupby(['who','step']).dice.agg(said).unstack('step').loc[list(who)]
     cells = [['', *(f'{k} steps' for k in table.columns)], ['---']*(len(table.columns)+1), *([k, *o] for k,o in zip(table.index, table.values))]
     (out/'teacher_or_student.md').write_text('\n'.join(['# Whom to validate', '', '    '+command, '',
-        f'All terms with a teacher: U-Net of width {s["width"]}, {parts*p.n_iters} steps of {s["bs"]} labelled and {s["unlabeled_bs"]} unlabelled slices, weights {s["weights"]} ([a, b] is reached after b of the steps), T {s["flips"]}, decay of the teacher {s["decay"]:g}; {p.labeled} labelled subjects. '
+        f'All terms with a teacher: U-Net of width {s["width"]}, {parts*p.n_iters} steps of {s["bs"]} labelled and {s["unlabeled_bs"]} unlabelled slices, weights {", ".join(f"{k} {w}" for k,w in s["weights"].items())} ([a, b] is reached after b of the steps), T {_T(s["flips"])}, decay of the teacher {s["decay"]:g}; {p.labeled} labelled subjects. '
         f'Dice of the validation scans ({df[df.split=="valid"].subject.nunique()} subjects), mean (and each) of {seeds} seeds; the three values of a seed and a step are of one training. {(time.perf_counter()-begun)/60:.0f} minutes of one core. {_versions()}.', '',
         '\n'.join('| ' + ' | '.join(r) + ' |' for r in cells), '']), encoding='utf-8')
     print((out/'teacher_or_student.md').read_text(encoding='utf-8'))

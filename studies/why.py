@@ -13,8 +13,7 @@ from fastmiseg.callback.regularizer import _at
 from fastmiseg.cohort import load_cohort
 from fastmiseg.data import palette
 from fastmiseg.experiments import presets, _splits
-from fastmiseg.trial import _settings, _train, _versions
-import fastmiseg.trial as T
+from fastmiseg.trial import _callbacks, _settings, _train, _versions
 from fastmiseg.plots import plot_clusters, _features, _images
 from fastmiseg.slices import Recipe
 from fastmiseg.store import SliceStore
@@ -80,20 +79,17 @@ def main(
     command = ' '.join(['python studies/why.py DATA', *(f'--{k.replace("_","-")} {o}' for k,o,usual in (('recipe',recipe,'auto'),('preset',preset,'cpu-shift'),('seed',seed,0),('n_iters',n_iters,None)) if o!=usual)])
     recipe = Recipe.auto(df) if recipe=='auto' else getattr(Recipe, recipe)()
     SliceStore(str(out/'slices'), recipe).prepare(df[df.split!='test'])
-    T.MIRegCallback = Watched
     pulls,used = [],[]
     for name,w,shift in (('0.01',.01,0.), ('0.1',.1,0.), ('0.1, T shifts',.1,.5)):
         s = {**_settings(p, dict(method='mireg', weights=dict(global_mi=w, local_mi=w), flips={**p.flips, 'shift':shift})), 'recipe':recipe.to_dict()}
         if n_iters: s['n_iters'] = n_iters
-        made,callbacks = [],T._callbacks
-        T._callbacks = lambda s: made.extend(callbacks(s)) or made
+        cb, = cbs = _callbacks(s, MIReg=Watched)
         with tempfile.TemporaryDirectory() as tmp:
-            learn = _train(s, df, str(out/'slices'), seed, Path(tmp))
+            learn = _train(s, df, str(out/'slices'), seed, Path(tmp), cbs)
             dice = pd.read_csv(Path(tmp)/'log.csv').dice.iloc[-1]
-        T._callbacks = callbacks
-        pulls.append(pd.DataFrame(made[0].seen).assign(weight=name))
-        used += [dict(weight=name, valid_dice=dice, **o) for o in clusters(learn, made[0])]
-        plot_clusters(learn, made[0], out=out/f'clusters_{w}{"_shift" if shift else ""}.png')
+        pulls.append(pd.DataFrame(cb.seen).assign(weight=name))
+        used += [dict(weight=name, valid_dice=dice, **o) for o in clusters(learn, cb)]
+        plot_clusters(learn, cb, out=out/f'clusters_{w}{"_shift" if shift else ""}.png')
     pulls = pd.concat(pulls)
     last = pulls.assign(training=pd.cut(pulls.step/pulls.step.max(), [-.1,.25,.75,1], labels=['first quarter','half','last quarter']))
     table = last.groupby(['weight','term','stage','training'], observed=True)[['ratio','cosine']].median().unstack('training')

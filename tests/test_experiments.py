@@ -1,13 +1,13 @@
 "Studies: rows, columns, arithmetic, and the same figures again"
-import json, os, subprocess, sys
+import importlib.util, json, os, shlex, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from dataclasses import replace
 from scipy.stats import ttest_rel
-from fastmiseg.experiments import presets, run_study, studies, _made_with
+from fastmiseg.experiments import presets, run_study, studies, _jobs, _made_with
 from fastmiseg.cohort import load_cohort, split_cohort
-from fastmiseg.trial import Preset, _callbacks, _key, _settings, _train
-from fastmiseg.report import Study, study_curves, study_table, _p
+from fastmiseg.trial import Preset, _callbacks, _settings, _train
+from fastmiseg.report import Study, study_curves, study_scores, study_table, _markdown, _p
 from fastmiseg.phantom import make_phantom
 from fastmiseg.slices import Recipe
 
@@ -34,7 +34,7 @@ def test_every_row_can_be_made(name):
 def some_rows(name):
     "Rows at 1 and 2 labelled subjects; of the long studies the first and the last two"
     rows = list(studies[name].rows)
-    return [k for k in rows if k.endswith((', 1',', 2'))] if studies[name].x else rows if len(rows)<8 else [rows[0],*rows[-2:]]
+    return [k for k in rows if k.endswith((', 1',', 2'))] if studies[name].x else rows if len(rows)<10 else [rows[0],*rows[-2:]]
 
 def check_arithmetic(scores, table, study):
     "Means, deviations, gap closed and p of a table, from the scores by other means"
@@ -120,29 +120,45 @@ def test_ramp_of_two_weights():
 
 def test_optimiser_and_schedule_of_a_row(scans, tmp_path):
     df = split_cohort(load_cohort(scans), 1, 1, 1, seed=0)
-    def hypers(**row):
+    def hypers(name, **row):
         s = {**_settings(tiny, dict(method='partial', **row)), 'recipe':tiny.recipe.to_dict()}
-        learn = _train(s, df, str(tmp_path/'slices'), 0, tmp_path/_key(s, 0, 'test', ''))
+        learn = _train(s, df, str(tmp_path/'slices'), 0, tmp_path/name)
         return learn.opt.hypers[-1],[getattr(o, 'func', o).__name__ for o in learn.opt.cbs],{k:np.array(o) for k,o in learn.recorder.hps.items()}
-    h,steps,hps = hypers()
+    h,steps,hps = hypers('usual')
     assert (h['eps'],h['sqr_mom'])==(1e-8,.99) and 'weight_decay' in steps and np.isclose(hps['mom'].min(), .85, atol=.01)
-    h,steps,_ = hypers(adam=dict(sqr_mom=.999, decouple_wd=False))
+    h,steps,_ = hypers('torch', adam=dict(sqr_mom=.999, decouple_wd=False))
     assert (h['eps'],h['sqr_mom'],h['wd'])==(1e-8,.999,tiny.wd) and 'l2_reg' in steps and 'weight_decay' not in steps
-    assert hypers(adam=dict(eps=1e-5))[0]['eps']==1e-5
-    h,_,hps = hypers(one_cycle=False)
+    assert hypers('fastai', adam=dict(eps=1e-5))[0]['eps']==1e-5
+    h,_,hps = hypers('held', one_cycle=False)
     first,n = tiny.lr/tiny.div,tiny.epochs*tiny.n_iters # warm-up over a tenth of 20 steps
     assert set(hps)=={'lr'} and h['mom']==.9 and np.allclose(hps['lr'][:3], [first, (first+tiny.lr)/2, tiny.lr])
     assert np.allclose(hps['lr'][2:], tiny.lr*(1+np.cos(np.pi*np.arange(n-2)/(n-2)))/2)
+
+def test_what_is_as_usual_is_no_setting():
+    s = _settings(presets['cpu'], dict(method='mireg'))
+    assert s==_settings(presets['cpu'], dict(method='mireg', adam={}, one_cycle=True)) and not {'adam','one_cycle'}&set(s)
+    for k in ('acdc','promise12','spleen','mmwhs'):
+        s = _settings(presets[k], dict(method='mireg'))
+        assert s['one_cycle'] is False and s['adam']==dict(sqr_mom=.999, decouple_wd=False)
+
+def test_flips_of_a_row_are_changes():
+    flips = lambda preset, **o: _settings(presets[preset], dict(method='mireg', flips=o))['flips']
+    assert flips('cpu-shift', p=.8)==dict(jitter=.5, shift=.5, p=.8)
+    assert flips('cpu-shift', shift=0.)==dict(jitter=.5) and flips('cpu', shift=0.)=={}
+    assert flips('cpu-shift', p=0.)==dict(jitter=.5, shift=.5, p=0.) and flips('cpu-shift', axes=[])==dict(jitter=.5, shift=.5, axes=[])
+    assert _settings(presets['cpu-shift'], studies['views'].rows['Flips and intensity'])['flips']==dict(jitter=.5)
 
 def test_settings_of_rows_are_told(scans, out):
     run('shift', scans, out, rows=['Partial supervision','Consistency only'])
     text = (out/'shift_valid.md').read_text()
     assert '- T: flips along the axes of the recipe.' in text
     assert '- Otherwise in "Consistency only": T flips along the axes of the recipe, jitter 0.5, shift 0.5; consistency_only [5.0, 0.8].' in text
-    run('faithful', scans, out, rows=["PyTorch's Adam",'Linear warm-up, momentum held'])
+    run('faithful', scans, out, rows=["Both: PyTorch's Adam",'Both: linear warm-up, cosine, momentum held'])
     text = (out/'faithful.md').read_text()
-    assert '''- Otherwise in "PyTorch's Adam": Adam with sqr_mom 0.999, decouple_wd False.''' in text
-    assert '- Otherwise in "Linear warm-up, momentum held": linear warm-up and cosine to 0 with momentum 0.9.' in text
+    assert '''- Otherwise in "Both: PyTorch's Adam": Adam with sqr_mom 0.999, decouple_wd False.''' in text
+    assert '- Otherwise in "Both: linear warm-up, cosine, momentum held": linear warm-up and cosine with the momentum held at 0.9.' in text
+    run('faithful', scans, out, preset=replace(tiny, one_cycle=False, adam=dict(sqr_mom=.999)), rows=['All'])
+    assert 'Adam with sqr_mom 0.999, linear warm-up and cosine with the momentum held at 0.9, up to 0.02 from a 400th' in (out/'faithful.md').read_text()
 
 def test_other_scans_of_the_same_names(scans, tmp_path):
     rows = dict(rows=['Partial supervision'])
@@ -185,12 +201,43 @@ def test_readme_says_what_the_table_says():
     said = lambda o: f'{o.mean:.3f} ({o.mean_sd:.3f}) | {o.gap_closed:.0%} |'
     for a,b,c in zip(*tables, strict=True): assert a.row==b.row==c.row and f'| {names[a.row]} | {said(a)} {said(b)} {said(c)}' in readme
 
-@pytest.mark.parametrize('md', sorted((Path(__file__).parent.parent/'studies').glob('*.md')), ids=lambda o: o.stem)
-def test_committed_results(md):
-    "Each table has its command and its scores; the runs behind them have settings, curves and scores, and no weights"
-    text = md.read_text(encoding='utf-8')
-    if md.with_suffix('.csv').exists():
-        t = pd.read_csv(md.with_suffix('.csv'))
-        assert f'    fastmiseg-compare {md.stem.split("_")[0]} --data DATA' in text and all(f'| {r} | ' in text for r in t.row) and md.with_suffix('.png').exists()
-    for o in (md.parent/'runs').iterdir():
-        assert {f.name for f in o.iterdir()}<={'config.json','log.csv','pretrain.csv','scores.csv'} and (o/'config.json').exists()
+def of_command(md):
+    "Study, preset, seeds, scored part and rows of a committed table, from the command on top of it"
+    words = shlex.split(next(o for o in md.read_text(encoding='utf-8').splitlines() if o.startswith('    fastmiseg-compare ')))
+    given = dict(zip(words[2::2], words[3::2]))
+    assert set(given)<={'--data','--preset','--recipe','--seeds','--score','--rows'} and given['--recipe']=='hippocampus'
+    study = studies[words[1]]
+    rows = given['--rows'].split(';') if '--rows' in given else study.rows
+    return study,presets[given.get('--preset', 'cpu')],range(int(given.get('--seeds', 3))),given.get('--score') or study.score or 'test',{k:study.rows[k] for k in rows}
+
+results = Path(__file__).parent.parent/'studies'
+
+@pytest.mark.parametrize('csv', [o for o in sorted(results.glob('*.csv')) if o.with_suffix('.md').exists()], ids=lambda o: o.stem)
+def test_committed_tables_are_those_of_the_committed_runs(csv):
+    study,preset,seeds,score,rows = of_command(csv.with_suffix('.md'))
+    parts = {int(o.stem.split('_')[1]): o.read_text(encoding='utf-8') for o in results.glob('split_*.csv')}
+    jobs = _jobs(rows, preset, Recipe.hippocampus(), seeds, score, parts, results)
+    table,text = study_table(scores:=study_scores(jobs), study),csv.with_suffix('.md').read_text(encoding='utf-8')
+    pd.testing.assert_frame_equal(table, pd.read_csv(csv), check_dtype=False)
+    minutes = scores.drop_duplicates(['row','seed']).seconds.sum()/60
+    assert _markdown(table) in text and f'- {len(jobs)} runs, {minutes:.0f} minutes' in text and all(o in text for o in _made_with(jobs))
+
+@pytest.mark.parametrize('md', sorted(results.glob('*.md')), ids=lambda o: o.stem)
+def test_committed_results_have_their_command(md):
+    assert md.stem=='README' or any(o in md.read_text(encoding='utf-8') for o in (f'    fastmiseg-compare {md.stem.split("_")[0]} --data DATA', f'    python studies/{md.stem}.py DATA'))
+    assert not md.with_suffix('.csv').exists() or md.with_suffix('.png').exists()
+
+def test_committed_runs_have_settings_curves_and_scores_and_no_weights():
+    for o in (results/'runs').iterdir():
+        assert {f.name for f in o.iterdir()}-{'pretrain.csv'}=={'config.json','log.csv','scores.csv'}, o
+
+@pytest.mark.parametrize('script', ['why','teacher_or_student'])
+def test_scripts_of_the_studies(script, scans, tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location(script, results/f'{script}.py')
+    spec.loader.exec_module(module:=importlib.util.module_from_spec(spec))
+    monkeypatch.setitem(presets, 'tiny', replace(tiny, flips=dict(jitter=.5), weights=presets['cpu-long'].weights))
+    module.main(data=str(scans), preset='tiny', out=str(tmp_path), n_iters=3, **(dict(seeds=2, parts=2) if script=='teacher_or_student' else {}))
+    text = (tmp_path/f'{script}.md').read_text(encoding='utf-8')
+    assert f'    python studies/{script}.py DATA --preset tiny' in text and '--n-iters 3' in text and text.strip() in capsys.readouterr().out
+    if script=='teacher_or_student':
+        assert all(f'| {o} | ' in text for o in module.who) and '| 3 steps | 6 steps |' in text

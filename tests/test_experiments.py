@@ -1,9 +1,11 @@
 "Studies: rows, columns, arithmetic, and the same figures again"
 import importlib.util, json, os, shlex, subprocess, sys
 from pathlib import Path
-import numpy as np, pandas as pd, pytest
+import numpy as np, pandas as pd, pytest, torch
 from dataclasses import replace
+from fastai.callback.core import Callback
 from scipy.stats import ttest_rel
+from fastmiseg import trial
 from fastmiseg.experiments import presets, run_study, studies, _jobs, _made_with
 from fastmiseg.cohort import load_cohort, split_cohort
 from fastmiseg.trial import Preset, _callbacks, _settings, _train
@@ -134,6 +136,23 @@ def test_optimiser_and_schedule_of_a_row(scans, tmp_path):
     assert set(hps)=={'lr'} and h['mom']==.9 and np.allclose(hps['lr'][:3], [first, (first+tiny.lr)/2, tiny.lr])
     assert np.allclose(hps['lr'][2:], tiny.lr*(1+np.cos(np.pi*np.arange(n-2)/(n-2)))/2)
 
+@pytest.mark.parametrize('one_cycle', [True,False])
+def test_an_interrupted_run_goes_on(one_cycle, scans, tmp_path, monkeypatch):
+    df = split_cohort(load_cohort(scans), 1, 1, 1, seed=0)
+    s = {**_settings(tiny, dict(method='mireg+teacher', one_cycle=one_cycle)), 'recipe':tiny.recipe.to_dict()}
+    def go(name): trial._run(dict(path=tmp_path/name, settings=s, seed=0, score='test', df=df, store=str(tmp_path/'slices'), threads=torch.get_num_threads()))
+    class PowerCut(Callback):
+        def after_batch(self):
+            if self.training and self.train_iter==15: raise KeyboardInterrupt
+    go('whole')
+    with monkeypatch.context() as m:
+        m.setattr(trial, '_callbacks', lambda s: [*_callbacks(s), PowerCut()])
+        with pytest.raises(KeyboardInterrupt): go('cut')
+    assert not (tmp_path/'cut'/'scores.csv').exists() and list((tmp_path/'cut').glob('log/*.pt'))
+    go('cut')
+    whole,cut = (pd.read_csv(tmp_path/o/'scores.csv').drop(columns='seconds') for o in ('whole','cut'))
+    assert cut.equals(whole) and (tmp_path/'cut'/'log.csv').read_text()==(tmp_path/'whole'/'log.csv').read_text()
+
 def test_what_is_as_usual_is_no_setting():
     s = _settings(presets['cpu'], dict(method='mireg'))
     assert s==_settings(presets['cpu'], dict(method='mireg', adam={}, one_cycle=True)) and not {'adam','one_cycle'}&set(s)
@@ -200,6 +219,10 @@ def test_readme_says_what_the_table_says():
              'MI only':'mutual information only', 'Consistency only':'consistency only', 'All':'all terms of the paper'}
     said = lambda o: f'{o.mean:.3f} ({o.mean_sd:.3f}) | {o.gap_closed:.0%} |'
     for a,b,c in zip(*tables, strict=True): assert a.row==b.row==c.row and f'| {names[a.row]} | {said(a)} {said(b)} {said(c)}' in readme
+    last = pd.read_csv(root/'studies'/'table1_cpu-long.csv').set_index('row')
+    assert f"above Mean Teacher (p = {last.p['Mean Teacher']:.1g}" in readme and last.p['Consistency only']<.001 and 'above consistency alone (p < 0.001' in readme
+    near = {f'{last.hd95[k]:.2f}' for k in ('Mean Teacher','Consistency only')}
+    assert len(near)==1 and f"the lowest HD95 but for full supervision ({last.hd95['All']:.2f} mm; {near.pop()} mm" in readme and last.hd95.drop('Full supervision').idxmin()=='All'
 
 def of_command(md):
     "Study, preset, seeds, scored part and rows of a committed table, from the command on top of it"

@@ -156,11 +156,10 @@ def _who(df): return df[['subject','scan','split']].to_csv(index=False)
 def _own(preset, row):
     "What a row does otherwise than the preset, as a list of texts"
     s = _settings(preset, row)
-    told = [*([_adam_of(row['adam'])] if 'adam' in row else []), *([_held if not row['one_cycle'] else 'one cycle'] if 'one_cycle' in row else [])]
-    if not {'flips','weights','ramp'}&set(row): return told
-    return [*told, *(['T ' + _T(s['flips'])] if s['flips']!=preset.flips and s['method'] not in _without_T else []), *(f'{k} {w}' for k,w in s['weights'].items() if w!=preset.weights.get(k))]
+    return [*([_adam_of(s.get('adam'))] if 'adam' in row else []), *([_schedule_of(row['one_cycle'])] if 'one_cycle' in row else []),
+            *(['T ' + _T(s['flips'])] if s['flips']!=preset.flips and s['method'] not in _without_T else []), *(f'{k} {w}' for k,w in s['weights'].items() if w!=preset.weights.get(k))]
 
-_held = 'linear warm-up and cosine with the momentum held at 0.9'
+def _schedule_of(one_cycle): return 'one cycle' if one_cycle else 'linear warm-up and cosine (momentum 0.9)'
 
 def _adam_of(adam): return 'Adam' + (f" with {', '.join(f'{k} {v}' for k,v in adam.items())}" if adam else '')
 
@@ -174,7 +173,7 @@ def _protocol(preset, recipe, parts, score, seeds, threads, rows):
     whole = (df.groupby('subject').split.nunique()==1).all()
     return [f'- Subjects: {counts}' + ('' if len(parts)==1 else f'; labelled subjects as the rows say') + (f'. No subject is in two parts.' if whole else '. SUBJECTS ARE IN SEVERAL PARTS.'),
             f"- Scored: the {score} scans" + (' (no setting is chosen on them here)' if score=='test' else '') + ', with the final checkpoint (of the teacher, where a row has one); Dice of each class over the whole scan, mean over scans, then over classes.',
-            f"- Budget: U-Net of width {preset.width}, {preset.epochs*preset.n_iters} steps of {preset.bs} labelled and {preset.unlabeled_bs} unlabelled slices, {_adam_of(preset.adam)}, {'one cycle' if preset.one_cycle else _held+','} up to {preset.lr:g} from a {preset.div:g}th, warm-up {preset.pct_start:g} of the steps, weight decay {preset.wd:g}; {threads} thread(s) to a run.",
+            f"- Budget: U-Net of width {preset.width}, {preset.epochs*preset.n_iters} steps of {preset.bs} labelled and {preset.unlabeled_bs} unlabelled slices, {_adam_of(preset.adam)}, {_schedule_of(preset.one_cycle)} up to {preset.lr:g} from a {preset.div:g}th, warm-up {preset.pct_start:g} of the steps, weight decay {preset.wd:g}; {threads} thread(s) to a run.",
             f'- T: {_T(preset.flips)}.',
             f"- Weights: {', '.join(f'{k} {v}' for k,v in preset.weights.items())}; [a, b] is reached after b of the steps, [a, b, 'down'] begins with a and is gone after b; those with _only are for rows without the other terms; the teacher's decay is {preset.decay:g}.",
             *(f'- Otherwise in "{k}": {"; ".join(_own(preset, o))}.' for k,o in rows.items() if not all(text in k for text in _own(preset, o))),

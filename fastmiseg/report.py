@@ -67,13 +67,17 @@ def study_table(
     if set(ours.values())&set(rows): res['p'] = [np.nan if k==o or o not in rows else _p(pick(o), pick(k)) for k,o in ours.items()]
     return res
 
+def _lines(head, rows):
+    "A Markdown table of texts"
+    return '\n'.join('| ' + ' | '.join(o) + ' |' for o in [head, ['---']*len(head), *rows])
+
 def _markdown(table):
     cols = [c for c in table if f'{c}_sd' in table]
     head = ['', *cols, 'HD95 (mm)', *(['gap closed'] if 'gap_closed' in table else []), *(['p'] if 'p' in table else [])]
     val = lambda v,f: '' if pd.isna(v) else format(v, f)
     line = lambda r: [r['row'], *(f"{r[c]:.3f}" + (f" ({r[f'{c}_sd']:.3f})" if r.seeds>1 else '') for c in cols), f'{r.hd95:.2f}',
                       *([val(r.gap_closed, '.0%')] if 'gap_closed' in table else []), *([val(r.p, '.2g')] if 'p' in table else [])]
-    return '\n'.join('| ' + ' | '.join(o) + ' |' for o in [head, ['---']*len(head), *(line(r) for _,r in table.iterrows())])
+    return _lines(head, (line(r) for _,r in table.iterrows()))
 
 def _legend(table, study):
     text = 'Dice, mean (standard deviation) over the seeds.'

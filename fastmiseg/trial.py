@@ -70,8 +70,8 @@ def _flips(s): return RandomFlips(**{k: tuple(o) if k=='axes' else o for k,o in 
 
 def _settings(preset, row):
     "Everything that decides the result of a run, but the seed"
-    flips,weights = ({**getattr(preset, k), **row.get(k, {})} for k in ('flips','weights'))
-    s = {**asdict(preset), 'args':{}, **row, 'flips':{k:o for k,o in flips.items() if o or k not in ('jitter','shift')}}
+    flips,weights,adam = ({**getattr(preset, k), **row.get(k, {})} for k in ('flips','weights','adam'))
+    s = {**asdict(preset), 'args':{}, **row, 'adam':adam, 'flips':{k:o for k,o in flips.items() if o or k not in ('jitter','shift')}}
     for k in ('adam','one_cycle'):
         if s[k]==getattr(Preset(), k): del s[k]
     until,weights = s.pop('ramp', None),{k:weights[k] for k in _used[s['method']]}

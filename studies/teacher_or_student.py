@@ -12,9 +12,10 @@ from torch.func import functional_call
 
 from fastmiseg.callback.teacher import EMATeacherCallback, _tensors
 from fastmiseg.cohort import load_cohort
+from fastmiseg.commands import _recipe_of
 from fastmiseg.experiments import presets, _splits, _T
 from fastmiseg.inference import evaluate_cohort
-from fastmiseg.slices import Recipe
+from fastmiseg.report import _lines
 from fastmiseg.store import SliceStore
 from fastmiseg.trial import _callbacks, _settings, _train, _versions
 
@@ -51,7 +52,7 @@ def main(
     p = replace(p, epochs=parts, n_iters=n_iters or p.epochs*p.n_iters//parts)
     df = _splits(load_cohort(data), p, [row], 'valid', 0, out)[p.labeled]
     command = ' '.join(['python studies/teacher_or_student.py DATA', *(f'--{k.replace("_","-")} {o}' for k,o,usual in (('recipe',recipe,'auto'),('preset',preset,'cpu-long'),('seeds',seeds,3),('parts',parts,4),('n_iters',n_iters,None)) if o!=usual)])
-    recipe = Recipe.auto(df) if recipe=='auto' else getattr(Recipe, recipe)()
+    recipe = _recipe_of(recipe, df)
     SliceStore(str(out/'slices'), recipe).prepare(df[df.split!='test'])
     s,rows = {**_settings(p, row), 'recipe':recipe.to_dict()},[]
     for seed in range(seeds):
@@ -66,9 +67,8 @@ def main(
     rows = pd.DataFrame(rows)
     said = lambda o: f"{o.mean():.3f} ({', '.join(map('{:.3f}'.format, o))})"
     table = rows.groupby(['who','step']).dice.agg(said).unstack('step').loc[list(who)]
-    cells = [['', *(f'{k} steps' for k in table.columns)], ['---']*(len(table.columns)+1), *([k, *o] for k,o in zip(table.index, table.values))]
     (out/'teacher_or_student.md').write_text('\n'.join(['# Whom to validate', '', '    '+command, '',
         f'All terms with a teacher: U-Net of width {s["width"]}, {parts*p.n_iters} steps of {s["bs"]} labelled and {s["unlabeled_bs"]} unlabelled slices, weights {", ".join(f"{k} {w}" for k,w in s["weights"].items())} ([a, b] is reached after b of the steps), T {_T(s["flips"])}, decay of the teacher {s["decay"]:g}; {p.labeled} labelled subjects. '
         f'Dice of the validation scans ({df[df.split=="valid"].subject.nunique()} subjects), mean (and each) of {seeds} seeds; the three values of a seed and a step are of one training. {(time.perf_counter()-begun)/60:.0f} minutes of one core. {_versions()}.', '',
-        '\n'.join('| ' + ' | '.join(r) + ' |' for r in cells), '']), encoding='utf-8')
+        _lines(['', *(f'{k} steps' for k in table.columns)], ([k, *o] for k,o in zip(table.index, table.values))), '']), encoding='utf-8')
     print((out/'teacher_or_student.md').read_text(encoding='utf-8'))

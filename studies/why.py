@@ -11,11 +11,12 @@ from matplotlib.figure import Figure
 from fastmiseg.callback.mireg import MIRegCallback
 from fastmiseg.callback.regularizer import _at
 from fastmiseg.cohort import load_cohort
+from fastmiseg.commands import _recipe_of
 from fastmiseg.data import palette
 from fastmiseg.experiments import presets, _splits
 from fastmiseg.trial import _callbacks, _settings, _train, _versions
 from fastmiseg.plots import plot_clusters, _features, _images
-from fastmiseg.slices import Recipe
+from fastmiseg.report import _lines
 from fastmiseg.store import SliceStore
 
 stages = ('Conv5','Upconv3','Upconv2')
@@ -77,11 +78,11 @@ def main(
     p = presets[preset]
     df = _splits(load_cohort(data), p, [dict(method='mireg')], 'valid', 0, out)[p.labeled]
     command = ' '.join(['python studies/why.py DATA', *(f'--{k.replace("_","-")} {o}' for k,o,usual in (('recipe',recipe,'auto'),('preset',preset,'cpu-shift'),('seed',seed,0),('n_iters',n_iters,None)) if o!=usual)])
-    recipe = Recipe.auto(df) if recipe=='auto' else getattr(Recipe, recipe)()
+    recipe = _recipe_of(recipe, df)
     SliceStore(str(out/'slices'), recipe).prepare(df[df.split!='test'])
     pulls,used = [],[]
     for name,w,shift in (('0.01',.01,0.), ('0.1',.1,0.), ('0.1, T shifts',.1,.5)):
-        s = {**_settings(p, dict(method='mireg', weights=dict(global_mi=w, local_mi=w), flips={**p.flips, 'shift':shift})), 'recipe':recipe.to_dict()}
+        s = {**_settings(p, dict(method='mireg', weights=dict(global_mi=w, local_mi=w), flips=dict(shift=shift))), 'recipe':recipe.to_dict()}
         if n_iters: s['n_iters'] = n_iters
         cb, = cbs = _callbacks(s, MIReg=Watched)
         with tempfile.TemporaryDirectory() as tmp:
@@ -93,7 +94,7 @@ def main(
     pulls = pd.concat(pulls)
     last = pulls.assign(training=pd.cut(pulls.step/pulls.step.max(), [-.1,.25,.75,1], labels=['first quarter','half','last quarter']))
     table = last.groupby(['weight','term','stage','training'], observed=True)[['ratio','cosine']].median().unstack('training')
-    md = lambda o: '\n'.join('| ' + ' | '.join(r) + ' |' for r in [list(o.columns), ['---']*len(o.columns), *o.map(lambda v: v if isinstance(v, str) else f'{v:.3g}').values.tolist()])
+    md = lambda o: _lines(list(o.columns), o.map(lambda v: v if isinstance(v, str) else f'{v:.3g}').values.tolist())
     flat = table.reset_index(); flat.columns = [' '.join(filter(None, c)) for c in flat.columns]
     (out/'why.md').write_text('\n'.join([f'# What the terms pull at, and what the clusters follow', '', '    '+command, '',
         f'Gradient of each weighted term over that of the supervised loss (norms, parameters of a stage; median over the steps), and the cosine between the two. Three trainings with all terms, seed {seed}: U-Net of width {s["width"]}, {s["epochs"]*s["n_iters"]} steps, consistency {s["weights"]["consistency"]} ([a, b] is reached after b of the steps), T with jitter {s["flips"]["jitter"]}, in the last one with shift {s["flips"]["shift"]} too. {_versions()}.', '', md(flat), '',

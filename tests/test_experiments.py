@@ -159,6 +159,7 @@ def test_what_is_as_usual_is_no_setting():
     for k in ('acdc','promise12','spleen','mmwhs'):
         s = _settings(presets[k], dict(method='mireg'))
         assert s['one_cycle'] is False and s['adam']==dict(sqr_mom=.999, decouple_wd=False)
+        assert _settings(presets[k], dict(method='mireg', adam=dict(eps=1e-5)))['adam']==dict(sqr_mom=.999, decouple_wd=False, eps=1e-5)
 
 def test_flips_of_a_row_are_changes():
     flips = lambda preset, **o: _settings(presets[preset], dict(method='mireg', flips=o))['flips']
@@ -175,9 +176,9 @@ def test_settings_of_rows_are_told(scans, out):
     run('faithful', scans, out, rows=["Both: PyTorch's Adam",'Both: linear warm-up, cosine, momentum held'])
     text = (out/'faithful.md').read_text()
     assert '''- Otherwise in "Both: PyTorch's Adam": Adam with sqr_mom 0.999, decouple_wd False.''' in text
-    assert '- Otherwise in "Both: linear warm-up, cosine, momentum held": linear warm-up and cosine with the momentum held at 0.9.' in text
+    assert '- Otherwise in "Both: linear warm-up, cosine, momentum held": linear warm-up and cosine (momentum 0.9).' in text
     run('faithful', scans, out, preset=replace(tiny, one_cycle=False, adam=dict(sqr_mom=.999)), rows=['All'])
-    assert 'Adam with sqr_mom 0.999, linear warm-up and cosine with the momentum held at 0.9, up to 0.02 from a 400th' in (out/'faithful.md').read_text()
+    assert 'Adam with sqr_mom 0.999, linear warm-up and cosine (momentum 0.9) up to 0.02 from a 400th' in (out/'faithful.md').read_text()
 
 def test_other_scans_of_the_same_names(scans, tmp_path):
     rows = dict(rows=['Partial supervision'])

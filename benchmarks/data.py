@@ -4,10 +4,10 @@ warnings.filterwarnings('ignore')
 from pathlib import Path
 
 import psutil, torch
-from fastmiseg.cohort import load_cohort, split_cohort
-from fastmiseg.phantom import make_phantom
-from fastmiseg.slices import Recipe
-from fastmiseg.store import SliceStore
+from fastmiseg.scans.cohort import load_cohort, split_cohort
+from fastmiseg.scans.phantom import make_phantom
+from fastmiseg.scans.recipe import Recipe
+from fastmiseg.scans.store import SliceStore
 from fastmiseg.data import MISegDataLoaders
 from fastmiseg.learner import miseg_learner
 

@@ -10,10 +10,10 @@ import numpy as np, pandas as pd
 import SimpleITK as sitk
 
 import fastmiseg
-from fastmiseg.cohort import load_cohort
-from fastmiseg.slices import Recipe
-from fastmiseg.store import SliceStore
-from fastmiseg.volume import Volume
+from fastmiseg.scans.cohort import load_cohort
+from fastmiseg.scans.recipe import Recipe
+from fastmiseg.scans.store import SliceStore
+from fastmiseg.scans.volume import Volume
 
 recipe = Recipe.hippocampus()
 
@@ -50,8 +50,8 @@ def compare(df, repeats):
 
 start = '''
 import sys, time, pandas as pd
-from fastmiseg.store import SliceStore
-from fastmiseg.slices import Recipe
+from fastmiseg.scans.store import SliceStore
+from fastmiseg.scans.recipe import Recipe
 df = pd.read_pickle(sys.argv[2])
 t = time.perf_counter()
 store = SliceStore(sys.argv[1], Recipe()).prepare(df)

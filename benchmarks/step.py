@@ -20,7 +20,7 @@ from fastmiseg.data import SemiSupDataBlock
 from fastmiseg.learner import reuse_memory
 from fastmiseg.models import create_unet
 from fastmiseg.mutual_info import consistency_loss, global_mi_loss
-from fastmiseg.views import RandomFlips
+from fastmiseg.transforms import RandomFlips
 from mutual_info import textbook
 
 class TextbookMIReg(MIRegCallback):

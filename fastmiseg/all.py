@@ -8,13 +8,13 @@ __all__ = []
 # %% ../nbs/99_all.ipynb #c82a7fb4
 from fastai.vision.all import *
 
-from .volume import *
-from .cohort import *
-from .phantom import *
-from .slices import *
-from .store import *
+from .scans.volume import *
+from .scans.cohort import *
+from .scans.phantom import *
+from .scans.recipe import *
+from .scans.store import *
 from .augment import *
-from .views import *
+from .transforms import *
 from .data import *
 from .mutual_info import *
 from .projectors import *

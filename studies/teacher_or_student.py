@@ -11,12 +11,12 @@ from fastcore.script import call_parse
 from torch.func import functional_call
 
 from fastmiseg.callback.teacher import EMATeacherCallback, _tensors
-from fastmiseg.cohort import load_cohort
+from fastmiseg.scans.cohort import load_cohort
 from fastmiseg.commands import _recipe_of
 from fastmiseg.experiments import presets, _splits, _T
 from fastmiseg.inference import evaluate_cohort
 from fastmiseg.report import _lines
-from fastmiseg.store import SliceStore
+from fastmiseg.scans.store import SliceStore
 from fastmiseg.trial import _callbacks, _settings, _train, _versions
 
 who = ('Teacher, statistics averaged','Teacher, statistics of its own passes','Student')

@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 
 from fastmiseg.callback.mireg import MIRegCallback
 from fastmiseg.callback.regularizer import _at
-from fastmiseg.cohort import load_cohort
+from fastmiseg.scans.cohort import load_cohort
 from fastmiseg.commands import _recipe_of
 from fastmiseg.data import palette
 from fastmiseg.experiments import presets, _splits
 from fastmiseg.trial import _callbacks, _settings, _train, _versions
 from fastmiseg.plots import plot_clusters, _features, _images
 from fastmiseg.report import _lines
-from fastmiseg.store import SliceStore
+from fastmiseg.scans.store import SliceStore
 
 stages = ('Conv5','Upconv3','Upconv2')
 

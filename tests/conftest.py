@@ -6,9 +6,9 @@ import pytest
 @pytest.fixture(scope='session')
 def hearts(tmp_path_factory):
     "A small cohort of phantoms: root, df, recipe"
-    from fastmiseg.cohort import split_cohort
-    from fastmiseg.phantom import make_phantom
-    from fastmiseg.slices import Recipe
+    from fastmiseg.scans.cohort import split_cohort
+    from fastmiseg.scans.phantom import make_phantom
+    from fastmiseg.scans.recipe import Recipe
     root = tmp_path_factory.mktemp('heart')
     df = split_cohort(make_phantom(root/'scans', n_subjects=12, seed=0), labeled=9, valid=2, test=1, seed=0)
     return SimpleNamespace(root=root, df=df, recipe=Recipe(spacing=2., size=(64,64), classes=df.attrs['classes'], flip='hv', rotate=30., jitter=.1))

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, psutil, pytest, torch
 from fastai.basics import first
-from fastmiseg.cohort import split_cohort
-from fastmiseg.phantom import make_phantom
-from fastmiseg.slices import Recipe
+from fastmiseg.scans.cohort import split_cohort
+from fastmiseg.scans.phantom import make_phantom
+from fastmiseg.scans.recipe import Recipe
 from fastmiseg.data import MISegDataLoaders
 from fastmiseg.learner import miseg_learner
 from fastmiseg.callback.mireg import MIRegCallback

@@ -7,11 +7,11 @@ from fastai.callback.core import Callback
 from scipy.stats import ttest_rel
 from fastmiseg import trial
 from fastmiseg.experiments import presets, run_study, studies, _jobs, _made_with
-from fastmiseg.cohort import load_cohort, split_cohort
+from fastmiseg.scans.cohort import load_cohort, split_cohort
 from fastmiseg.trial import Preset, _callbacks, _settings, _train
 from fastmiseg.report import Study, study_curves, study_scores, study_table, _markdown, _p
-from fastmiseg.phantom import make_phantom
-from fastmiseg.slices import Recipe
+from fastmiseg.scans.phantom import make_phantom
+from fastmiseg.scans.recipe import Recipe
 
 tiny = Preset(Recipe(spacing=6., size=32, classes=('background','RV','Myo','LV'), flip='hv'), labeled=1, valid=1, test=2, width=4, epochs=2, n_iters=10, bs=2, unlabeled_bs=2, lr=2e-2, weights=presets['cpu'].weights)
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 import SimpleITK as sitk
 
-import fastmiseg.inference as I, fastmiseg.volume as V
+import fastmiseg.inference as I, fastmiseg.scans.volume as V
 from fastmiseg.inference import evaluate_cohort, predict_cohort, predict_volume
-from fastmiseg.slices import Recipe
+from fastmiseg.scans.recipe import Recipe
 from fastmiseg.surface import dice
-from fastmiseg.volume import Volume, VolumeError, read_volume, resample, write_volume
+from fastmiseg.scans.volume import Volume, VolumeError, read_volume, resample, write_volume
 
 def agreement(a, b): return [dice(a==c, b==c) for c in (1,2,3)]
 

@@ -69,7 +69,7 @@ def test_unet_learner_with_files(rgb):
 def test_intensities_of_normalised_images(rgb):
     "T changes them as they were before `Normalize`, not what the network gets: that is negative in places, and would be cut off"
     from fastai.vision.all import Normalize, imagenet_stats
-    from fastmiseg.views import RandomFlips
+    from fastmiseg.transforms import RandomFlips
     class Sees(SemiSupCallback):
         def penalty(self, v): seen.append((v.x, v.T, self.learn.paired_batch._tx)); return v.t_logits.mean()
     class Keep(Callback):
@@ -279,7 +279,7 @@ def test_float16_features_give_float32_information():
     net,x = UNet(1,2,width=2),torch.randn(4,1,16,16)
     from fastmiseg.callback.semisup import Views
     from fastmiseg.models import find_stages
-    from fastmiseg.views import RandomFlips
+    from fastmiseg.transforms import RandomFlips
     cb = small_mireg(); st = find_stages(net, cb.layers); cb.projectors = cb.make_projectors(st)
     f = {n: torch.randn(4,s.channels,16//s.scale,16//s.scale, dtype=torch.bfloat16) for n,s in st.items()}
     v = Views(RandomFlips().draw(4), 0., x, *(torch.randn(4,2,16,16, dtype=torch.bfloat16) for _ in range(3)), f, f)
@@ -288,11 +288,11 @@ def test_float16_features_give_float32_information():
 
 def test_no_number_names_the_scans(tmp_path):
     "Those whose slices are in the batch, by their names in the cohort"
-    from fastmiseg.cohort import split_cohort
+    from fastmiseg.scans.cohort import split_cohort
     from fastmiseg.data import MISegDataLoaders
     from fastmiseg.learner import miseg_learner
-    from fastmiseg.phantom import make_phantom
-    from fastmiseg.slices import Recipe
+    from fastmiseg.scans.phantom import make_phantom
+    from fastmiseg.scans.recipe import Recipe
     df = split_cohort(make_phantom(tmp_path/'scans', n_subjects=5, size=(32,40)), labeled=2, valid=1)
     dls = MISegDataLoaders.from_cohort(df, Recipe(size=(32,32), classes=df.attrs['classes'], flip='h'), store=tmp_path/'slices', bs=2, unlabeled_bs=2, n_iters=4, augment=None, workers=0)
     class Keep(Callback):

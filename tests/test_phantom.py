@@ -4,15 +4,15 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
 
-from fastmiseg.cohort import CohortError
-from fastmiseg.phantom import make_phantom, phantom_scan
-from fastmiseg.volume import check_same_geometry, read_volume
+from fastmiseg.scans.cohort import CohortError
+from fastmiseg.scans.phantom import make_phantom, phantom_scan
+from fastmiseg.scans.volume import check_same_geometry, read_volume
 
 small = dict(size=(24,32), n_slices=(4,5))
 
 def _digest(*scans): return hashlib.sha256(b''.join(o.array.tobytes() for s in scans for o in s)).hexdigest()
 
-def _python(code, **kw): return subprocess.Popen([sys.executable, '-c', 'from fastmiseg.phantom import *\n'+code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+def _python(code, **kw): return subprocess.Popen([sys.executable, '-c', 'from fastmiseg.scans.phantom import *\n'+code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
 
 def test_same_in_another_process():
     code = 'import hashlib\nprint(hashlib.sha256(b"".join(o.array.tobytes() for i in range(3) for o in phantom_scan(i, 7))).hexdigest())'

@@ -9,7 +9,7 @@ from torch import nn
 import fastmiseg.segmenter as S
 from fastmiseg.models import create_unet
 from fastmiseg.segmenter import SegmenterError, Segmenter, export_onnx, export_segmenter, load_segmenter
-from fastmiseg.slices import Recipe
+from fastmiseg.scans.recipe import Recipe
 
 recipe = Recipe(spacing=2., size=(32,48), classes=('background','a','b'), labels={0:0, 7:1, 9:2}, window=(-10,300), axis=0)
 
@@ -46,7 +46,7 @@ def test_with_another_process(heart, tmp_path):
     code = 'import sys; from fastmiseg.segmenter import load_segmenter; load_segmenter(sys.argv[1]).predict(sys.argv[2], out=sys.argv[3])'
     subprocess.run([sys.executable, '-W', 'ignore', '-c', code, tmp_path/'heart.safetensors', scan, tmp_path/'seg.nii.gz'], check=True)
     from fastmiseg.inference import predict_volume
-    from fastmiseg.volume import read_volume
+    from fastmiseg.scans.volume import read_volume
     assert np.array_equal(read_volume(tmp_path/'seg.nii.gz').array, predict_volume(heart.learn, scan).array)
 
 def test_timm(tmp_path):

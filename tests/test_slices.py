@@ -8,8 +8,8 @@ import SimpleITK as sitk
 from hypothesis import given, settings, strategies as st
 from scipy.ndimage import map_coordinates
 
-from fastmiseg.slices import Placement, Recipe, _canonical, _warp
-from fastmiseg.volume import Volume, VolumeError, read_volume, resample, write_volume
+from fastmiseg.scans.recipe import Placement, Recipe, _canonical, _warp
+from fastmiseg.scans.volume import Volume, VolumeError, read_volume, resample, write_volume
 
 quick = settings(max_examples=60, deadline=None)
 codes = [''.join(o) for p in itertools.permutations(('LR','PA','SI')) for o in itertools.product(*p)]

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 import SimpleITK as sitk
 
-import fastmiseg.store as S
-from fastmiseg.slices import Recipe
-from fastmiseg.store import SliceStore
-from fastmiseg.volume import Volume, VolumeError, VolumeWarning, read_volume, write_volume
+import fastmiseg.scans.store as S
+from fastmiseg.scans.recipe import Recipe
+from fastmiseg.scans.store import SliceStore
+from fastmiseg.scans.volume import Volume, VolumeError, VolumeWarning, read_volume, write_volume
 
 recipe = Recipe(size=32, classes=('background','ball'))
 linux = pytest.mark.skipif(sys.platform!='linux', reason='workers are forked on Linux only')
@@ -77,8 +77,8 @@ def test_a_killed_worker_loses_only_the_scan_in_hand(tmp_path, monkeypatch):
     assert before.items()<=entries(store).items() and len(entries(store))==len(before)+3
 
 slow = '''
-import sys, time, pandas as pd, fastmiseg.store as S
-from fastmiseg.slices import Recipe
+import sys, time, pandas as pd, fastmiseg.scans.store as S
+from fastmiseg.scans.recipe import Recipe
 read = S.read_volume
 def slowly(*a, **kw): time.sleep(.1); return read(*a, **kw)
 S.read_volume = slowly

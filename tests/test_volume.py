@@ -8,8 +8,8 @@ from pathlib import Path
 import nibabel, numpy as np, pytest, SimpleITK as sitk
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from fastmiseg.intact import extensions
-from fastmiseg.volume import (Volume, VolumeError, VolumeWarning, check_same_geometry, collect_warnings, read_mask, read_scan,
+from fastmiseg.scans.intact import extensions
+from fastmiseg.scans.volume import (Volume, VolumeError, VolumeWarning, check_same_geometry, collect_warnings, read_mask, read_scan,
                               read_volume, resample, summarise_warnings, write_volume)
 
 def rotation(rng):
@@ -96,7 +96,7 @@ def test_failed_write_leaves_nothing(tmp_path):
     before = f.read_bytes()
     code = '''
         import resource, signal, sys, numpy as np
-        from fastmiseg.volume import *
+        from fastmiseg.scans.volume import *
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
         big = Volume(np.random.default_rng(0).integers(0, 30000, (10,64,64)).astype(np.int16))
         for name in 'a.nii.gz b.nii.gz b.nii b.mha b.mhd b.nrrd'.split():

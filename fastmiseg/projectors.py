@@ -8,10 +8,7 @@ __all__ = ['GlobalProjector', 'LocalProjector']
 # %% ../nbs/15_projectors.ipynb #fb17499f
 import torch
 from torch import nn
-from .mutual_info import global_mi_loss, _at_least_float32, _local_loss, _raw_local
-
-# %% ../nbs/15_projectors.ipynb #1daf2d2e
-__all__ = ['GlobalProjector', 'LocalProjector']
+from .mutual_info import global_mi_loss, local_mi_loss_of_features
 
 # %% ../nbs/15_projectors.ipynb #e8dac239
 class GlobalProjector(nn.Module):
@@ -60,7 +57,7 @@ class LocalProjector(nn.Module):
     ):
         super().__init__()
         self.n_clusters, self.n_heads = n_clusters, n_heads
-        self.head = nn.Linear(n_in, n_heads*n_clusters) # along the channels: a 1×1 convolution for maps of any dimension
+        self.head = nn.Linear(n_in, n_heads*n_clusters) # along the channels: a 1×1 convolution, in 2D and 3D
 
     def forward(self,
         f: torch.Tensor, # features (N,C,H,W) or (N,C,D,H,W)
@@ -73,7 +70,7 @@ class LocalProjector(nn.Module):
 
     def loss(self,
         f: torch.Tensor, # features (N,C,*map) of T(x)
-        g: torch.Tensor, # features of x, moved by T; may come without gradient, from a teacher: the heads learn from both sides
+        g: torch.Tensor, # features of x, moved by T; without gradient from a teacher: the heads learn from both sides
         size = 3, # window of displacements: 3, or per axis (3,7)
         symmetric: bool = True, # average each joint with its transpose
         subtract_min: bool = False, # as the published code does, see `local_mi_loss`
@@ -81,5 +78,6 @@ class LocalProjector(nn.Module):
     ) -> torch.Tensor: # scalar
         "Local information loss of two feature maps, see `local_mi_loss`"
         _check_features('f', f, self.head.in_features)
-        head = self.head.weight.view(self.n_heads, self.n_clusters, -1), self.head.bias.view(self.n_heads, -1)
-        return _local_loss(_raw_local(f, g, size, head), symmetric, subtract_min, prior).to(_at_least_float32(f, g))
+        weight = self.head.weight.view(self.n_heads, self.n_clusters, -1)
+        bias = self.head.bias.view(self.n_heads, -1)
+        return local_mi_loss_of_features(f, g, weight, bias, size, symmetric, subtract_min, prior)

@@ -5,7 +5,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from fastmiseg.mutual_info import *
-from fastmiseg.mutual_info import _RawJoint, _raw_local
+from fastmiseg.pair_sums import PairSums, pair_sums
 from fastmiseg.projectors import GlobalProjector, LocalProjector
 
 f32, f64 = torch.float32, torch.float64
@@ -116,11 +116,11 @@ def test_displacements_that_leave_the_map_say_nothing():
 def test_gradcheck():
     torch.manual_seed(0)
     x, y = [soft(2, 1, 2, 3, 4).requires_grad_() for _ in range(2)]
-    assert torch.autograd.gradcheck(lambda x, y: _raw_local(x, y, (3, 5)), (x, y))
+    assert torch.autograd.gradcheck(lambda x, y: pair_sums(x, y, (3, 5)), (x, y))
     assert torch.autograd.gradcheck(lambda x, y: local_mi_loss(x, y, 3), (x, y))
     f, g = [torch.randn(2, 2, 2, 3, 2, dtype=f64, requires_grad=True) for _ in range(2)]
     w, b = torch.randn(2, 3, 2, dtype=f64, requires_grad=True), torch.randn(2, 3, dtype=f64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *a: _RawJoint.apply(*a, (3, 1, 3)), (f, g, w, b))
+    assert torch.autograd.gradcheck(lambda *a: PairSums.apply(*a, (3, 1, 3)), (f, g, w, b))
     P = torch.rand(2, 4, 4, dtype=f64, requires_grad=True)
     assert torch.autograd.gradcheck(mutual_info, P) and torch.autograd.gradgradcheck(mutual_info, P)
 
@@ -133,8 +133,8 @@ def test_blocks_and_chunks_do_not_show(monkeypatch):
     p, q = soft(5, 2, 3, 16, 18), soft(5, 2, 3, 16, 18)
     ref = gradients(lambda p, q: local_mi_loss(p, q, (5, 3)), p, q)
     for block, chunk in ((1, 8), (600, 64), (1000, 1 << 20)):
-        monkeypatch.setattr('fastmiseg.mutual_info._BLOCK', block)
-        monkeypatch.setattr('fastmiseg.mutual_info._CHUNK', chunk)
+        monkeypatch.setattr('fastmiseg.pair_sums._BLOCK', block)
+        monkeypatch.setattr('fastmiseg.pair_sums._CHUNK', chunk)
         for a, b in zip(gradients(lambda p, q: local_mi_loss(p, q, (5, 3)), p, q), ref): assert (a - b).abs().max() < 1e-14
 
 # how it may be called
@@ -220,7 +220,7 @@ def test_nothing_waits_for_the_device(shape, size):
         w = (size,)*len(shape[2:])
         for saved in ((f, g, torch.empty(5, 10, 8), torch.empty(5, 10)), (p, p, None, None)):
             ctx = SimpleNamespace(saved_tensors=saved, w=w, needs_input_grad=(True, True, saved[2] is not None, saved[2] is not None, False))
-            with torch.no_grad(): grads = _RawJoint.backward.__wrapped__(ctx, torch.empty(5, size**len(w), 10, 10, dtype=f64))
+            with torch.no_grad(): grads = PairSums.backward.__wrapped__(ctx, torch.empty(5, size**len(w), 10, 10, dtype=f64))
             for x, gx in zip(saved, grads): assert x is None and gx is None or gx.shape == x.shape and gx.device.type == 'cuda'
     assert flags == (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
 

@@ -16,6 +16,7 @@ from .scans.store import *
 from .augment import *
 from .transforms import *
 from .data import *
+from .show import *
 from .mutual_info import *
 from .projectors import *
 from .models import *

@@ -21,7 +21,8 @@ from .scans.volume import read_volume, read_mask
 from .scans.cohort import load_cohort, split_cohort
 from .scans.phantom import make_phantom
 from .scans.recipe import Recipe
-from .data import MISegDataLoaders, show_slice
+from .data import MISegDataLoaders
+from .show import show_slice
 from .learner import miseg_learner
 from .transforms import RandomFlips
 from .metrics import VolumeDice

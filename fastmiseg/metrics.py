@@ -13,8 +13,10 @@ import weakref
 
 from types import SimpleNamespace
 
-import numpy as np, pandas as pd, torch, torch.distributed as dist
+import numpy as np, pandas as pd, torch
 from fastai.learner import Metric
+
+from .processes import gather
 
 # %% ../nbs/32_metrics.ipynb #44a17b26
 def _counts(pred, y, n_classes):
@@ -38,13 +40,6 @@ def _batch(learn):
     return _seen[2:]
 
 # %% ../nbs/32_metrics.ipynb #ae78fa93
-def _from_all(parts):
-    "The parts of all processes"
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size()>1): return parts
-    res = [None]*dist.get_world_size()
-    dist.all_gather_object(res, parts)
-    return [o for part in res for o in part]
-
 def _mean(v):
     "(n_scans,C) -> mean over scans, then over classes, of what is defined"
     n = (~np.isnan(v)).sum(0)
@@ -84,7 +79,8 @@ class _VolumeMetric(Metric):
     def _finish(self):
         if self._values is not None: return
         if self._of is None: raise ValueError(f'{self.name}: no batch has been seen yet; run learn.validate() first')
-        parts = _from_all([tuple(o.cpu().numpy() for o in part) for part in self._parts])
+        mine = [tuple(o.cpu().numpy() for o in part) for part in self._parts]
+        parts = [part for theirs in gather(mine) for part in theirs]
         index, *cols = (np.concatenate(o) for o in zip(*parts))
         index, first = np.unique(index, return_index=True)
         scan, *cols = (o[first[index>=0]] for o in cols)

@@ -19,7 +19,7 @@ from matplotlib.patches import Patch
 
 from .scans.volume import Volume, collect_warnings, read_mask, read_volume
 from .scans.recipe import Recipe
-from .data import palette, show_slice
+from .show import palette, show_slice
 from .transforms import normalize_of
 from .mutual_info import global_joint, local_joint, mutual_info
 from .models import _evaluating, find_stages

@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import ttest_rel
 
-from .data import palette
+from .show import palette
 
 # %% ../nbs/50_report.ipynb #fc1371dc
 __all__ = ['Study', 'study_scores', 'study_table', 'study_curves', 'plot_study']

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from fastai.data.transforms import Normalize
 
-from .augment import _draw_light, _relight
+from .augment import draw_light, relight
 
 __all__ = ['RandomFlips'] # `Flip` is also a transform of fastai's
 
@@ -45,7 +45,7 @@ class Flip:
         "T(x) for the network: moved, and in other intensities where such were drawn"
         if self.light is None: return self(x)
         mean,std = (0.,1.) if normalize is None else (o.to(x.device) for o in (normalize.mean, normalize.std))
-        return (_relight(self(x)*std+mean, *(o.to(x.device, non_blocking=True) for o in self.light))-mean)/std
+        return (relight(self(x)*std+mean, *(o.to(x.device, non_blocking=True) for o in self.light))-mean)/std
 
     def __getitem__(self, part:slice): return Flip(self.axes[part], self.light and tuple(o[part] for o in self.light), self.shifts and self.shifts[part])
 
@@ -91,6 +91,6 @@ class RandomFlips:
         axes = (-2,-1) if self.axes is None else self.axes
         do = torch.rand(n, len(axes), generator=generator) < self.p
         axes = [tuple(a for a,d in zip(axes, row) if d) for row in do.tolist()]
-        light = _draw_light(n, self.jitter, generator) if self.jitter else None
+        light = draw_light(n, self.jitter, generator) if self.jitter else None
         most = self._most()
         return Flip(axes, light, ((2*torch.rand(n, len(most), generator=generator)-1)*most).tolist() if most.any() else None)

@@ -12,7 +12,7 @@ from fastmiseg.callback.mireg import MIRegCallback
 from fastmiseg.callback.regularizer import _at
 from fastmiseg.scans.cohort import load_cohort
 from fastmiseg.commands import _recipe_of
-from fastmiseg.data import palette
+from fastmiseg.show import palette
 from fastmiseg.experiments import presets, _splits
 from fastmiseg.trial import _callbacks, _settings, _train, _versions
 from fastmiseg.plots import plot_clusters, _features, _images

@@ -9,7 +9,7 @@ from fastmiseg.callback.baselines import ConsistencyCallback
 from fastmiseg.callback.resume import ResumeCallback
 from fastmiseg.callback.semisup import SemiSupCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
-from fastmiseg.data import processes
+from fastmiseg.processes import processes
 from fastmiseg.metrics import VolumeDice
 from toy import MIRegCallback, UNet, disc, learner, loaders, quiet, small_mireg
 

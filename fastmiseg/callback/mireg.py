@@ -12,7 +12,7 @@ from types import MappingProxyType
 from torch import nn
 
 from .semisup import SemiSupCallback
-from ..data import processes
+from ..processes import processes
 from ..mutual_info import consistency_loss
 from ..projectors import GlobalProjector, LocalProjector
 

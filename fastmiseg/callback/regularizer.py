@@ -12,7 +12,7 @@ from functools import cached_property
 import torch.distributed as dist
 from fastai.basics import *
 
-from ..data import processes
+from ..processes import processes
 from ..transforms import Flip
 
 # %% ../../nbs/20_callback.regularizer.ipynb #a7493e49

@@ -14,7 +14,8 @@ from fastai.callback.schedule import LRFinder
 
 from .semisup import PairedBatchCallback, SemiSupCallback
 from .stream import random_states, restore_random_states, state_of, restore_state
-from ..data import PairedDL, processes
+from ..data import PairedDL
+from ..processes import processes
 
 # %% ../../nbs/31_callback.resume.ipynb #312f07a5
 def _plain(o, tensors=True):

@@ -12,7 +12,8 @@ import torch, torch.distributed as dist
 from fastai.basics import *
 from fastai.callback.schedule import LRFinder
 
-from ..data import PairedDL, processes
+from ..data import PairedDL
+from ..processes import processes
 from ..models import find_stages
 from ..transforms import RandomFlips, normalize_of
 from .regularizer import SemiSupCallback, Views, sigmoid_rampdown, sigmoid_rampup, _mean_of_all

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from .regularizer import _mean_of_all
 from .semisup import SemiSupCallback
-from ..data import processes
+from ..processes import processes
 from ..mutual_info import consistency_loss
 
 # %% ../../nbs/27_callback.teacher.ipynb #78adec4e

@@ -32,7 +32,7 @@ _CHUNK = 1 << 14 # pixels in one float32 sum; longer sums are added up in float6
 _BLOCK = 1 << 15 # pixels in a block of images on the CPU, where blocks should fit the cache; 32 times as many elsewhere
 
 def _row_products(
-    p: torch.Tensor, # (lead + total + tail, K): pixels in a line, zeros after each row, slice and image
+    p: torch.Tensor, # (lead + total + tail, K): pixels in a line, zeros after each row, slice and image; not a view
     q: torch.Tensor, # the same layout
     strides: list, # pixels from one index to the next, per axis of the map
     lead: int, # zeros before the first pixel

@@ -1,0 +1,39 @@
+#!/bin/bash
+# All that is measured on one CUDA device, part by part; each has a limit and writes its results as it goes.
+#     bash benchmarks/gpu.sh OUT             # every part that OUT does not say is done
+#     bash benchmarks/gpu.sh OUT step train  # these parts only
+#     DRY=1 bash benchmarks/gpu.sh OUT       # tiny sizes on the CPU: what the tests run
+# OUT gets results.jsonl (a line for each row, and for each part that is done), log.txt, and the trainings' curves and scores;
+# `python benchmarks/gpu.py report OUT` makes gpu.md from it.
+cd "$(dirname "$0")/.." || exit 1
+OUT=$(realpath -m "$1"); shift
+mkdir -p "$OUT"
+export OUT PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export FASTMISEG_DEVICE=${FASTMISEG_DEVICE:-$([ -n "$DRY" ] && echo cpu || echo cuda)}
+PYTHON=${PYTHON:-python3}
+ASKED=" $* "
+
+part() { # NAME SECONDS COMMAND...
+    local name=$1 limit=$2; shift 2
+    if [ "$ASKED" != "  " ]; then case "$ASKED" in *" $name "*) ;; *) return;; esac
+    elif $PYTHON benchmarks/gpu.py done "$OUT" "$name"; then echo "== $name: done before"; return; fi
+    echo "== $name (at most $limit s)"
+    local begun=$SECONDS
+    timeout -k 5 "$limit" "$@" > >(tee -a "$OUT/log.txt") 2>&1
+    local status=$?
+    $PYTHON benchmarks/gpu.py note "$OUT" "$name" $status $((SECONDS-begun))
+}
+
+part about 60 $PYTHON benchmarks/gpu.py about "$OUT"
+if [ -n "$DRY" ]; then
+    part right 100 $PYTHON -m pytest -q -m cuda tests/test_cuda.py -k 'volume_metrics or (test_losses and LocalProjector and 3-True-dtype0-True)' -p no:cacheprovider
+else
+    part right ${RIGHT:-110} $PYTHON -m pytest -q -m cuda tests -p no:cacheprovider --tb=short ${XDIST--n 6}
+fi
+part waiting ${WAITING:-60} $PYTHON benchmarks/gpu_waiting.py
+part step ${STEP:-90} $PYTHON benchmarks/gpu_step.py
+[ -e benchmarks/gpu_mutual_info.py ] && part mutual_info ${MUTUAL_INFO:-60} $PYTHON benchmarks/gpu_mutual_info.py
+part network ${NETWORK:-100} $PYTHON benchmarks/gpu_network.py
+part train ${TRAIN:-300} $PYTHON benchmarks/gpu_train.py
+$PYTHON benchmarks/gpu.py report "$OUT" > "$OUT/gpu.md"
+echo "== results: $OUT/gpu.md"

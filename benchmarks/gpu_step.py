@@ -26,20 +26,12 @@ try:
     from step import TextbookMIReg
     METHODS['all terms, textbook losses'] = lambda: [TextbookMIReg()]
 except ImportError as e: print(f'no textbook losses: {e}')
+if DRY: METHODS = {k:o for k,o in METHODS.items() if k in ('labels only','consistency') or 'all terms' in k}
 PRECISIONS = ['fp32'] if DEVICE=='cpu' else ['bf16','tf32','fp32']
 
 def set_precision(how):
     torch.set_float32_matmul_precision('high' if how=='tf32' else 'highest')
     torch.backends.cudnn.allow_tf32 = how=='tf32'
-
-class Ready(Callback):
-    "Batches that lie on the device already: those of the first pass, again and again"
-    order = -150
-    def __init__(self): self.kept = []
-    def before_batch(self):
-        if not self.training: return
-        if len(self.kept)<4: self.kept.append((self.learn.xb, self.learn.yb))
-        self.learn.xb,self.learn.yb = self.kept[self.iter%len(self.kept)]
 
 def loaders(n_iters):
     gen = lambda i: torch.Generator().manual_seed(i)
@@ -49,9 +41,6 @@ def loaders(n_iters):
     dls = block.dataloaders(list(range(60)), bs=LABELED, unlabeled_bs=UNLABELED, n_iters=n_iters, device=DEVICE)
     dls.c = 4
     return dls
-
-class _Again(list):
-    "A loader's batches, on the device, without reading them again"
 
 def repeat(dl, n=4):
     "Replace what the paired loader reads by `n` batches that lie on the device"

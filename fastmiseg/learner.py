@@ -11,6 +11,7 @@ import ctypes, sys
 from fastai.vision.all import *
 
 from .models import create_unet
+from .optimizer import ForeachAdam
 
 # %% ../nbs/34_learner.ipynb #db8f9afe
 def reuse_memory()->bool: # whether the system took notice
@@ -21,6 +22,13 @@ def reuse_memory()->bool: # whether the system took notice
 
 # %% ../nbs/34_learner.ipynb #7e200062
 def _split_unet(m): return L(m[0], m[1:]).map(params)
+
+def _as_foreach(opt_func, device):
+    "`opt_func`; where it is fastai's `Adam` and the device a GPU, the same for all parameters at once"
+    if torch.device(device or 'cpu').type!='cuda': return opt_func
+    if opt_func is Adam: return ForeachAdam
+    if isinstance(opt_func, partial) and opt_func.func is Adam: return partial(ForeachAdam, *opt_func.args, **opt_func.keywords)
+    return opt_func
 
 _adam = partial(Adam, eps=1e-8)
 
@@ -46,7 +54,7 @@ def miseg_learner(
     x = dls.one_batch()[0]
     model = create_unet(arch, n_in=x.shape[1], n_out=n_out, size=x.shape[-2:], pretrained=pretrained, **kwargs)
     if splitter is None: splitter = _split_unet if isinstance(model, DynamicUnet) else trainable_params
-    learn = Learner(dls, model, loss_func=loss_func or CrossEntropyLossFlat(axis=1), opt_func=opt_func, splitter=splitter,
+    learn = Learner(dls, model, loss_func=loss_func or CrossEntropyLossFlat(axis=1), opt_func=_as_foreach(opt_func, dls.device), splitter=splitter,
                     metrics=metrics, cbs=cbs, path=path, wd=wd, **(learner_kwargs or {}))
     learn.arch = dict(arch=arch, n_in=x.shape[1], n_out=n_out, size=tuple(x.shape[-2:]), **kwargs)
     if pretrained: learn.freeze()

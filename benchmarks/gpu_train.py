@@ -31,7 +31,7 @@ METHODS = { # callbacks, T
     'the paper':           (lambda: [MIRegCallback()], dict()),
     'recommended':         (lambda: [MIRegCallback(**_small, consistency_weight=0.), EMATeacherCallback(weight=5.)], dict(jitter=.5, shift=.5)),
 }
-if DRY: METHODS = {k:METHODS[k] for k in ('labels only','recommended')}
+if DRY: METHODS = {'recommended': METHODS['recommended']}
 
 def schedule(lr, div=400., warm=.1):
     "Linear warm-up and a cosine, as in the paper"

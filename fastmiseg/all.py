@@ -24,6 +24,7 @@ from .callback.semisup import *
 from .callback.mireg import *
 from .metrics import *
 from .surface import *
+from .optimizer import *
 from .learner import *
 from .inference import *
 from .segmenter import *

@@ -28,11 +28,13 @@ part about 60 $PYTHON benchmarks/gpu.py about "$OUT"
 if [ -n "$DRY" ]; then
     part right 100 $PYTHON -m pytest -q -m cuda tests/test_cuda.py -k 'volume_metrics or (test_losses and LocalProjector and 3-True-dtype0-True)' -p no:cacheprovider
 else
-    part right ${RIGHT:-110} $PYTHON -m pytest -q -m cuda tests -p no:cacheprovider --tb=short ${XDIST--n 6}
+    part right ${RIGHT:-110} $PYTHON -m pytest -q -m cuda tests/test_cuda.py tests/test_data.py -p no:cacheprovider --tb=short ${XDIST--n 8}
 fi
 part waiting ${WAITING:-60} $PYTHON benchmarks/gpu_waiting.py
 part step ${STEP:-90} $PYTHON benchmarks/gpu_step.py
 [ -e benchmarks/gpu_mutual_info.py ] && part mutual_info ${MUTUAL_INFO:-60} $PYTHON benchmarks/gpu_mutual_info.py
+MAIN=$(ls tests/test_{learners,no_trace,resume,metrics,mutual_info,inference,segmenter,slices}.py 2>/dev/null)
+[ -n "$DRY" ] || part main ${MAIN_LIMIT:-100} $PYTHON -m pytest -q $MAIN -p no:cacheprovider --tb=line ${XDIST--n 12}
 part network ${NETWORK:-100} $PYTHON benchmarks/gpu_network.py
 part train ${TRAIN:-300} $PYTHON benchmarks/gpu_train.py
 $PYTHON benchmarks/gpu.py report "$OUT" > "$OUT/gpu.md"

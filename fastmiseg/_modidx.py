@@ -8,6 +8,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'fastmiseg.augment.Augment.from_recipe': ('augment.html#augment.from_recipe', 'fastmiseg/augment.py'),
                                    'fastmiseg.augment._grid': ('augment.html#_grid', 'fastmiseg/augment.py'),
                                    'fastmiseg.augment._matrix': ('augment.html#_matrix', 'fastmiseg/augment.py'),
+                                   'fastmiseg.augment._send': ('augment.html#_send', 'fastmiseg/augment.py'),
+                                   'fastmiseg.augment._theta': ('augment.html#_theta', 'fastmiseg/augment.py'),
                                    'fastmiseg.augment._uniform': ('augment.html#_uniform', 'fastmiseg/augment.py'),
                                    'fastmiseg.augment.draw_light': ('augment.html#draw_light', 'fastmiseg/augment.py'),
                                    'fastmiseg.augment.relight': ('augment.html#relight', 'fastmiseg/augment.py')},

@@ -44,14 +44,28 @@ def _matrix(n, size, out, rotate, flip, scale):
     c,d = a.cos()*s, a.sin()*s
     return torch.stack([torch.stack([c*fx, -d*fy, tx], 1), torch.stack([d*fx, c*fy, ty], 1)], 1)
 
-def _grid(m, size, out, bend):
-    "(n,h,w,2) for `grid_sample`: where each pixel of the output lies in the input, in -1..1"
+def _theta(m, size, out):
+    "`_matrix` in the coordinates of `grid_sample`, -1..1 along each axis"
     (H,W),(h,w) = size,out
     half = m.new_tensor([[w/2, 0, 0], [0, h/2, 0], [0, 0, 1]])
-    theta = m.new_tensor([[2/W, 0], [0, 2/H]]) @ m @ half
-    g = F.affine_grid(theta, (len(m), 1, h, w), align_corners=False)
+    return m.new_tensor([[2/W, 0], [0, 2/H]]) @ m @ half
+
+def _grid(theta, out, bend, per_pixel):
+    "(n,h,w,2) for `grid_sample`: where each pixel of the output lies in the input, in -1..1"
+    h,w = out
+    if theta.is_cuda: # `affine_grid` is a product of matrices, which may be done in TF32: a tenth of a pixel
+        along = lambda n: (2*torch.arange(n, device=theta.device)+1)/n - 1
+        a = theta[...,None,None]
+        g = (a[:,:,0]*along(w) + a[:,:,1]*along(h)[:,None] + a[:,:,2]).permute(0,2,3,1)
+    else: g = F.affine_grid(theta, (len(theta), 1, h, w), align_corners=False)
     if bend is None: return g
-    return g + F.interpolate(bend, (h,w), mode='bicubic', align_corners=True).permute(0,2,3,1)*m.new_tensor([2/W, 2/H])
+    return g + F.interpolate(bend, (h,w), mode='bicubic', align_corners=True).permute(0,2,3,1)*per_pixel
+
+def _send(parts, device):
+    "Small tensors to a GPU in a single copy that nobody waits for"
+    if device.type!='cuda': return parts
+    flat = torch.cat([o.flatten() for o in parts]).pin_memory().to(device, non_blocking=True)
+    return [o.view(p.shape) for o,p in zip(flat.split([p.numel() for p in parts]), parts)]
 
 # %% ../nbs/10_augment.ipynb #460e5060
 class Augment(RandTransform):
@@ -80,11 +94,15 @@ class Augment(RandTransform):
         out = tuple(min(c,s) for c,s in zip(self.crop or size, size))
         self.do = True
         self.grid = self.light = None
-        if out!=size or self.rotate or self.flip or self.scale or self.elastic:
-            m = _matrix(n, size, out, self.rotate, self.flip, self.scale)
-            bend = torch.randn(n,2,5,5)*self.elastic if self.elastic else None
-            self.grid = _grid(m, size, out, bend).to(x.device, non_blocking=True)
-        if self.jitter: self.light = [o.to(x.device, non_blocking=True) for o in draw_light(n, self.jitter)]
+        moves,drawn = bool(out!=size or self.rotate or self.flip or self.scale or self.elastic),[]
+        if moves:
+            drawn = [_theta(_matrix(n, size, out, self.rotate, self.flip, self.scale), size, out)]
+            if self.elastic: drawn += [torch.randn(n,2,5,5)*self.elastic, torch.tensor([2/size[1], 2/size[0]])]
+        if self.jitter: drawn += draw_light(n, self.jitter)
+        if not drawn: return
+        drawn = _send(drawn, x.device)
+        if self.jitter: drawn,self.light = drawn[:-3],drawn[-3:]
+        if moves: self.grid = _grid(drawn[0], out, *(drawn[1:] or (None,None)))
 
     def encodes(self, x:TensorImageBase):
         if self.grid is not None: x = F.grid_sample(x, self.grid, mode='bilinear', padding_mode='zeros', align_corners=False)

@@ -9,7 +9,7 @@ import SimpleITK as sitk
 import fastmiseg.scans.store as S
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.store import SliceStore
-from fastmiseg.scans.volume import Volume, VolumeError, VolumeWarning, read_volume, write_volume
+from fastmiseg.scans.volume import Volume, VolumeError, VolumeWarning, read_volume, write_volume, scan_files
 
 recipe = Recipe(size=32, classes=('background','ball'))
 linux = pytest.mark.skipif(sys.platform!='linux', reason='workers are forked on Linux only')
@@ -190,14 +190,14 @@ def test_changed_files_are_noticed(tmp_path):
     write_volume(m.like(m.array[:,::-1]), df['mask'][1])
     assert len(entries(go(tmp_path/'a', df)))==len(before)+4
     os.remove(df.image[1])
-    with pytest.raises(VolumeError, match='(?s)1 of 6 scans cannot be used.*s1: .*s1.nii.gz: cannot be read'): go(tmp_path/'a', df)
+    with pytest.raises(VolumeError, match='(?s)1 of 6 scans cannot be used.*s1: .*s1.nii.gz: does not exist'): go(tmp_path/'a', df)
 
 @pytest.mark.parametrize('ext', ['.mhd','.nhdr'])
 def test_a_changed_data_file_beside_its_header_is_noticed(tmp_path, ext):
     df = make(tmp_path, 2, ext)
     for o in df.image: sitk.WriteImage(sitk.ReadImage(o), o, useCompression=False)
     a = go(tmp_path/'a', df).image('s0', 1)
-    os.replace(S._files(df.image[1])[1], S._files(df.image[0])[1])
+    os.replace(scan_files(df.image[1])[1], scan_files(df.image[0])[1])
     assert not np.array_equal(go(tmp_path/'a', df[:1]).image('s0', 1), a)
 
 def test_a_folder_counts_with_all_its_files(tmp_path):

@@ -14,11 +14,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np, pandas as pd
-import SimpleITK as sitk
 
-from .intact import extension
 from .readers import CohortError, layouts, _note
-from .volume import VolumeError, _io, _itk, _text, collect_warnings, read_scan, read_volume, summarise_warnings
+from .intact import extension
+from .volume import VolumeError, choose_volume, collect_warnings, read_scan, read_size, read_volume, summarise_warnings
 
 # %% ../../nbs/06_scans.cohort.ipynb #d83d963e
 __all__ = ['CohortError', 'load_cohort', 'split_cohort', 'save_cohort', 'check_cohort', 'find_duplicates']
@@ -29,6 +28,7 @@ def load_cohort(
     layout=None,   # 'msd', 'acdc', 'promise12', 'mmwhs', 'folder', 'dicom' or 'csv'; recognised and printed if not given
     classes=None,  # Names of the classes, background first, where the layout doesn't know them
     labels=None,   # Stored mask value -> class index, where they differ
+    form=None,     # 'qform' or 'sform': which one to take of NIfTI files in which they differ
     **options      # Of the layout's reader, like `subject=` of `read_folder`
 )->pd.DataFrame:   # One row per scan: `subject`, `scan`, `image`, `mask` (`None`: unlabelled) and what else the reader knows
     "The scans below `root`"
@@ -46,6 +46,8 @@ def load_cohort(
         raise CohortError(f'{", ".join(options)}: the reader for {layout!r} does not take this ({e})') from None
     if classes is not None: df.attrs['classes'] = tuple(classes)
     if labels is not None: df.attrs['labels'] = dict(labels)
+    if form is not None:
+        for k in ('image','mask'): df[k] = [choose_volume(o, form=form) if o and extension(o) in ('.nii','.nii.gz') else o for o in df[k]]
     if said: print(f'{layout}: {_describe(df)}')
     return df
 
@@ -60,14 +62,6 @@ def _describe(df):
     return f'{len(df)} scans of {df.subject.nunique()} subjects, {has.sum()} with masks ({df.subject[has].nunique()} subjects)'+(f'; classes {", ".join(classes)}' if classes else '')
 
 # %% ../../nbs/06_scans.cohort.ipynb #ee9c4449
-def _size(path):
-    if not extension(path): return read_volume(path).shape[::-1]
-    if not os.path.isfile(path): raise VolumeError(f'{path}: does not exist; expected a scan: check the name, and where a link leads')
-    r = sitk.ImageFileReader()
-    r.SetFileName(_text(path)); r.SetImageIO(_io[extension(path)])
-    with _itk(path): r.ReadImageInformation()
-    return r.GetSize()
-
 def _content(path):
     a = read_volume(path, channels=True, nan_to_zero=True).array
     return hashlib.blake2b(np.ascontiguousarray(a, np.float64), digest_size=16).hexdigest()
@@ -82,7 +76,7 @@ def find_duplicates(
             try: groups.setdefault(f(o.image),[]).append(o)
             except VolumeError: pass
         return [g for g in groups.values() if len({o.subject for o in g})>1]
-    with collect_warnings(): return [tuple(o.scan for o in g) for rows in _same(df.sort_values('scan').itertuples(), _size) for g in _same(rows, _content)]
+    with collect_warnings(): return [tuple(o.scan for o in g) for rows in _same(df.sort_values('scan').itertuples(), read_size) for g in _same(rows, _content)]
 
 # %% ../../nbs/06_scans.cohort.ipynb #56ad9597
 def _rank(seed, name): return int.from_bytes(hashlib.blake2b(f'{seed}/{name}'.encode('utf-8','surrogateescape'), digest_size=8).digest(), 'big')/2**64

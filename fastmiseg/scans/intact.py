@@ -6,87 +6,229 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['extensions', 'extension', 'check_intact']
+__all__ = ['extensions', 'check_regular', 'free_memory', 'check_memory', 'Claim', 'extension', 'check_intact', 'data_file',
+           'header_size', 'read_whole']
 
 # %% ../../nbs/03_scans.intact.ipynb #41e8b8f6
-import gzip, math, re, struct, zlib
+import gzip, math, os, re, stat, struct, zlib
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+import psutil
 
-# %% ../../nbs/03_scans.intact.ipynb #f1022386
-__all__ = ['check_intact']
+# %% ../../nbs/03_scans.intact.ipynb #be7aa0bd
+_kinds = {stat.S_IFDIR:'a folder', stat.S_IFIFO:'a named pipe (FIFO)', stat.S_IFSOCK:'a socket',
+          stat.S_IFCHR:'a device', stat.S_IFBLK:'a device'}
+
+def check_regular(
+    path # A file, or a link to one
+):
+    "Raise a `ValueError` if this is anything but a regular file; it is not opened, which could hang for ever"
+    kind = stat.S_IFMT(os.stat(path).st_mode)
+    if kind!=stat.S_IFREG:
+        raise ValueError(f'is {_kinds.get(kind, "something else")}, not a regular file, and was not opened: '
+                         'put the file itself there')
+
+# %% ../../nbs/03_scans.intact.ipynb #69cdcd08
+def free_memory()->int:
+    "Bytes that this process may still take: of the machine, of its control group, of its own limit"
+    found = [psutil.virtual_memory().available, *_group_memory('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory.current', 'inactive_file'),
+             *_group_memory('/sys/fs/cgroup/memory/memory.limit_in_bytes', '/sys/fs/cgroup/memory/memory.usage_in_bytes', 'total_inactive_file')]
+    try: import resource
+    except ImportError: return min(found) # Windows
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit!=resource.RLIM_INFINITY: found.append(limit-psutil.Process().memory_info().vms)
+    return max(0, min(found))
+
+def _group_memory(limit, used, cache):
+    try:
+        limit,used = Path(limit),Path(used)
+        stats = dict(o.split() for o in (limit.parent/'memory.stat').read_text().splitlines())
+        return [int(limit.read_text())-int(used.read_text())+int(stats.get(cache, 0))]
+    except (OSError, ValueError): return [] # no control group, or one without a limit
+
+def check_memory(
+    need # Bytes
+):
+    "Raise a `ValueError` if so much memory is not free"
+    if need>1<<26 and need>(free := free_memory()):
+        raise ValueError(f'needs about {need/1e9:,.1f} GB of memory, but {free/1e9:,.1f} GB are free: '
+                         'close other programs, crop or resample the scan, or read it on a larger machine')
 
 # %% ../../nbs/03_scans.intact.ipynb #73374099
-_nifti_bits = {2:8, 4:16, 8:32, 16:32, 64:64, 128:24, 256:8, 512:16, 768:32, 1024:64, 1280:64, 2304:32}
+class Claim(NamedTuple):
+    "What a header says of its voxels"
+    start:int             # Byte at which they begin
+    need:int              # Bytes that they take, unpacked
+    how:str               # raw, gzip, zlib or text
+    file:str|None = None  # Other file that holds them
+    unit:float = 1.       # mm in a unit of its geometry
+    scale:tuple = (1.,0.) # Value = stored * scale[0] + scale[1]
+    dims:tuple = ()       # Sizes, the fastest axis first
+    notes:tuple = ()      # Sentences for a warning
 
-class _Claim(NamedTuple):
-    start:int          # byte at which the voxels begin
-    need:int           # bytes that they take, unpacked
-    how:str            # raw, gzip, zlib, text; or end: raw, at the very end of the file
-    file:str|None=None # other file that holds them
-    floats:str|None=None # their numpy dtype, where SimpleITK would hide NaN
+_nifti_bits = {2:8, 4:16, 8:32, 16:32, 64:64, 128:24, 256:8, 512:16, 768:32, 1024:64, 1280:64, 2304:32}
 
 def _nifti(head):
     if len(head)<352: raise ValueError('is not a NIfTI file: it has no complete header')
-    end = '<' if head[:4]==b'\x5c\x01\0\0' else '>' if head[:4]==b'\0\0\x01\x5c' else None
+    end = {b'\x5c\x01\0\0':'<', b'\0\0\x01\x5c':'>'}.get(head[:4])
     if head[4:8] in (b'n+2\0', b'ni2\0'): raise ValueError('is NIfTI-2, which is not supported: save it as NIfTI-1')
-    if end is None or head[344:348]!=b'n+1\0': raise ValueError('is not a NIfTI file: its header does not begin and end as one')
-    dim, (kind,bits), start = struct.unpack(end+'8h', head[40:56]), struct.unpack(end+'2h', head[70:74]), struct.unpack(end+'f', head[108:112])[0]
+    if end and head[344:348]==b'ni1\0':
+        raise ValueError('is the header of a pair (.hdr and .img), which is not supported: save it as one .nii or .nii.gz file')
+    if end is None or head[344:348]!=b'n+1\0':
+        raise ValueError('is not a NIfTI file: its header does not begin and end as one')
+    dim,(kind,bits) = struct.unpack(end+'8h', head[40:56]),struct.unpack(end+'2h', head[70:74])
+    start, = struct.unpack(end+'f', head[108:112])
     dim = dim[:4]+tuple(max(o,1) for o in dim[4:])
-    if not 1<=dim[0]<=7 or min(dim[1:dim[0]+1])<1: raise ValueError(f'has a damaged header: {dim[0]} dimensions of sizes {dim[1:]}')
-    if _nifti_bits.get(kind)!=bits: raise ValueError(f'has voxels of a type that cannot be read (NIfTI code {kind}, {bits} bits)')
-    if not 352<=start<=2**31 or start!=int(start): raise ValueError(f'has a damaged header: voxels said to begin at byte {start}')
-    return _Claim(int(start), math.prod(dim[1:dim[0]+1])*bits//8, 'raw', floats={16:end+'f4', 64:end+'f8'}.get(kind))
+    if not 1<=dim[0]<=7 or min(dim[1:dim[0]+1])<1:
+        raise ValueError(f'has a damaged header: {dim[0]} dimensions of sizes {dim[1:]}')
+    if _nifti_bits.get(kind)!=bits:
+        raise ValueError(f'has voxels of a type that cannot be read (NIfTI code {kind}, {bits} bits)')
+    if not 352<=start<=2**31 or start!=int(start):
+        raise ValueError(f'has a damaged header: voxels said to begin at byte {start}')
+    return Claim(int(start), math.prod(dim[1:dim[0]+1])*bits//8, 'raw', dims=dim[1:dim[0]+1])
 
 # %% ../../nbs/03_scans.intact.ipynb #f1a0ea6d
-_meta_bytes = {o:n for n,oo in {1:'CHAR UCHAR', 2:'SHORT USHORT', 4:'INT UINT LONG ULONG FLOAT', 8:'LONG_LONG ULONG_LONG DOUBLE'}.items() for o in oo.split()}
+_meta_types = {1:'CHAR UCHAR', 2:'SHORT USHORT', 4:'INT UINT LONG ULONG FLOAT', 8:'LONG_LONG ULONG_LONG DOUBLE'}
+_meta_bytes = {o:n for n,names in _meta_types.items() for o in names.split()}
+_units = {'':1., '?':1., 'unknown':1., 'mm':1., 'millimeter':1., 'cm':10., 'centimeter':10., 'm':1e3, 'meter':1e3,
+          'um':1e-3, 'µm':1e-3, 'μm':1e-3, 'micron':1e-3, 'micrometer':1e-3, 'nm':1e-6, 'nanometer':1e-6}
+
+def _unit(text, what):
+    name = text.strip().lower().replace('metre','meter')
+    unit = _units.get(name, _units.get(name.removesuffix('s')))
+    if unit is None: raise ValueError(f'has a geometry in {text[:40]!r} ({what}), expected mm, cm, m or um: correct the header')
+    return unit
 
 def _numbers(text, kind, what):
     try: return [kind(o) for o in text.split()]
     except ValueError: raise ValueError(f'has a damaged header: {what} is {text[:40]!r}') from None
 
+def _finite(text, what):
+    out = _numbers(text, float, what)
+    if not all(math.isfinite(o) for o in out):
+        raise ValueError(f'has a damaged header: {what} is {text[:60]!r}, expected finite numbers; correct it')
+    return out
+
+def _lengths(text, what):
+    out = _numbers(text, float, what)
+    if not all(math.isfinite(o) and o>0 for o in out[:3]):
+        raise ValueError(f'has a damaged header: {what} is {text[:60]!r}, expected positive numbers of mm; correct it')
+    return out
+
+def _fields(pairs):
+    out = {}
+    for k,v in pairs:
+        if k in out: raise ValueError(f'has a damaged header: it says {k!r} twice')
+        out[k] = v
+    return out
+
+def _beside(file):
+    outside = file.startswith(('/','\\','~')) or re.match(r'[A-Za-z]:', file) or '..' in re.split(r'[\\/]', file)
+    if outside: raise ValueError(f'names a file outside its own folder for its voxels ({ascii(file)[:80]}), '
+                                 'which is never read: save it as one file')
+    if re.match(r'(?i)list\b', file) or '%' in file:
+        raise ValueError('spreads its voxels over many files, which is not supported: save it as one file')
+    return file
+
 def _meta(head):
-    m = re.search(rb'^ElementDataFile[ \t]*=[ \t]*([^\r\n]*)\r?\n?', head, re.M)
+    m = re.search(rb'^[ \t]*ElementDataFile[ \t]*[=:][ \t]*([^\r\n]*)\r?\n?', head, re.M)
     if not m: raise ValueError('is not a MetaImage file: it has no line `ElementDataFile = ...`')
-    d = dict(re.findall(r'^\s*(\w+)\s*[=:][ \t]*([^\r\n]*?)\s*$', head[:m.end()].decode('latin-1'), re.M))
+    text = head[:m.end()].decode('latin-1')
+    d = _fields(re.findall(r'^[ \t]*(\w+)[ \t]*[=:][ \t]*([^\r\n]*?)[ \t]*\r?$', text, re.M))
     missing = [o for o in ('NDims','DimSize','ElementType') if o not in d]
     if missing: raise ValueError(f'has a damaged header: no {" and no ".join(missing)}')
-    if not {'ElementSpacing','ElementSize'}&{*d}: raise ValueError('does not say how large its voxels are: add a line `ElementSpacing = ...` in mm to its header')
-    dims, ndims = _numbers(d['DimSize'], int, 'DimSize'), _numbers(d['NDims'], int, 'NDims')
-    if ndims!=[len(dims)] or min(dims)<1: raise ValueError(f'has a damaged header: NDims is {d["NDims"]!r}, DimSize is {d["DimSize"]!r}')
+    size = next((o for o in ('ElementSpacing','ElementSize') if o in d), None)
+    if not size:
+        raise ValueError('does not say how large its voxels are: add a line `ElementSpacing = ...` in mm to its header')
+    dims,ndims = _numbers(d['DimSize'], int, 'DimSize'),_numbers(d['NDims'], int, 'NDims')
+    if ndims!=[len(dims)] or min(dims)<1:
+        raise ValueError(f'has a damaged header: NDims is {d["NDims"]!r}, DimSize is {d["DimSize"]!r}')
+    if len(_lengths(d[size], size))!=len(dims):
+        raise ValueError(f'has a damaged header: {size} is {d[size][:60]!r}, expected {len(dims)} numbers')
+    for o in ('Offset','Position','Origin','TransformMatrix','Rotation','Orientation'):
+        if o in d: _finite(d[o], o)
     per = _meta_bytes.get(d['ElementType'].removeprefix('MET_').removesuffix('_ARRAY'))
     if per is None: raise ValueError(f'has voxels of a type that cannot be read ({d["ElementType"]!r})')
     chans = _numbers(d.get('ElementNumberOfChannels','1'), int, 'ElementNumberOfChannels')
-    if len(chans)!=1 or chans[0]<1: raise ValueError(f'has a damaged header: ElementNumberOfChannels is {d["ElementNumberOfChannels"]!r}')
-    need, skip, file = math.prod(dims)*per*chans[0], _numbers(d.get('HeaderSize','0'), int, 'HeaderSize')[0], m[1].decode('utf-8','surrogateescape').strip()
-    how = 'text' if d.get('BinaryData','True').lower() in ('false','0') else 'zlib' if d.get('CompressedData','').lower() in ('true','1') else 'raw'
+    if len(chans)!=1 or chans[0]<1:
+        raise ValueError(f'has a damaged header: ElementNumberOfChannels is {d["ElementNumberOfChannels"]!r}')
+    skip = _numbers(d.get('HeaderSize','0'), int, 'HeaderSize')
+    if len(skip)!=1 or skip[0]<0: raise ValueError(f'does not say where its voxels begin (HeaderSize is {d["HeaderSize"]!r}): '
+                                                   'give the number of bytes before them, or save it as one file')
+    scale = [_finite(d.get(f'ElementToIntensityFunction{o}', default), o) for o,default in (('Slope','1'),('Offset','0'))]
+    if [len(o) for o in scale]!=[1,1] or scale[0][0]==0:
+        raise ValueError('has a damaged header: ElementToIntensityFunctionSlope and -Offset must be numbers, the first not 0')
+    file = m[1].decode('utf-8','surrogateescape').strip()
     local = file.upper()=='LOCAL'
-    return _Claim((m.end() if local else 0)+max(skip,0), need, 'end' if skip==-1 and how=='raw' else how, None if local else file)
+    how = ('text' if d.get('BinaryData','True').lower() in ('false','0') else
+           'zlib' if d.get('CompressedData','').lower() in ('true','1') else 'raw')
+    return Claim((m.end() if local else 0)+skip[0], math.prod(dims)*per*chans[0], how, None if local else _beside(file),
+                 _unit(d.get('DistanceUnits',''), 'DistanceUnits'), (scale[0][0],scale[1][0]), tuple(dims))
 
 # %% ../../nbs/03_scans.intact.ipynb #f813d80a
-_nrrd_bytes = {o:n for n,oo in {1:'signed char|int8|int8_t|uchar|unsigned char|uint8|uint8_t', 2:'short|short int|signed short|signed short int|int16|int16_t|ushort|unsigned short|unsigned short int|uint16|uint16_t',
-    4:'int|signed int|int32|int32_t|uint|unsigned int|uint32|uint32_t|float',
-    8:'longlong|long long|long long int|signed long long|signed long long int|int64|int64_t|ulonglong|unsigned long long|unsigned long long int|uint64|uint64_t|double'}.items() for o in oo.split('|')}
+_nrrd_types = {
+    1: 'signed char|int8|int8_t|uchar|unsigned char|uint8|uint8_t',
+    2: 'short|short int|signed short|signed short int|int16|int16_t|ushort|unsigned short|unsigned short int|uint16|uint16_t',
+    4: 'int|signed int|int32|int32_t|uint|unsigned int|uint32|uint32_t|float',
+    8: 'longlong|long long|long long int|signed long long|signed long long int|int64|int64_t|'
+       'ulonglong|unsigned long long|unsigned long long int|uint64|uint64_t|double'}
+_nrrd_bytes = {o:n for n,names in _nrrd_types.items() for o in names.split('|')}
+_nrrd_how = dict(raw='raw', gzip='gzip', gz='gzip', ascii='text', text='text', txt='text', hex='text')
+_nrrd_space = ('domain','space','???','none','')
 
 def _nrrd(head):
     if not head.startswith(b'NRRD000'): raise ValueError('is not an NRRD file: it does not begin with `NRRD`')
     m = re.search(rb'\r?\n\r?\n', head)
-    d = {k.strip().lower():v for k,v in re.findall(r'^([^#:\n][^:\n]*):[ \t]+([^\r\n]*?)\s*$', (head[:m.start()] if m else head).decode('latin-1'), re.M)}
-    file = d.get('data file', d.get('datafile'))
+    text = (head[:m.start()] if m else head).decode('latin-1')
+    d = _fields((k.strip().lower().replace('datafile','data file'), v)
+                for k,v in re.findall(r'^([^#:\n][^:\n]*):[ \t]+([^\r\n]*?)\s*$', text, re.M))
+    file = d.get('data file')
     if not (m or file): raise ValueError('has a damaged header: no empty line between header and voxels')
     missing = [o for o in ('type','sizes','encoding') if o not in d]
     if missing: raise ValueError(f'has a damaged header: no {" and no ".join(missing)}')
-    if not {'space directions','spacings'}&{*d}: raise ValueError('does not say how large its voxels are: add a line `spacings: ...` in mm to its header')
-    dims, per = _numbers(d['sizes'], int, 'sizes'), _nrrd_bytes.get(d['type'].lower())
+    dims,per = _numbers(d['sizes'], int, 'sizes'),_nrrd_bytes.get(d['type'].lower())
     if not dims or min(dims)<1: raise ValueError(f'has a damaged header: sizes are {d["sizes"]!r}')
     if per is None: raise ValueError(f'has voxels of a type that cannot be read ({d["type"]!r})')
-    how = dict(raw='raw', gzip='gzip', gz='gzip', ascii='text', text='text', txt='text', hex='text').get(d['encoding'].lower())
-    if how is None: raise ValueError(f'has voxels in an encoding that cannot be read ({d["encoding"]!r}): save it with gzip or raw')
+    how = _nrrd_how.get(d['encoding'].lower())
+    if how is None:
+        raise ValueError(f'has voxels in an encoding that cannot be read ({d["encoding"]!r}): save it with gzip or raw')
+    if {'old min','oldmin','old max','oldmax'}&{*d}:
+        raise ValueError('has quantised voxels (`old min`, `old max`), which is not supported: save it with its real values')
     skip = [_numbers(d.get(f'{o} skip', d.get(f'{o}skip','0')), int, f'{o} skip')[0] for o in ('line','byte')]
-    if file and (skip[0] or skip[1]>0): raise ValueError('skips lines or bytes of its data file, which is not supported: save it as one .nrrd file')
-    return _Claim(0 if file else m.end(), math.prod(dims)*per, 'end' if skip[1]==-1 and how=='raw' else how, file)
+    if skip[1]<0: raise ValueError(f'does not say where its voxels begin (byte skip is {skip[1]}): save it as one .nrrd file')
+    if skip[0] or skip[1]:
+        raise ValueError('skips lines or bytes before its voxels, which is not supported: save it as one .nrrd file')
+    unit = _nrrd_geometry(d, dims)
+    known = _patient(d.get('space','')) or d.get('space dimension')=='4' # which is how SimpleITK writes several channels
+    notes = () if known else ('does not say how it lies in the patient (`space`): '
+                              'its axes are taken to run to the left, back and head',)
+    return Claim(0 if file else m.end(), math.prod(dims)*per, how, _beside(file) if file else None, unit, dims=tuple(dims), notes=notes)
+
+def _patient(space):
+    sides = ('left','right','posterior','anterior','superior','inferior')
+    return all(o in sides for o in space.lower().split('-')) or re.fullmatch(r'(?i)[lr][pa][si]', space.strip())
+
+def _nrrd_geometry(d, dims):
+    "mm in a unit of it, once its numbers are found to be some"
+    units = [o for o in re.findall(r'"([^"]*)"', d.get('space units', d.get('units','')))]
+    if 'space directions' in d:
+        for o in re.findall(r'\(([^()]*)\)', d['space directions']):
+            if not any(_finite(o.replace(',',' '), 'space directions')):
+                raise ValueError(f'has a damaged header: space directions are {d["space directions"][:80]!r}, one of them has no length; correct it')
+        if 'space origin' in d: _finite(re.sub(r'[(),]',' ',d['space origin']), 'space origin')
+    elif 'spacings' in d:
+        kinds = [o.lower() for o in d.get('kinds','').split()]+['']*len(dims)
+        steps = d['spacings'].split()
+        if len(steps)!=len(dims): raise ValueError(f'has a damaged header: {len(dims)} sizes, but spacings are {d["spacings"]!r}')
+        space = [i for i,k in enumerate(kinds[:len(dims)]) if k in _nrrd_space]
+        if len(space)>3: space = [i for i in space if steps[i].lower()!='nan'][:3]
+        _lengths(' '.join(steps[i] for i in space), 'spacings')
+        units = [units[i] for i in space if i<len(units)]
+    else: raise ValueError('does not say how large its voxels are: add a line `spacings: ...` in mm to its header')
+    found = {_unit(o, 'space units') for o in units} or {1.}
+    if len(found)>1: raise ValueError(f'measures its axes in different units ({", ".join(units)}): save it with mm for all')
+    return found.pop()
 
 # %% ../../nbs/03_scans.intact.ipynb #3e071f2d
 def _pieces(path, start, how, size=1<<20):
@@ -105,21 +247,19 @@ def _pieces(path, start, how, size=1<<20):
             g = gzip.GzipFile(fileobj=f) if how=='gzip' else f
             while piece := g.read(size): yield piece
 
-def _count(pieces, limit, skip=0, floats=None):
-    "How many bytes come after the first `skip`, at most about `limit`; how many of the `floats` in them are not finite"
-    n,bad,rest = -skip,0,b''
+def _count(pieces, limit, keep=None):
+    "How many bytes come, at most about `limit`; kept in `keep`"
+    n = 0
     try:
         for o in pieces:
+            if keep and (room := min(len(o), len(keep)-n))>0: keep[n:n+room] = o[:room]
             n += len(o)
-            if floats and n>0:
-                rest += o[-n:] if n<len(o) else o
-                k = len(rest)-len(rest)%np.dtype(floats).itemsize
-                bad += int((~np.isfinite(np.frombuffer(rest[:k], floats))).sum())
-                rest = rest[k:]
             if n>limit: break
-    except EOFError: raise ValueError('is cut off: its compressed voxels have no end; copy it again from where it came') from None
-    except (OSError, zlib.error) as e: raise ValueError(f'is damaged: its compressed voxels cannot be unpacked ({e}); copy it again from where it came') from None
-    return n,bad
+    except EOFError:
+        raise ValueError('is cut off: its compressed voxels have no end; copy it again from where it came') from None
+    except (OSError, zlib.error) as e:
+        raise ValueError(f'is damaged: its compressed voxels cannot be unpacked ({e}); copy it again from where it came') from None
+    return n
 
 # %% ../../nbs/03_scans.intact.ipynb #df9ab88d
 _formats = {'.nii':_nifti, '.nii.gz':_nifti, '.mha':_meta, '.mhd':_meta, '.nrrd':_nrrd, '.nhdr':_nrrd}
@@ -132,33 +272,81 @@ def extension(path)->str|None: # One of `extensions`, lower case, or None
 
 def check_intact(
     path # A file with one of `extensions`; a header's data file is looked for beside it
-)->int:  # Number of NaN and infinite voxels that SimpleITK would silently read as 0 (it does in NIfTI files)
+)->Claim:
     "Raise a `ValueError` that says in a sentence why this file is not a whole scan"
+    claim,zipped,_ = _header(path)
+    _voxels(path, claim, zipped)
+    return claim
+
+def data_file(
+    path # A file with one of `extensions`
+)->str|None: # Its name, below the folder of `path`
+    "The other file that holds the voxels of this one, if there is one"
+    claim = _header(path)[0]
+    if claim.file: _data_file(path, claim)
+    return claim.file
+
+def header_size(
+    path # A file with one of `extensions`
+)->tuple: # Along x, y, z, and further axes if there are
+    "The size that a file's header states"
+    return _header(path)[0].dims
+
+def read_whole(
+    path # A file `.nii` or `.nii.gz`
+)->tuple: # Header and voxels, as bytes
+    "What a NIfTI file holds, read in one pass that finds out whether it is intact"
+    claim,zipped,head = _header(path)
+    return head, _voxels(path, claim, zipped, keep=True)
+
+def _header(path):
     path,ext = Path(path),extension(path)
-    size = path.stat().st_size
-    if not size: raise ValueError('is empty (0 bytes): copy it again from where it came')
+    check_regular(path)
+    if not path.stat().st_size: raise ValueError('is empty (0 bytes): copy it again from where it came')
     with open(path,'rb') as f: head = f.read(1<<20)
     zipped = head[:2]==b'\x1f\x8b'
     if ext=='.nii' and zipped: raise ValueError('is gzip-compressed, though it is named .nii: rename it to .nii.gz')
-    if ext=='.nii.gz' and not zipped: raise ValueError(f'is not gzip-compressed, though it is named .nii.gz: {"rename it to .nii" if head[344:347]==b"n+1" else "copy it again from where it came, or name it after what it is"}')
+    if ext=='.nii.gz' and not zipped:
+        todo = 'rename it to .nii' if head[344:347]==b'n+1' else 'copy it again from where it came, or name it after what it is'
+        raise ValueError(f'is not gzip-compressed, though it is named .nii.gz: {todo}')
     if zipped: head = _first(path)
-    claim = _formats[ext](head)
-    if claim.file:
-        path = path.parent/claim.file
-        if re.match(r'(?i)list\b', claim.file) or '%' in claim.file: raise ValueError('spreads its voxels over many files, which is not supported: save it as one file')
-        if not path.is_file(): raise ValueError(f'has its voxels in {ascii(path.name)[1:81] if not path.name.isprintable() else path.name}, which is not beside it: copy both files together')
-        size = path.stat().st_size
+    return _formats[ext](head), zipped, head
+
+def _voxels(path, claim, zipped, keep=False):
+    "Are they all there? -> their bytes, if they are to be kept"
+    path = _data_file(path, claim) if claim.file else path
+    size,need,out = os.stat(path).st_size,claim.need,None
+    packed = 'gzip' if zipped else claim.how if claim.how in ('gzip','zlib') else None
     if claim.how=='text':
-        if size<claim.need//8: raise ValueError(f'promises more voxels than its {size:,} bytes can hold')
-        return 0
-    bad,unpacked = 0,'unpacked ' if zipped or claim.how in ('gzip','zlib') else ''
-    if zipped: found,bad = _count(_pieces(path,0,'gzip'), claim.need, claim.start, claim.floats)
-    elif unpacked: found,_ = _count(_pieces(path,claim.start,claim.how), claim.need)
-    else: found = size-claim.start
-    if found<claim.need: raise ValueError(f'is cut off or has a damaged header: {claim.need:,} {unpacked}bytes of voxels promised, {max(found,0):,} found; copy it again from where it came')
-    if found>claim.need and claim.how!='end': raise ValueError(f'has a damaged header: {claim.need:,} {unpacked}bytes of voxels promised, but there are more; copy it again from where it came')
-    if claim.floats and not zipped: _,bad = _count(_pieces(path,claim.start,'raw'), claim.need, 0, claim.floats)
-    return bad
+        if size<need//8: raise ValueError(f'promises more voxels than its {size:,} bytes can hold')
+    elif not packed: _same(size-claim.start, need, '')
+    check_memory(3*need)
+    if packed:
+        start = claim.start if zipped else 0
+        if keep: out = memoryview(bytearray(start+need))
+        found = _count(_pieces(path, 0 if zipped else claim.start, packed), start+need, out)
+        _same(found-start, need, 'unpacked ')
+        return out and out[start:]
+    if keep:
+        with open(path,'rb') as f:
+            f.seek(claim.start)
+            out = bytearray(f.read(need))
+        _same(len(out), need, '')
+    return out
+
+def _same(found, need, unpacked):
+    if found<need: raise ValueError(f'is cut off or has a damaged header: {need:,} {unpacked}bytes of voxels promised, '
+                                    f'{max(found,0):,} found; copy it again from where it came')
+    if found>need: raise ValueError(f'has a damaged header: {need:,} {unpacked}bytes of voxels promised, but there are more; '
+                                    'copy it again from where it came')
+
+def _data_file(path, claim):
+    path = Path(path).parent/claim.file
+    name = path.name if path.name.isprintable() else ascii(path.name)[1:81]
+    if not path.exists(): raise ValueError(f'has its voxels in {name}, which is not beside it: copy both files together')
+    try: check_regular(path)
+    except ValueError as e: raise ValueError(f'has its voxels in {name}, which {e}') from None
+    return path
 
 def _first(path): # enough of a .nii.gz for its header
     found = []

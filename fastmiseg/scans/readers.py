@@ -18,7 +18,9 @@ from typing import Callable
 
 import pandas as pd
 
+from .dicom import has_images
 from .intact import extension
+from .volume import choose_volume
 
 # %% ../../nbs/05_scans.readers.ipynb #e6429fca
 __all__ = ['CohortError', 'cohort_frame', 'layouts']
@@ -183,7 +185,7 @@ def _subject(how):
     return _f
 
 def _has_dicom(files):
-    for f in files[:3]:
+    for f in [o for o in files if o.name!='DICOMDIR'][:3]:
         if f.suffix.lower() in ('.dcm','.ima'): return True
         try:
             with open(f,'rb') as o: o.seek(128); magic = o.read(4)
@@ -223,20 +225,22 @@ def read_folder(root:Path,
 # %% ../../nbs/05_scans.readers.ipynb #44c87e97
 @layout('dicom', 'folders of DICOM files, one series each', _is_dicom)
 def read_dicom(root:Path,
-    subject=None # Regular expression or function from a scan's name (its folders, joined by `_`) to its subject; its first folder if not given
+    subject=None, # Regular expression or function from a scan's name (its folders, joined by `_`) to its subject; its first folder if not given
+    series=None,  # Which series, where a folder holds several: its number, or a part of its description
+    phase=None    # Which volume, where a series holds several (phases, echoes): a number from 0
 )->pd.DataFrame:
     "Folders of DICOM series, with masks as NIfTI files"
     found = list(_walk(root))
-    series = [d for d,files in found if _has_dicom([f for f in files if not extension(f)])]
+    folders = [d for d,files in found if _has_dicom([f for f in files if not extension(f)]) and has_images(d)]
     masks = [f for _,files in found for f in files if extension(f)]
     def parts(d): return [o for i,o in enumerate(d.relative_to(root).parts) if i or o.lower() not in _image_dirs] or [d.name]
-    beside = Counter(d.parent for d in series)
+    beside = Counter(d.parent for d in folders)
     rows = []
-    for d in series:
+    for d in folders:
         name = '_'.join(parts(d))
         mm = [f for f in masks if _cut(_stem(f),_mask_ends)==name] or [f for f in masks if f.parent==d] or [f for f in masks if f.parent==d.parent and beside[d.parent]==1 and d!=root]
         if len(mm)>1: raise CohortError(f'{d}: has {len(mm)} masks: {_some(o.name for o in mm)}; keep one, or call it {name}.nii.gz')
-        rows.append(dict(subject=_subject(subject)(name) if subject else parts(d)[0], scan=name, image=str(d), mask=str(mm[0]) if mm else None))
+        rows.append(dict(subject=_subject(subject)(name) if subject else parts(d)[0], scan=name, image=choose_volume(d, series, phase), mask=str(mm[0]) if mm else None))
     if not rows: raise CohortError(f'{root}: holds no scans; expected {layouts["dicom"].expects}')
     used = {o['mask'] for o in rows}
     if masks and used=={None}: raise CohortError(f'{root}: no mask belongs to a series; series are called {_some(o["scan"] for o in rows)}, masks {_some(_stem(o) for o in masks)}; rename them')

@@ -21,17 +21,9 @@ from fastcore.basics import num_cpus, patch
 from fastprogress.fastprogress import progress_bar
 
 from .recipe import Placement, Recipe
-from .volume import VolumeError, VolumeWarning, collect_warnings, read_volume, _tell
+from .volume import VolumeError, VolumeWarning, collect_warnings, read_volume, scan_files, split_choice, _tell
 
 # %% ../../nbs/09_scans.store.ipynb #412cb793
-def _files(path):
-    "The files that hold a scan; for a folder also the folder, whose time changes when files come or go"
-    if os.path.isdir(path): return [path, *sorted(o.path for o in os.scandir(path) if o.is_file())]
-    if not path.lower().endswith(('.mhd','.nhdr')): return [path]
-    with open(path, errors='surrogateescape') as f: named = re.search(r'(?mi)^(?:ElementDataFile *=|data ?file:) *(.+?)\s*$', f.read(1<<20))
-    data = named and os.path.join(os.path.dirname(path), named[1])
-    return [path, data] if data and os.path.isfile(data) else [path]
-
 def _stat(files):
     s = [os.stat(o) for o in files]
     return [[o, 0 if os.path.isdir(o) else i.st_size, i.st_mtime_ns, i.st_ino] for o,i in zip(files, s)]
@@ -39,7 +31,8 @@ def _stat(files):
 def _fingerprint(path):
     "How the files of a scan look from outside, and a hash of what is in them"
     try:
-        seen,h = _stat(_files(path)),hashlib.blake2b(digest_size=16)
+        seen,h = _stat(scan_files(path)),hashlib.blake2b(digest_size=16)
+        if chosen := split_choice(path)[1]: h.update(json.dumps(chosen, sort_keys=True).encode())
         for file,*_ in seen:
             if os.path.isdir(file): continue
             with open(file, 'rb') as f:
@@ -49,7 +42,7 @@ def _fingerprint(path):
 
 # %% ../../nbs/09_scans.store.ipynb #47a28abd
 _steps = np.float32(65535)
-_version = 1 # of the files; goes up when the same scan and recipe give other slices than before
+_version = 2 # of the files; goes up when the same scan and recipe give other slices than before
 
 class _Unwritable(OSError): "The store cannot be written: no scan is to blame, and going on is useless"
 
@@ -92,7 +85,7 @@ def _prepare(job):
     prints,entries,problems,vols = {},{},{},{}
     def read(path):
         if path not in vols: vols[path] = read_volume(path, channels=recipe.channels>1)
-        if _stat(_files(path))!=prints[path][0]: raise VolumeError(f'{path}: changed while it was prepared: prepare again when it is complete')
+        if _stat(scan_files(path))!=prints[path][0]: raise VolumeError(f'{path}: changed while it was prepared: prepare again when it is complete')
         return vols[path]
     with collect_warnings() as odd:
         for scan in scans:

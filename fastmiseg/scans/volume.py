@@ -6,24 +6,24 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['VolumeError', 'VolumeWarning', 'collect_warnings', 'summarise_warnings', 'Volume', 'write_volume', 'read_volume',
-           'check_same_geometry', 'read_mask', 'read_scan', 'resample']
+__all__ = ['VolumeError', 'VolumeWarning', 'collect_warnings', 'summarise_warnings', 'Volume', 'write_volume', 'choose_volume',
+           'split_choice', 'scan_files', 'read_volume', 'read_size', 'check_same_geometry', 'read_mask', 'read_scan',
+           'resample']
 
 # %% ../../nbs/04_scans.volume.ipynb #1f220a54
 import os, re, tempfile, threading, warnings
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import numpy as np
 import SimpleITK as sitk
 
-from .intact import check_intact, extension, extensions
-
-# %% ../../nbs/04_scans.volume.ipynb #c32b50f7
-__all__ = ['Volume', 'VolumeError', 'VolumeWarning', 'read_volume', 'write_volume', 'read_mask', 'read_scan', 'check_same_geometry', 'resample',
-           'collect_warnings', 'summarise_warnings']
+from .dicom import read_series
+from .grid import Grid, check_channels, square_axes
+from .intact import check_intact, check_regular, data_file, extension, extensions, header_size
+from .nifti import read_nifti
 
 # %% ../../nbs/04_scans.volume.ipynb #52bfa8f3
 class VolumeError(ValueError): "A scan that cannot be used"
@@ -167,86 +167,147 @@ def _text(path): # SimpleITK ends the process for names that are not UTF-8
 # %% ../../nbs/04_scans.volume.ipynb #eb7359a0
 def _check_path(path):
     try: os.stat(path)
-    except FileNotFoundError: raise VolumeError(f'{path}: does not exist; expected a scan: check the name, and where a link leads') from None
-    except (OSError, ValueError) as e: raise VolumeError(f'{path}: cannot be opened ({getattr(e,"strerror",None) or e})') from None
+    except FileNotFoundError:
+        raise VolumeError(f'{path}: does not exist; expected a scan: check the name, and where a link leads') from None
+    except (OSError, ValueError) as e:
+        raise VolumeError(f'{path}: cannot be opened ({getattr(e,"strerror",None) or e})') from None
     _text(path)
+    try: os.path.isdir(path) or check_regular(path)
+    except ValueError as e: raise VolumeError(f'{path}: {e}') from None
     if not os.access(path, os.R_OK): raise VolumeError(f'{path}: cannot be opened (Permission denied)')
 
-def _check_geometry(vol):
-    d = np.reshape(vol.direction,(3,3))
-    if not all(1e-4<=o<=1e4 for o in vol.spacing): raise VolumeError(f'{vol.path}: the spacing is {_mm(vol.spacing)}; expected 0.0001 to 10000 mm along each axis; correct the header')
-    if not np.isfinite(vol.origin).all(): raise VolumeError(f'{vol.path}: the origin is {_mm(vol.origin)}; correct the header')
-    if not np.abs(d@d.T-np.eye(3)).max()<1e-3: raise VolumeError(f'{vol.path}: the axes are not perpendicular unit vectors (direction {tuple(np.round(vol.direction,4).tolist())}); correct the header')
+# %% ../../nbs/04_scans.volume.ipynb #f908c868
+def choose_volume(
+    path,        # A scan
+    series=None, # As for `read_volume`
+    phase=None,  # As for `read_volume`
+    form=None    # As for `read_volume`
+)->str:          # For example `folder#phase=2`
+    "A path that says which of its volumes is meant, for every function and every CSV file that takes a path"
+    path,old = split_choice(path)
+    new = {k:v for k,v in dict(series=series, phase=phase, form=form).items() if v is not None}
+    said = '&'.join(f'{k}={quote(str(v), safe=" ")}' for k,v in {**old,**new}.items())
+    return f'{path}#{said}' if said else path
 
-def _mm(o): return f'({", ".join(f"{i:g}" for i in o)}) mm'
+_choice = r'(?:series|phase|form)=[^#&/\\]*'
+
+def split_choice(
+    path # A path, perhaps from `choose_volume`
+)->tuple: # The path alone, and what is chosen as a dictionary
+    "What `choose_volume` put together"
+    path = os.fspath(path)
+    m = re.fullmatch(rf'(.+)#({_choice}(?:&{_choice})*)', path, re.S)
+    if not m or '\0' in path or os.path.lexists(path): return path,{}
+    return m[1], {k:unquote(v) for k,v in (o.split('=',1) for o in m[2].split('&'))}
+
+def scan_files(
+    path # A scan
+)->list[str]:
+    "The files that hold a scan, all of them regular; for a folder also the folder"
+    path,_ = split_choice(path)
+    _check_path(path)
+    if os.path.isdir(path): return [path, *sorted(o.path for o in os.scandir(path) if o.is_file())]
+    if extension(path) is None: return [path]
+    with _says(path): return [path, *([os.path.join(os.path.dirname(path), o)] if (o := data_file(path)) else [])]
+
+@contextmanager
+def _says(path):
+    "What is wrong becomes a `VolumeError` about `path`"
+    try: yield
+    except VolumeError: raise
+    except (OSError, ValueError) as e: raise VolumeError(f'{path}: {getattr(e,"strerror",None) or e}') from None
 
 # %% ../../nbs/04_scans.volume.ipynb #f52a0ca9
-_io = {'.nii':'NiftiImageIO', '.nii.gz':'NiftiImageIO', '.mha':'MetaImageIO', '.mhd':'MetaImageIO', '.nrrd':'NrrdImageIO', '.nhdr':'NrrdImageIO'}
+_io = {'.mha':'MetaImageIO', '.mhd':'MetaImageIO', '.nrrd':'NrrdImageIO', '.nhdr':'NrrdImageIO'}
 
-def _read_file(path, channels):
-    if extension(path) is None: raise VolumeError(f'{path}: is not a scan by its name; expected one of {", ".join(extensions)}, or the folder of a DICOM series')
-    try: bad = check_intact(path)
-    except (OSError, ValueError) as e: raise VolumeError(f'{path}: {getattr(e,"strerror",None) or e}') from None
+def _read_itk(path, channels):
+    "A MetaImage or NRRD file -> `Grid`"
+    claim = check_intact(path)
     r = sitk.ImageFileReader()
     r.SetFileName(str(path))
     r.SetImageIO(_io[extension(path)])
     with _itk(path): im = r.Execute()
-    n,size,c = im.GetDimension(),im.GetSize(),im.GetNumberOfComponentsPerPixel()
-    if 'complex' in im.GetPixelIDTypeAsString(): raise VolumeError(f'{path}: has complex voxels; save their magnitude')
-    if not 2<=n<=4 or (n==4 and c>1) or (not channels and (n==4 and size[3]>1 or c>1)):
-        raise VolumeError(f'{path}: has {n} dimensions of sizes {size}{f" and {c} components per voxel" if c>1 else ""}, expected 3'
-                          f'{"; give channels=True to keep several channels, or save one of them as a 3D file" if 2<=n<=4 else ""}')
-    return im,bad
+    if 'complex' in im.GetPixelIDTypeAsString(): raise ValueError('has complex voxels; save their magnitude')
+    check_channels(im.GetSize(), im.GetNumberOfComponentsPerPixel(), channels)
+    vol = Volume.from_sitk(im)
+    spacing,direction,notes = square_axes(np.reshape(vol.direction,(3,3))*vol.spacing[::-1]*claim.unit)
+    a,(slope,inter) = vol.array,claim.scale
+    if claim.unit!=1: notes = (*notes, f'has its geometry in units of {claim.unit:g} mm, which was converted to mm')
+    if (slope,inter)!=(1,0): a = a.astype(np.float32 if a.dtype.itemsize<=2 else np.float64)*slope+inter
+    if im.GetDimension()==2: notes = (*notes, 'is a 2D image: it is taken to be 1 mm thick')
+    return Grid(a, spacing, tuple(o*claim.unit for o in vol.origin), direction, (*notes,*claim.notes))
+
+def _read(path, channels, series=None, phase=None, form=None):
+    "Any scan -> `Grid`"
+    folder,ext = os.path.isdir(path),extension(path)
+    wrong = {'form':form} if folder else {'series':series, 'phase':phase, **({} if ext in ('.nii','.nii.gz') else {'form':form})}
+    for k,v in wrong.items():
+        if v is not None: raise ValueError(f'{k}={v!r} does not apply: {"form chooses" if k=="form" else "series and phase choose"} '
+                                           f'{"between the qform and sform of a NIfTI file" if k=="form" else "within the folder of a DICOM series"}')
+    if folder: return read_series(path, series, phase)
+    if ext in ('.nii','.nii.gz'): return read_nifti(path, channels, form)
+    if ext: return _read_itk(path, channels)
+    name = path.lower()
+    if name.endswith(('.hdr','.img','.hdr.gz','.img.gz')):
+        raise ValueError('is a part of an Analyze or NIfTI pair (.hdr and .img), which is not read: an Analyze file does not say '
+                         'where left is; save it as one .nii.gz file')
+    if name.endswith(('.dcm','.ima')): raise ValueError('is a single DICOM file; give the folder that holds its series')
+    raise ValueError(f'is not a scan by its name; expected one of {", ".join(extensions)}, or the folder of a DICOM series')
 
 # %% ../../nbs/04_scans.volume.ipynb #6544388c
-def _is_dicom(path):
-    if path.lower().endswith(('.dcm','.ima')): return True
-    try:
-        with open(path,'rb') as f: head = f.read(132)
-    except OSError: return False
-    return head[128:]==b'DICM' and os.path.basename(path)!='DICOMDIR'
+def _check_geometry(vol):
+    if not all(1e-4<=o<=1e4 for o in vol.spacing):
+        raise VolumeError(f'{vol.path}: the spacing is {_mm(vol.spacing)}; expected 0.0001 to 10000 mm along each axis; correct the header')
+    if not np.isfinite(vol.origin).all(): raise VolumeError(f'{vol.path}: the origin is {_mm(vol.origin)}; correct the header')
 
-def _read_series(path):
-    there = [o for o in sorted(os.listdir(path)) if not o.startswith('.') and os.path.isfile(_text(os.path.join(path,o)))]
-    with collect_warnings(),_itk(path): ids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(path)
-    if not ids: raise VolumeError(f'{path}: is a folder without DICOM files; expected a file, or the folder of one DICOM series')
-    if len(ids)>1: raise VolumeError(f'{path}: holds {len(ids)} DICOM series, expected one; move each into a folder of its own ({", ".join(ids[:4])}{", ..." if len(ids)>4 else ""})')
-    r = sitk.ImageSeriesReader()
-    files = r.GetGDCMSeriesFileNames(path, ids[0])
-    lost = [o for o in there if o not in {os.path.basename(f) for f in files} and _is_dicom(os.path.join(path,o))]
-    if lost: raise VolumeError(f'{path}: {len(lost)} DICOM files cannot be read, for example {lost[0]}; export the series again')
-    with _itk(path):
-        if len(files)==1: return sitk.ReadImage(files[0], imageIO='GDCMImageIO')
-        r.SetFileNames(files)
-        r.MetaDataDictionaryArrayUpdateOn()
-        im = r.Execute()
-    if not all(r.HasMetaDataKey(i,'0020|0032') for i in range(len(files))): return im
-    try: at = np.array([[float(o) for o in r.GetMetaData(i,'0020|0032').split('\\')] for i in range(len(files))])
-    except ValueError: raise VolumeError(f'{path}: the positions of its slices are no numbers; export the series again') from None
-    step = np.linalg.norm(np.diff(at, axis=0), axis=1)
-    i,usual = np.abs(step-np.median(step)).argmax(),np.median(step)
-    if abs(step[i]-usual)>.01*usual: raise VolumeError(
-        f'{path}: slices are {usual:g} mm apart, but {step[i]:g} mm between {Path(files[i]).name} and {Path(files[i+1]).name}: a slice is missing or there twice; export the series again')
-    return im
+def _mm(o): return f'({", ".join(f"{i:g}" for i in o)}) mm'
+
+def _check_values(vol, nan_to_zero):
+    "No NaN, and nothing that float32 cannot hold"
+    a = vol.array
+    if a.dtype.kind!='f': return
+    bad = a.size-np.count_nonzero(ok := np.isfinite(a))
+    if bad and not nan_to_zero:
+        raise VolumeError(f'{vol.path}: {bad:,} of {a.size:,} voxels are NaN or infinite; correct the file, for which '
+                          'read_volume(path, nan_to_zero=True) puts 0 in their place, or leave the scan out')
+    if bad:
+        vol.array = a = np.where(ok, a, a.dtype.type(0))
+        _warn(vol.path, f'{bad:,} voxels were NaN or infinite and are now 0')
+    lo,hi = float(a.min()),float(a.max())
+    if max(-lo, hi, hi-lo)>float(np.finfo(np.float32).max):
+        raise VolumeError(f'{vol.path}: its voxels range from {lo:.3g} to {hi:.3g}, which float32 cannot hold; '
+                          'correct the file: clip what is no measurement, or save the values in another unit')
 
 # %% ../../nbs/04_scans.volume.ipynb #e1707906
 def read_volume(
-    path,           # NIfTI (`.nii`, `.nii.gz`), MetaImage (`.mha`, `.mhd`) or NRRD (`.nrrd`, `.nhdr`) file, or the folder of one DICOM series
-    channels=False, # Are several channels expected (4D, RGB)? The array is then (c,z,y,x) always
-    nan_to_zero=False # Put 0 in place of NaN and infinite voxels? They are an error otherwise
+    path,              # NIfTI (`.nii`, `.nii.gz`), MetaImage (`.mha`, `.mhd`) or NRRD (`.nrrd`, `.nhdr`) file, or the folder of a DICOM series
+    channels=False,    # Are several channels expected (4D, RGB)? The array is then (c,z,y,x) always
+    nan_to_zero=False, # Put 0 in place of NaN and infinite voxels? They are an error otherwise
+    series=None,       # DICOM: which series of the folder; its UID, its number, or a part of its description
+    phase=None,        # DICOM: which volume of the series, counted from 0
+    form=None          # NIfTI: 'qform' or 'sform', where they differ
 )->Volume:
     "Read a scan; raises `VolumeError`"
-    path = os.fspath(path)
-    _check_path(path)
-    im,bad = (_read_series(path),0) if os.path.isdir(path) else _read_file(path, channels)
-    vol = Volume.from_sitk(im, path)
+    path = choose_volume(path, series, phase, form)
+    file,chosen = split_choice(path)
+    _check_path(file)
+    with _says(path): grid = _read(file, channels, **chosen)
+    vol = Volume(*grid[:4], path)
     if vol.array.ndim==4 and not channels: vol.array = vol.array[0]
     if vol.array.ndim==3 and channels: vol.array = vol.array[None]
     _check_geometry(vol)
-    if vol.array.dtype.kind=='f' and not (ok := np.isfinite(vol.array)).all(): bad,vol.array = bad+int((~ok).sum()),np.where(ok, vol.array, vol.array.dtype.type(0))
-    if bad and not nan_to_zero: raise VolumeError(f'{path}: {bad:,} of {vol.array.size:,} voxels are NaN or infinite; correct the file, for which read_volume(path, nan_to_zero=True) puts 0 in their place, or leave the scan out')
-    if bad: _warn(path, f'{bad:,} voxels were NaN or infinite and are now 0')
+    _check_values(vol, nan_to_zero)
+    for o in grid.notes: _warn(path, o)
     return vol
+
+def read_size(
+    path # A scan
+)->tuple: # Voxels along x, y, z, and further axes if there are
+    "The size of a scan; of a file only the header is read"
+    file,chosen = split_choice(path)
+    _check_path(file)
+    if not extension(file): return read_volume(path).shape[::-1]
+    with _says(path): return header_size(file)
 
 # %% ../../nbs/04_scans.volume.ipynb #e367990f
 def check_same_geometry(
@@ -280,18 +341,30 @@ def read_mask(
     return vol if image is None else replace(image, array=vol.array, path=vol.path)
 
 def _classes(a, path, classes, labels):
-    if a.dtype.kind=='f':
-        odd = a!=np.rint(a)
-        if odd.any(): raise VolumeError(f'{path}: {odd.sum():,} of {a.size:,} voxels have fractional values (for example {a[odd][0]:g}), expected class numbers; was it resampled with interpolation, or is it no mask?')
+    if a.dtype.kind=='f': a = _whole_numbers(a, path)
     names = range(classes) if isinstance(classes,int) else classes
     labels = {0:0, **{int(k):int(v) for k,v in labels.items()}} if labels else {i:i for i in (range(256) if names is None else range(len(names)))}
     found = np.unique(a) if a.dtype.kind=='f' or a.itemsize>2 or a.min()<0 else np.flatnonzero(np.bincount(a.ravel()))
     odd = [int(o) for o in found if int(o) not in labels]
-    if odd: raise VolumeError(f'{path}: holds the value{"s"*(len(odd)>1)} {_list(odd)}, declared {"are" if len(labels)>1 else "is"} {_list(labels)}; declare all classes (`classes`, `labels`) or correct the mask')
+    if odd:
+        raise VolumeError(f'{path}: holds the value{"s"*(len(odd)>1)} {_list(odd)}, declared {"are" if len(labels)>1 else "is"} '
+                          f'{_list(labels)}; declare all classes (`classes`, `labels`) or correct the mask')
     if all(labels[int(o)]==o for o in found): return a.astype(np.uint8)
     out = np.zeros(a.shape, np.uint8)
     for o in found: out[a==o] = labels[int(o)]
     return out
+
+def _whole_numbers(a, path):
+    "Labels that were stored with a scale factor are near whole numbers, and each has one value only"
+    values,counts = np.unique(a, return_counts=True)
+    near = np.rint(values)
+    off = np.abs(values-near)
+    shared = np.isin(near, near[1:][np.diff(near)==0])
+    odd = (off>.05)|(off>1e-3)&shared
+    if odd.any():
+        raise VolumeError(f'{path}: {counts[odd].sum():,} of {a.size:,} voxels have fractional values (for example {values[odd][0]:g}), '
+                          'expected class numbers; was it resampled with interpolation, or is it not a mask?')
+    return np.rint(a) if off.any() else a
 
 def _list(o, n=9): return ', '.join(map(str,list(o)[:n]))+(', ...' if len(o)>n else '')
 

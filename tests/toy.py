@@ -4,7 +4,7 @@ from fastai.basics import L, Learner, TransformBlock, noop, set_seed
 from fastai.losses import CrossEntropyLossFlat
 from fastai.vision.core import TensorImage, TensorMask
 from fastmiseg.callback.mireg import MIRegCallback
-from fastmiseg.callback.semisup import SemiSupCallback
+from fastmiseg.callback.method import SemiSupCallback
 from fastmiseg.data import SemiSupDataBlock
 from fastmiseg.models import UNet
 
@@ -24,7 +24,7 @@ def learner(path, net=None, seed=0, dls=None, loss_func=None, width=2, **kw):
     set_seed(seed)
     return Learner(dls or loaders(), net() if isinstance(net, type) else net or UNet(1,2,width=width), loss_func=loss_func or CrossEntropyLossFlat(axis=1), path=path, **kw)
 
-def small_mireg(**kw): return MIRegCallback(**{**dict(n_clusters=3, n_heads=2, layers=('Conv5','Upconv3')), **kw})
+def small_mireg(**kw): return MIRegCallback(**{**dict(n_clusters=3, n_heads=2, local_layers='Upconv3'), **kw})
 
 def quiet(learn):
     learn.remove_cbs([cb for cb in learn.cbs if type(cb).__name__=='ProgressCallback'])

@@ -1,0 +1,2 @@
+"What importing any room of this wing changes in fastai is in `install`"
+from . import install

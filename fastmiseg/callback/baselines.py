@@ -6,26 +6,29 @@
 __all__ = ['ConsistencyCallback', 'EntropyMinCallback']
 
 # %% ../../nbs/25_callback.baselines.ipynb #bb926210
-from .semisup import SemiSupCallback
+from .method import SemiSupCallback
 from ..mutual_info import consistency_loss, entropy_loss
+from ..transforms import Pool
 
 # %% ../../nbs/25_callback.baselines.ipynb #e8413800
 class ConsistencyCallback(SemiSupCallback):
     "The predictions for x and T(x) agree (Bortsova et al. 2019)"
     def __init__(self,
         weight=5.,     # λ3 of equation 3: a number, or a function of the training fraction
-        unlabeled=None # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
-    ): super().__init__(unlabeled, consistency=weight)
+        unlabeled=None,# items or a `DataLoader` of unlabelled images; not needed where the batches are paired
+        T:Pool=None    # what T is drawn from; default: `RandomFlips()`, as the recipe allows
+    ): super().__init__(unlabeled, T, consistency=weight)
 
-    def penalty(self, v): return consistency_loss(v.t_probs, v.T(v.probs))
+    matches_target = True
+    def penalty(self, step): return consistency_loss(step.probs('tx'), step.T(step.target))
 
 # %% ../../nbs/25_callback.baselines.ipynb #fa1a2c14
 class EntropyMinCallback(SemiSupCallback):
     "Predictions for unlabelled images are confident (Vu et al. 2019)"
-    views = ('own',)
     def __init__(self,
         weight=.01,    # a number, or a function of the training fraction; the paper does not give its own
         unlabeled=None # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
     ): super().__init__(unlabeled, entropy=weight)
 
-    def penalty(self, v): return entropy_loss(v.own_probs)
+    def views(self, step): step.see('x')
+    def penalty(self, step): return entropy_loss(step.probs('x'))

@@ -7,14 +7,41 @@ __all__ = ['MIRegCallback']
 
 # %% ../../nbs/26_callback.mireg.ipynb #bce99c8a
 import math
+from functools import partial
 from types import MappingProxyType
 
 from torch import nn
 
-from .semisup import SemiSupCallback
-from ..processes import processes
+from .method import SemiSupCallback
 from ..mutual_info import consistency_loss
+from ..processes import processes
 from ..projectors import GlobalProjector, LocalProjector
+from ..transforms import Pool
+
+# %% ../../nbs/26_callback.mireg.ipynb #21817bcb
+def _names(layers): return (layers,) if isinstance(layers, str) else tuple(layers)
+
+def _clusters(n_clusters, n_heads, layers):
+    "K of each stage, checked"
+    k = n_clusters if isinstance(n_clusters, dict) else dict.fromkeys(layers, n_clusters)
+    if stray := set(k)-set(layers):
+        raise ValueError(f"n_clusters: {', '.join(sorted(stray))} is not among the layers ({', '.join(layers)})")
+    for name,o,least in (*(('n_clusters',o,2) for o in k.values()), ('n_heads',n_heads,1)):
+        if not isinstance(o, int) or o<least:
+            raise ValueError(f"{name}: {o!r} is too few, it takes at least {least}; the paper uses 10 clusters and 5 heads")
+    return {n: k.get(n, 10) for n in layers}
+
+def _check_map(name, size, n_clusters, n_heads, window):
+    "Whether a stage's map is large enough for what is asked of it"
+    shape = '×'.join(map(str, size))
+    for k,what,arg in ((n_clusters,'clusters','n_clusters'), (n_heads,'heads','n_heads')):
+        if k>math.prod(size):
+            raise ValueError(f"{arg}: {k} is more than the map of {name!r} allows, which has {shape} positions; "
+                             f"choose fewer {what}, or larger images")
+    for o,n in zip(window if isinstance(window, (tuple,list)) else [window]*len(size), size):
+        if isinstance(o, int) and o>2*n-1:
+            raise ValueError(f"neighborhood: {window} is more than the map of {name!r} allows, which is {shape} "
+                             f"(at most {2*min(size)-1}); choose a smaller window, a stage of a finer scale, or larger images")
 
 # %% ../../nbs/26_callback.mireg.ipynb #0836b630
 class MIRegCallback(SemiSupCallback):
@@ -23,7 +50,8 @@ class MIRegCallback(SemiSupCallback):
         global_weight=.1,      # λ1 of equation 3: a number, or a function of the training fraction; 0 leaves the term out
         local_weight=.1,       # λ2
         consistency_weight=5., # λ3; the squared distance is divided by the number of classes, as in the authors' code
-        layers=('Conv5','Upconv3','Upconv2'), # stages, or paths of modules; Conv.. are regularised globally, all others locally
+        global_layers=('Conv5',),             # stages whose pooled maps are clustered, or paths of modules
+        local_layers=('Upconv3','Upconv2'),   # stages whose positions are clustered, or paths of modules
         n_clusters=10,         # K: a number, or one for each stage that differs from 10, as in {'Conv5':20}
         n_heads:int=5,         # independent projectors to a stage, averaged
         neighborhood=MappingProxyType({'Upconv3':3,'Upconv2':7}), # window of displacements of each local stage; 1 where nothing is said
@@ -31,51 +59,61 @@ class MIRegCallback(SemiSupCallback):
         symmetric:bool=True,   # average the joint with its transpose, as the authors' code does
         subtract_min:bool=False, # the published code's local loss: the joint less its minimum (see `local_mi_loss`)
         prior=None,            # (K,) wanted share of each cluster, instead of equal shares (section 6)
-        unlabeled=None         # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
+        unlabeled=None,        # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
+        T:Pool=None            # what T is drawn from; default: `RandomFlips()`, as the recipe allows
     ):
-        layers = (layers,) if isinstance(layers, str) else tuple(layers)
-        self.global_layers = tuple(n for n in layers if n.startswith('Conv'))
-        self.local_layers  = tuple(n for n in layers if n not in self.global_layers)
-        weights = {k:w for k,w,on in [('global_mi',global_weight,self.global_layers), ('local_mi',local_weight,self.local_layers),
-                                      ('consistency',consistency_weight,True)] if on and (callable(w) or w)}
-        clusters = n_clusters if isinstance(n_clusters, dict) else dict.fromkeys(layers, n_clusters)
-        if stray := set(clusters)-set(layers): raise ValueError(f"n_clusters: {', '.join(sorted(stray))} is not among the layers ({', '.join(layers)})")
-        for name,o,least in (*(('n_clusters',k,2) for k in clusters.values()), ('n_heads',n_heads,1)):
-            if not isinstance(o, int) or o<least: raise ValueError(f"{name}: {o!r} is too few, it takes at least {least}; the paper uses 10 clusters and 5 heads")
-        if not weights: raise ValueError("MIRegCallback: every weight is 0 (or its layers are missing), so there is nothing to do; leave the callback out")
-        super().__init__(unlabeled, **weights)
-        self.layers = tuple(n for n in layers if ('global_mi' if n in self.global_layers else 'local_mi') in weights)
-        self.n_clusters,self.n_heads,self.pool,self.neighborhood = {n: clusters.get(n, 10) for n in layers},n_heads,pool,dict(neighborhood)
-        if prior is not None and len({self.n_clusters[n] for n in self.layers})>1: raise ValueError("prior: has one share for each cluster, so all stages need the same n_clusters")
+        self.global_layers,self.local_layers = _names(global_layers),_names(local_layers)
+        terms = dict(global_mi=(global_weight, self.global_layers), local_mi=(local_weight, self.local_layers),
+                     consistency=(consistency_weight, True))
+        weights = {k:w for k,(w,on) in terms.items() if on and (callable(w) or w)}
+        if not weights:
+            raise ValueError("MIRegCallback: every weight is 0 (or its layers are missing), so there is nothing to do; "
+                             "leave the callback out")
+        super().__init__(unlabeled, T, **weights)
+        self.n_clusters = _clusters(n_clusters, n_heads, (*self.global_layers, *self.local_layers))
+        self.layers = self.global_layers*('global_mi' in weights) + self.local_layers*('local_mi' in weights)
+        if prior is not None and len({self.n_clusters[n] for n in self.layers})>1:
+            raise ValueError("prior: has one share for each cluster, so all stages need the same n_clusters")
+        self.n_heads,self.neighborhood,self.pool = n_heads,dict(neighborhood),pool
         self.symmetric,self.subtract_min,self.prior = symmetric,subtract_min,prior
 
+    @property
+    def matches_target(self): return 'consistency' in self.weights
+
     def make_projectors(self, found):
-        new = lambda n,c,kw: GlobalProjector(c, pool=self.pool, **kw) if n in self.global_layers else LocalProjector(c, **kw)
-        return nn.ModuleDict({n.replace('.','/'): new(n, s.channels, dict(n_clusters=self.n_clusters[n], n_heads=self.n_heads)) for n,s in found.items()})
+        def new(name, channels):
+            kw = dict(n_clusters=self.n_clusters[name], n_heads=self.n_heads)
+            if name in self.global_layers: return GlobalProjector(channels, pool=self.pool, **kw)
+            return LocalProjector(channels, **kw)
+        return nn.ModuleDict({n.replace('.','/'): new(n, s.channels) for n,s in found.items()})
 
-    def _mean_loss(self, names, f, g, **kw):
-        proj = lambda n: self.projectors[n.replace('.','/')]
-        loss = sum(proj(n).loss(f(n), g(n), symmetric=self.symmetric, prior=self.prior, **{k:o(n) for k,o in kw.items()}) for n in names)/len(names)
-        n = processes()[1] # each has the information of the whole batch and its own part of the gradient, and the parts will be averaged
-        return loss if n==1 else n*loss - (n-1)*loss.detach()
+    def projector(self,
+        name:str # of a stage
+    )->nn.Module:
+        "The heads of a stage"
+        return self.projectors[name.replace('.','/')]
 
-    def _window(self, name, size):
-        "The neighbourhood of a stage, checked against its map"
-        w = self.neighborhood.get(name, 1)
-        for k,what,n in ((self.n_clusters[name],'clusters','n_clusters'), (self.n_heads,'heads','n_heads')):
-            if k>math.prod(size): raise ValueError(f"{n}: {k} is more than the map of {name!r} allows, which has {'×'.join(map(str,size))} positions; choose fewer {what}, or larger images")
-        for o,n in zip(w if isinstance(w, (tuple,list)) else [w]*len(size), size):
-            if isinstance(o, int) and o>2*n-1:
-                raise ValueError(f"neighborhood: {w} is more than the map of {name!r} allows, which is {'×'.join(map(str,size))} "
-                                 f"(at most {2*min(size)-1}); choose a smaller window, a stage of a finer scale, or larger images")
-        return w
+    def _mean_over(self, layers, loss):
+        "Mean of a loss over stages"
+        total = sum(map(loss, layers))/len(layers)
+        n = processes()[1] # each has the information of the whole batch and its own part of the gradient; the parts will be averaged
+        return total if n==1 else n*total - (n-1)*total.detach()
 
-    def penalty(self, v):
+    def _global_loss(self, step, name):
+        f,g = step.feats['tx'][name],step.target_feats[name]
+        return self.projector(name).loss(f, g, symmetric=self.symmetric, prior=self.prior)
+
+    def _local_loss(self, step, name):
+        f,g,window = step.feats['tx'][name],step.target_feats[name],self.neighborhood.get(name, 1)
+        _check_map(name, g.shape[2:], self.n_clusters[name], self.n_heads, window)
+        return self.projector(name).loss(f, step.T(g), window, symmetric=self.symmetric,
+                                         subtract_min=self.subtract_min, prior=self.prior)
+
+    def penalty(self, step):
         res = {}
         if 'global_mi' in self.weights:
-            res['global_mi'] = self._mean_loss(self.global_layers, v.t_feats.get, v.feats.get)
+            res['global_mi'] = self._mean_over(self.global_layers, partial(self._global_loss, step))
         if 'local_mi' in self.weights:
-            res['local_mi'] = self._mean_loss(self.local_layers, v.t_feats.get, lambda n: v.T(v.feats[n]),
-                                              size=lambda n: self._window(n, v.feats[n].shape[2:]), subtract_min=lambda n: self.subtract_min)
-        if 'consistency' in self.weights: res['consistency'] = consistency_loss(v.t_probs, v.T(v.probs))
+            res['local_mi'] = self._mean_over(self.local_layers, partial(self._local_loss, step))
+        if self.matches_target: res['consistency'] = consistency_loss(step.probs('tx'), step.T(step.target))
         return res

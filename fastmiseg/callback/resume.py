@@ -12,7 +12,8 @@ import torch, torch.distributed as dist
 from fastai.basics import *
 from fastai.callback.schedule import LRFinder
 
-from .semisup import PairedBatchCallback, SemiSupCallback
+from .method import SemiSupCallback
+from .paired import PairedBatchCallback
 from .stream import random_states, restore_random_states, state_of, restore_state
 from ..data import PairedDL
 from ..processes import processes

@@ -6,91 +6,72 @@
 __all__ = ['EMATeacherCallback']
 
 # %% ../../nbs/27_callback.teacher.ipynb #51c8fb2f
-import torch
 from fastai.basics import *
-from torch.func import functional_call
 
-from .regularizer import _mean_of_all
-from .semisup import SemiSupCallback
-from ..processes import processes
+from ..average import ModelAverage
+from .method import Teacher
 from ..mutual_info import consistency_loss
+from ..transforms import Pool
 
-# %% ../../nbs/27_callback.teacher.ipynb #78adec4e
-def _tensors(model): return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-def _floats(*dicts): return [[o[k].data for k,v in dicts[0].items() if v.is_floating_point()] for o in dicts]
-
-@torch.no_grad()
-def _towards(avg, model, weight):
-    "Move the tensors of `avg` by a fraction `weight` to those of `model`"
-    old,new = _floats(avg, model)
-    torch._foreach_lerp_(old, new, weight)
-    for k,v in avg.items():
-        if not v.is_floating_point(): v.copy_(model[k])
-
-# %% ../../nbs/27_callback.teacher.ipynb #ba68630a
-class EMATeacherCallback(SemiSupCallback):
-    "Mean Teacher, alone or as the other side of every regulariser beside it (Perone et al. 2019; section 5.2)"
+# %% ../../nbs/27_callback.teacher.ipynb #e23a8aea
+class EMATeacherCallback(Teacher):
+    "Mean Teacher, alone or as the other side of every method beside it (Perone et al. 2019; section 5.2)"
     def __init__(self,
         decay:float=.999,   # of the average, for each step; less in the first steps
-        weight=None,        # of the squared distance between the student's prediction for T(x) and the teacher's; by default 5 alone, and 0 beside a regulariser that has a consistency term
+        weight=None,        # of the squared distance between the student's prediction for T(x) and the teacher's: a number, or a function of the training fraction; None: 5, or 0 beside a method that compares with the teacher itself
         evaluate='teacher', # who is validated, and saved by `SaveModelCallback`: 'teacher' or 'student'
-        unlabeled=None      # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
+        unlabeled=None,     # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
+        T:Pool=None         # what T is drawn from; default: `RandomFlips()`, as the recipe allows
     ):
         if not 0<=decay<1: raise ValueError(f"decay: {decay} is not in [0,1); the paper uses 0.999")
         if evaluate not in ('teacher','student'): raise ValueError(f"evaluate: {evaluate!r} is neither 'teacher' nor 'student'")
-        super().__init__(unlabeled)
+        super().__init__(unlabeled, T)
         self.decay,self.weight,self.evaluate = decay,weight,evaluate
-        self.average,self.steps,self._swapped = None,0,False
+        self.average,self._in_place,self._skipped = None,None,False
 
-    def join(self, regs):
+    def join(self, methods):
         weight = self.weight
-        if weight is None: weight = 0. if any('consistency' in r.weights for r in regs) else 5.
-        self.weights,self.views = ({'mean_teacher':weight},('x','tx')) if callable(weight) or weight else ({},())
+        if weight is None: weight = 0. if any(r.matches_target for r in methods if r is not self) else 5.
+        self.weights = {'mean_teacher':weight} if callable(weight) or weight else {}
 
-    def see(self,
-        x # (N,C,H,W)
-    ): # logits, without gradient
-        "The teacher's answer to x"
-        copies = {k: self.average[k].clone() for k,_ in get_model(self.model).named_buffers()} # a forward pass in training changes its buffers
-        with torch.no_grad(): return functional_call(get_model(self.model), {**self.average, **copies}, (x,))
+    def answer(self, x): return self.average(get_model(self.model), x)
 
-    def penalty(self, v): return {'mean_teacher': consistency_loss(v.t_probs, v.T(v.probs))} if self.weights else {}
+    def views(self, step):
+        if self.weights: step.see('tx')
+
+    def penalty(self, step):
+        return {'mean_teacher': consistency_loss(step.probs('tx'), step.T(step.target))} if self.weights else {}
 
     # the average
     def before_fit(self):
         super().before_fit()
         if not self._fitting: return
-        self._student,old = _tensors(get_model(self.model)),self.average
-        if old is None or {k:v.shape for k,v in old.items()}!={k:v.shape for k,v in self._student.items()}:
-            self.average,self.steps = {k:v.detach().clone() for k,v in self._student.items()},0
-        else: self.average = {k:v.to(self._student[k].device) for k,v in old.items()}
+        student = get_model(self.model)
+        if self.average is None or not self.average.fits(student): self.average = ModelAverage(student)
+        self.average.to(next(student.parameters()).device)
 
     def before_step(self): self._skipped = False
     def after_cancel_step(self): self._skipped = True
     def after_step(self):
-        if self._skipped: return
-        if processes()[1]>1: # batch norm's statistics differ between processes
-            for b in get_model(self.model).buffers():
-                if b.is_floating_point(): _mean_of_all(b.data)
-        _towards(self.average, self._student, 1-min(1-1/(self.steps+1), self.decay))
-        self.steps += 1
+        if not self._skipped: self.average.update(get_model(self.model), self.decay)
 
-    # validation
-    def _swap(self):
-        for k,p in self._student.items(): p.data,self.average[k].data = self.average[k].data,p.data
-        self._swapped = not self._swapped
-
-    def back(self):
-        "Give the student its own weights back"
-        if self._swapped: self._swap()
-
+    # validation, with the teacher in the student's place
     def before_validate(self):
-        if self._fitting and self.evaluate=='teacher' and not self._swapped: self._swap()
-    def before_epoch(self): self.back()
-    def after_cancel_fit(self): self.back()
-    def after_fit(self): self.back(); super().after_fit()
-    def undo(self): self.back()
+        if not self._fitting or self.evaluate!='teacher' or self._in_place: return
+        self._in_place = self.average.in_place_of(get_model(self.model))
+        self._in_place.__enter__()
+
+    def step_aside(self):
+        "Give the student its own weights back"
+        if self._in_place: self._in_place.__exit__(None, None, None)
+        self._in_place = None
+
+    def before_epoch(self): self.step_aside()
+    def after_cancel_fit(self): self.step_aside()
+    def after_fit(self):
+        self.step_aside()
+        super().after_fit()
+    def undo(self): self.step_aside()
 
     # afterwards
     def to_model(self,
@@ -98,9 +79,7 @@ class EMATeacherCallback(SemiSupCallback):
     ):
         "Turn the teacher into a model"
         if self.average is None: raise ValueError("there is no teacher yet: it begins with the first fit")
-        model = _tensors(get_model(model))
-        with torch.no_grad():
-            for k,v in self.average.items(): model[k].copy_(v)
+        self.average.copy_to(get_model(model))
 
-    def state_dict(self): return {} if self.average is None else {'average':self.average, 'steps':self.steps}
-    def load_state_dict(self, sd): self.average,self.steps = sd.get('average'),sd.get('steps', 0)
+    def state_dict(self): return {} if self.average is None else self.average.state_dict()
+    def load_state_dict(self, sd): self.average = ModelAverage.from_state(sd) if sd else None

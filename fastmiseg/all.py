@@ -20,7 +20,9 @@ from .show import *
 from .mutual_info import *
 from .projectors import *
 from .models import *
-from .callback.semisup import *
+from .callback.step import *
+from .callback.method import *
+from .callback.paired import *
 from .callback.mireg import *
 from .metrics import *
 from .surface import *
@@ -31,6 +33,8 @@ from .segmenter import *
 from .plots import *
 from .callback.baselines import *
 from .callback.teacher import *
+from .callback.log import *
 from .callback.resume import *
+from .training import Settings
 
 __all__ = [o for o in globals() if not o.startswith('_')]

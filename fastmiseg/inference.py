@@ -16,7 +16,6 @@ from .scans.intact import extension
 from .scans.volume import Volume, VolumeError, collect_warnings, read_mask, read_volume, write_volume, _tell
 from .scans.readers import cohort_frame
 from .scans.recipe import Recipe
-from .transforms import Flip
 from .models import _evaluating
 from .surface import score_volume
 
@@ -31,8 +30,8 @@ def _probabilities(model, x, bs, flips):
     with _evaluating(model), torch.no_grad():
         for i in range(0, len(x), bs):
             o = torch.from_numpy(x[i:i+bs]).to(device)
-            Ts = [Flip([a]*len(o)) for a in axes]
-            out.append((sum(T.inverse(model(T(o)).float().softmax(1)) for T in Ts)/len(Ts)).cpu())
+            probs = lambda a: model(o.flip(a)).float().softmax(1).flip(a)
+            out.append((sum(map(probs, axes))/len(axes)).cpu())
     return torch.cat(out).numpy()
 
 def _segment(model, recipe, vol, limits=None, flips=False, bs=16):

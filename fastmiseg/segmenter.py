@@ -20,7 +20,7 @@ import fastmiseg
 from .scans.volume import Volume
 from .scans.recipe import Recipe
 from .models import _evaluating, create_unet
-from .callback.semisup import SemiSupCallback
+from .callback.method import SemiSupCallback
 from .inference import _check_free, _recipe, predict_volume
 
 # %% ../nbs/37_segmenter.ipynb #e41f357f

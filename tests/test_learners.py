@@ -11,7 +11,9 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import ranger
 from fastmiseg.callback.baselines import ConsistencyCallback
 from fastmiseg.callback.mireg import MIRegCallback
-from fastmiseg.callback.semisup import PairedBatchCallback, SemiSupCallback
+from fastmiseg.callback.method import SemiSupCallback
+from fastmiseg.callback.paired import PairedBatchCallback
+from fastmiseg.callback.step import Step
 from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.models import create_unet, find_stages
 from toy import UNet, hooks, disc, learner, loaders, quiet, small_mireg
@@ -22,7 +24,7 @@ def equal(ps, before): return all(torch.equal(p, o) for p,o in zip(ps, before, s
 class Odd(SemiSupCallback):
     "A term that is no number at step 2"
     def __init__(self): super().__init__(odd=1.)
-    def penalty(self, v): return v.t_logits.mean()*(float('nan') if self.train_iter==2 else 1)
+    def penalty(self, step): return step.logits['tx'].mean()*(float('nan') if self.train_iter==2 else 1)
 
 def moved(cb, before): return any(not torch.equal(a, b) for a,b in zip(cb.projectors.parameters(), before))
 
@@ -69,16 +71,13 @@ def test_unet_learner_with_files(rgb):
 def test_intensities_of_normalised_images(rgb):
     "T changes them as they were before `Normalize`, not what the network gets: that is negative in places, and would be cut off"
     from fastai.vision.all import Normalize, imagenet_stats
-    from fastmiseg.transforms import RandomFlips
+    from fastmiseg.transforms import RandomFlips, RandomLight
     class Sees(SemiSupCallback):
-        def penalty(self, v): seen.append((v.x, v.T, self.learn.paired_batch._tx)); return v.t_logits.mean()
-    class Keep(Callback):
-        order = PairedBatchCallback.order+1
-        def before_batch(self):
-            if self.training: self.learn.paired_batch._tx = self.x[-2:].clone()
+        def penalty(self, step):
+            seen.append((step.x_u, step.T, step.images['tx']))
+            return step.logits['tx'].mean()
     seen,learn = [],unet(rgb, batch_tfms=Normalize.from_stats(*imagenet_stats))
-    learn.paired_batch.flips = RandomFlips(jitter=.5)
-    learn.fit(1, 1e-3, cbs=[Sees(unlabeled=files(rgb), sees=1.), Keep()])
+    learn.fit(1, 1e-3, cbs=Sees(unlabeled=files(rgb), T=RandomFlips()+RandomLight(.5), sees=1.))
     mean,std = (torch.tensor(o)[:,None,None] for o in imagenet_stats)
     for x,T,tx in seen:
         assert x.amin()<-1
@@ -91,7 +90,9 @@ def test_unlabelled_files_are_augmented(rgb):
         order,split_idx = 99,0
         def encodes(self, x:TensorImage): return x*0+.5
     class Sees(SemiSupCallback):
-        def penalty(self, v): seen.append(v.x.unique().tolist()); return v.t_logits.mean()
+        def penalty(self, step):
+            seen.append(step.x_u.unique().tolist())
+            return step.logits['tx'].mean()
     seen,learn = [],unet(rgb, batch_tfms=Grey())
     learn.fit(2, 1e-3, cbs=Sees(unlabeled=files(rgb), sees=1.))
     assert seen==[[.5]]*4
@@ -103,7 +104,7 @@ def test_unlabelled_of_another_size(rgb):
 
 def test_timm_encoder(tmp_path):
     learn = quiet(learner(tmp_path, dls=loaders(size=32), net=create_unet('mobilenetv3_small_050', n_in=1, n_out=2, size=(32,32))))
-    learn.fit(1, 1e-3, cbs=[MIRegCallback(n_clusters=3, n_heads=2, layers=('Conv4','Upconv3')), EMATeacherCallback()])
+    learn.fit(1, 1e-3, cbs=[MIRegCallback(n_clusters=3, n_heads=2, global_layers='Conv4', local_layers='Upconv3'), EMATeacherCallback()])
     assert hooks(learn.model)==hooks(create_unet('mobilenetv3_small_050', n_in=1, n_out=2, size=(32,32)))
 
 def test_encoder_that_keeps_its_layers_in_one(tmp_path):
@@ -118,9 +119,9 @@ def test_encoder_that_keeps_its_layers_in_one(tmp_path):
 def test_foreign_network_by_module_paths(tmp_path):
     monai = pytest.importorskip('monai.networks.nets', reason='needs MONAI')
     net = monai.UNet(spatial_dims=2, in_channels=1, out_channels=2, channels=(4,8,16), strides=(2,2))
-    cb = MIRegCallback(n_clusters=3, n_heads=2, layers=('model.1.submodule.0','model.2'), neighborhood={'model.2':3})
+    cb = MIRegCallback(n_clusters=3, n_heads=2, global_layers='model.1.submodule.1.submodule', local_layers=('model.1.submodule.0','model.2'), neighborhood={'model.2':3})
     learn = quiet(learner(tmp_path, net=net)); learn.fit(1, 1e-3, cbs=cb)
-    assert set(cb.projectors)=={'model/1/submodule/0','model/2'} and hooks(net)==0
+    assert set(cb.projectors)=={'model/1/submodule/1/submodule','model/1/submodule/0','model/2'} and hooks(net)==0
 
 def test_dictionary_output_is_explained(tmp_path):
     class Dict(UNet):
@@ -177,12 +178,12 @@ def test_skipped_steps(tmp_path, order):
     cb,ema = small_mireg(),EMATeacherCallback()
     learn = quiet(learner(tmp_path))
     learn.fit(1, 1e-2, cbs=[cb, ema])
-    state = lambda: values([*cb.projectors.parameters(), *learn.model.parameters(), *ema.average.values()])
-    before,steps = state(),ema.steps
+    state = lambda: values([*cb.projectors.parameters(), *learn.model.parameters(), *ema.average.tensors.values()])
+    before,steps = state(),ema.average.steps
     learn.fit(1, 1e-2, cbs=[cb, ema, Skip()])
-    assert equal(state(), before) and ema.steps==steps==4
+    assert equal(state(), before) and ema.average.steps==steps==4
     learn.fit(1, 1e-2, cbs=[cb, ema])
-    assert ema.steps==8 and not any(torch.equal(a, b) for a,b in zip(state(), before) if a.ndim>1)
+    assert ema.average.steps==8 and not any(torch.equal(a, b) for a,b in zip(state(), before) if a.ndim>1)
 
 def test_accumulated_gradients_are_those_of_the_sum(tmp_path):
     "Two batches of two accumulated are one step"
@@ -213,12 +214,12 @@ def test_early_stopping_with_a_teacher(tmp_path, capsys):
     class Watch(Callback):
         order = EarlyStoppingCallback.order-1
         def after_train(self): self.student = values(self.model.parameters())
-        def after_epoch(self): self.swapped = self.learn.ema_teacher._swapped
+        def after_epoch(self): self.swapped = self.learn.ema_teacher._in_place
     learn,ema = quiet(learner(tmp_path)),EMATeacherCallback()
     learn.fit(9, 1e-2, cbs=[small_mireg(), ema, o:=Watch(), EarlyStoppingCallback(min_delta=100, patience=2)])
     assert 'early stopping' in capsys.readouterr().out and len(learn.recorder.values)==3 and o.swapped
-    assert equal(learn.model.parameters(), o.student) and not ema._swapped and hooks(learn.model)==0
-    assert not torch.equal(ema.average['head.weight'], learn.model.head.weight)
+    assert equal(learn.model.parameters(), o.student) and ema._in_place is None and hooks(learn.model)==0
+    assert not torch.equal(ema.average.tensors['head.weight'], learn.model.head.weight)
 
 def test_lr_find_gives_all_suggestions(tmp_path):
     learn = quiet(learner(tmp_path, cbs=[small_mireg(), EMATeacherCallback()]))
@@ -226,7 +227,7 @@ def test_lr_find_gives_all_suggestions(tmp_path):
     found = learn.lr_find(num_it=30, show_plot=False, suggest_funcs=(minimum, steep, valley, slide))
     assert found._fields==('minimum','steep','valley','slide') and np.isfinite(found).all()
     assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items()) and learn.dls.train.epoch==0
-    assert learn.ema_teacher.average is None or learn.ema_teacher.steps==0
+    assert learn.ema_teacher.average is None or learn.ema_teacher.average.steps==0
 
 def test_three_ways_to_attach(tmp_path):
     "In the constructor, in fit and by add_cb: the same training"
@@ -262,7 +263,7 @@ def test_batch_of_one(tmp_path):
 def test_bad_windows_and_layers(tmp_path):
     with pytest.raises(ValueError, match=r"neighborhood: 21 is more than the map of 'Upconv3' allows, which is 8×8 \(at most 15\)"):
         quiet(learner(tmp_path)).fit(1, cbs=small_mireg(neighborhood={'Upconv3':21}))
-    with pytest.raises(ValueError, match="no stage 'Conv9' in UNet; there are Conv1, "): quiet(learner(tmp_path)).fit(1, cbs=small_mireg(layers='Conv9'))
+    with pytest.raises(ValueError, match="no stage 'Conv9' in UNet; there are Conv1, "): quiet(learner(tmp_path)).fit(1, cbs=small_mireg(global_layers='Conv9'))
     with pytest.raises(ValueError, match='there are no unlabelled images. Either'): quiet(learner(tmp_path, dls=loaders(n=9))).fit(1, cbs=small_mireg())
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='mixed precision in fastai needs CUDA')
@@ -277,13 +278,13 @@ def test_mixed_precision(tmp_path, bf16):
 def test_float16_features_give_float32_information():
     "Autocast, on any device: the penalty is computed in float32"
     net,x = UNet(1,2,width=2),torch.randn(4,1,16,16)
-    from fastmiseg.callback.semisup import Views
     from fastmiseg.models import find_stages
     from fastmiseg.transforms import RandomFlips
     cb = small_mireg(); st = find_stages(net, cb.layers); cb.projectors = cb.make_projectors(st)
     f = {n: torch.randn(4,s.channels,16//s.scale,16//s.scale, dtype=torch.bfloat16) for n,s in st.items()}
-    v = Views(RandomFlips().draw(4), 0., x, *(torch.randn(4,2,16,16, dtype=torch.bfloat16) for _ in range(3)), f, f)
-    with torch.autocast('cpu', dtype=torch.bfloat16): terms = cb.penalty(v)
+    step = Step(x[:1], None, x, RandomFlips().draw(4))
+    for k in ('x','tx'): step.logits[k],step.feats[k] = torch.randn(4,2,16,16, dtype=torch.bfloat16),f
+    with torch.autocast('cpu', dtype=torch.bfloat16): terms = cb.penalty(step)
     assert {o.dtype for o in terms.values()}=={torch.float32}
 
 def test_no_number_names_the_scans(tmp_path):

@@ -48,7 +48,7 @@ def test_batch_is_given_back(tmp_path):
             return super().forward(x)
     learn = quiet(learner(tmp_path, net=Breaks(1,2,width=2)))
     with pytest.raises(RuntimeError): learn.fit(1, cbs=ConsistencyCallback())
-    assert len(learn.x)==2 and learn.paired_batch._v is None
+    assert len(learn.x)==2 and learn.paired_batch.step is None
 
 EXPORT = '''
 import sys; sys.modules['fastmiseg'] = None

@@ -7,7 +7,7 @@ from fastai.distributed import *
 from fastai.vision.core import TensorImage, TensorMask
 from fastmiseg.callback.baselines import ConsistencyCallback
 from fastmiseg.callback.resume import ResumeCallback
-from fastmiseg.callback.semisup import SemiSupCallback
+from fastmiseg.callback.method import SemiSupCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.processes import processes
 from fastmiseg.metrics import VolumeDice
@@ -27,9 +27,11 @@ class Seen(Callback):
     order = SemiSupCallback.order+1
     def __init__(self): super().__init__(); self.x,self.T,self.terms,self.seen = [],[],[],[]
     def after_pred(self):
-        if self.training and (v:=self.learn.paired_batch._v): self.x.append(v.x.sum((1,2,3)).tolist()); self.T.append(v.T.axes)
+        if self.training and (step:=self.learn.paired_batch.step):
+            self.x.append(step.x_u.sum((1,2,3)).tolist())
+            self.T.append(step.T.do.tolist())
     def after_loss(self):
-        if self.training: self.terms.append({k:float(o) for r in self._mine() for k,o in r._terms.items()})
+        if self.training: self.terms.append({k:float(o) for r in self._mine() for k,o in r.terms.items()})
         else: self.seen.append(len(self.x_of()))
     def x_of(self): return self.learn.xb[0]
     def _mine(self): return [cb for cb in self.learn.cbs if isinstance(cb, SemiSupCallback)]
@@ -46,7 +48,7 @@ def run(kind, path, world):
     if world>1:
         with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit_one_cycle(2, 1e-2, cbs=cbs)
     else: learn.fit_one_cycle(2, 1e-2, cbs=cbs)
-    return dict(model=dict(learn.model.state_dict()), heads=mi.projectors.state_dict(), teacher=teacher.average, x=seen.x, T=[list(map(list,t)) for t in seen.T],
+    return dict(model=dict(learn.model.state_dict()), heads=mi.projectors.state_dict(), teacher=teacher.average.tensors, x=seen.x, T=[list(map(list,t)) for t in seen.T],
                 terms=seen.terms, names=list(learn.recorder.metric_names)[1:-1], values=list(learn.recorder.values[-1]), hooks=sum(len(m._forward_hooks) for m in learn.model.modules()))
 
 class Noisy(GroupNormed):
@@ -68,7 +70,7 @@ def resume(kind, path, rank, stops):
             with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit_one_cycle(2, 1e-2, cbs=cbs)
         except KeyboardInterrupt: assert stop
         else: assert not stop
-    return dict(model=dict(learn.model.state_dict()), heads=mi.projectors.state_dict(), teacher=teacher.average, random=dict(torch=torch.get_rng_state()),
+    return dict(model=dict(learn.model.state_dict()), heads=mi.projectors.state_dict(), teacher=teacher.average.tensors, random=dict(torch=torch.get_rng_state()),
                 log=dict(values=torch.tensor(list(learn.recorder.values[-1]))))
 
 def refused(path, rank):

@@ -81,12 +81,6 @@ def _newest(folder):
     return None,None
 
 # %% ../../nbs/31_callback.resume.ipynb #fbab8a23
-@patch
-def _do_fit(self:Learner):
-    for epoch in range(self.__dict__.pop('_first_epoch', 0), self.n_epoch):
-        self.epoch = epoch
-        self._with_events(self._do_epoch, 'epoch', CancelEpochException)
-
 class _Rest(GetAttr):
     "A loader that has its first `n` batches behind it"
     _default = 'dl'
@@ -156,10 +150,10 @@ class ResumeCallback(Callback):
             print(f"ResumeCallback: this training is finished, {file.name} in {self.path} holds its result; another one needs another path")
             raise CancelFitException()
 
-    def _ours(self): return next((cb for cb in self.learn.cbs if isinstance(cb, PairedBatchCallback) and cb._heads and cb._attached()), None)
+    def _ours(self): return next((cb for cb in self.learn.cbs if isinstance(cb, PairedBatchCallback) and cb.heads and cb.attached()), None)
     def _params(self):
         "Whatever is trained, with its name"
-        heads = (ours:=self._ours()) and {f'projectors.{i}':p for i,p in enumerate(ours._heads.params)}
+        heads = (ours:=self._ours()) and {f'projectors.{i}':p for i,p in enumerate(ours.heads.params)}
         return {**dict(get_model(self.model).named_parameters()), **(heads or {})}
     def _names(self): return [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, SemiSupCallback)]
     def _device(self, o): return to_device(o, next(self.model.parameters()).device)
@@ -168,7 +162,7 @@ class ResumeCallback(Callback):
         "What lasts longer than an epoch"
         get_model(self.model).load_state_dict(s['model'])
         self.opt.load_state_dict(self._device(s['opt']))
-        if s['ours']: self._ours().load_state_dict(self._device({**s['ours'], 'stream': s['ours']['stream'] or dict(n=0, begin=None)})) # a fit that is over has no stream
+        if s['ours']: self._ours().load_state_dict(self._device(s['ours'])) # a fit that is over has no stream
         if s['scaler']: self.learn.scaler.load_state_dict(s['scaler'])
         grads = s['grads']
         for n,p in self._params().items(): p.grad = None if n not in grads else torch.zeros_like(p) if grads[n] is None else grads[n].to(p.device)
@@ -230,7 +224,7 @@ class ResumeCallback(Callback):
         self._saved = self.train_iter
         if hasattr(self.learn, 'recorder') and len(self.recorder.values)>len(self._lines): self._lines = self._lines + [_plain(self.recorder.log)]
         for cb in self.learn.cbs:
-            if hasattr(type(cb), 'back'): cb.back() # a teacher that stands in for the student
+            if isinstance(cb, SemiSupCallback): cb.step_aside()
         ours,dl = self._ours(),self.dls.train
         ours = ours and ours.state_dict()
         model = get_model(self.model).state_dict()

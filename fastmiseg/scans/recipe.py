@@ -12,6 +12,7 @@ __all__ = ['Placement', 'Recipe']
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np, pandas as pd
 import SimpleITK as sitk
@@ -338,3 +339,22 @@ def auto(cls:Recipe,
     axis = axes.pop() if len(axes)==1 else 'auto'
     return cls(spacing=spacing, size=[int(np.ceil(s/16)*16) for s in size], window=window, axis=axis, channels=max(o['channels'] for o in seen),
                classes=classes, labels=labels, rotate=10., flip='' if axis==2 else 'h', jitter=.3) # along the columns of any but sagittal slices runs left to right
+
+# %% ../../nbs/08_scans.recipe.ipynb #2ee4c2fe
+_presets = ('acdc','promise12','spleen','mmwhs','hippocampus')
+
+@patch(cls_method=True)
+def named(cls:Recipe,
+    recipe,          # a `Recipe`, 'auto', the name of a preset, or a JSON file with the arguments of `Recipe`
+    df:pd.DataFrame  # cohort, for 'auto'
+)->Recipe:
+    "A recipe from itself, by name, from a file, or from the scans"
+    if isinstance(recipe, Recipe): return recipe
+    if recipe=='auto': return cls.auto(df)
+    if recipe in _presets: return getattr(cls, recipe)()
+    try: d = json.loads(Path(recipe).read_text(encoding='utf-8'))
+    except OSError:
+        raise ValueError(f"recipe: {recipe!r} is neither 'auto', one of {', '.join(_presets)}, nor a file") from None
+    except ValueError as e: raise ValueError(f'recipe: {recipe} is not JSON ({e})') from None
+    try: return cls.from_dict(d.get('recipe', d))
+    except (TypeError, ValueError, AttributeError) as e: raise ValueError(f'recipe: {recipe} cannot be used ({e})') from None

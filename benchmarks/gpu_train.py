@@ -14,7 +14,7 @@ from fastmiseg.callback.resume import ResumeCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.learner import miseg_learner
 from fastmiseg.metrics import VolumeDice
-from fastmiseg.transforms import RandomFlips
+from fastmiseg.transforms import RandomFlips, RandomLight, RandomShifts
 from gpu import DEVICE, DRY, OUT, add
 from gpu_slices import Discs, Packed, loaders
 
@@ -26,10 +26,10 @@ WIDTH = 4 if DRY else 16
 
 _small = dict(global_weight=.0003, local_weight=.1)
 METHODS = { # callbacks, T
-    'labels only':         (lambda: [], dict()),
-    'Mean Teacher':        (lambda: [EMATeacherCallback(weight=5.)], dict()),
-    'the paper':           (lambda: [MIRegCallback()], dict()),
-    'recommended':         (lambda: [MIRegCallback(**_small, consistency_weight=0.), EMATeacherCallback(weight=5.)], dict(jitter=.5, shift=.5)),
+    'labels only':         (lambda: [], None),
+    'Mean Teacher':        (lambda: [EMATeacherCallback(weight=5.)], None),
+    'the paper':           (lambda: [MIRegCallback()], None),
+    'recommended':         (lambda: [MIRegCallback(**_small, consistency_weight=0.), EMATeacherCallback(weight=5.)], RandomFlips()+RandomLight(.5)+RandomShifts(.5)),
 }
 if DRY: METHODS = {'recommended': METHODS['recommended']}
 
@@ -58,9 +58,9 @@ def train(name):
     set_seed(SEED)
     learn = miseg_learner(dls, width=WIDTH, metrics=VolumeDice(), path=work)
     if DEVICE=='cuda': learn.to_bf16()
-    learn.paired_batch.flips = RandomFlips(**T)
     begun = time.perf_counter()
     cbs = make()
+    for cb in cbs: cb.T = T
     with learn.no_bar(), learn.no_logging():
         learn.fit(STEPS//EPOCH, 1e-3 if not DRY else 1e-2, cbs=[schedule(1e-3), *cbs, ResumeCallback(work/'run', every=10**6), Log(name)])
     if DEVICE=='cuda': torch.cuda.synchronize()

@@ -29,12 +29,13 @@ class TextbookMIReg(MIRegCallback):
         make = lambda n,c: nn.Linear(c, self.n_clusters[n]) if n in self.global_layers else nn.Conv2d(c, self.n_clusters[n], 1)
         return nn.ModuleDict({n: nn.ModuleList(make(n, s.channels) for _ in range(self.n_heads)) for n,s in found.items()})
 
-    def penalty(self, v):
-        f,g = v.t_feats,v.feats
+    def penalty(self, step):
+        f,g = step.feats['tx'],step.target_feats
         one = lambda head,x: head(x.amax((2,3))).softmax(1)[:,None]
         glob = [global_mi_loss(one(h, f[n]), one(h, g[n])) for n in self.global_layers for h in self.projectors[n]]
-        local = [textbook(self.projectors[n], f[n], v.T(g[n]), self.neighborhood[n]) for n in self.local_layers]
-        return dict(global_mi=sum(glob)/len(glob), local_mi=sum(local)/len(local), consistency=consistency_loss(v.t_probs, v.T(v.probs)))
+        local = [textbook(self.projectors[n], f[n], step.T(g[n]), self.neighborhood[n]) for n in self.local_layers]
+        return dict(global_mi=sum(glob)/len(glob), local_mi=sum(local)/len(local),
+                    consistency=consistency_loss(step.probs('tx'), step.T(step.target)))
 
 METHODS = {'partial supervision': lambda: [], 'entropy minimisation': lambda: [EntropyMinCallback()], 'consistency': lambda: [ConsistencyCallback()],
            'Mean Teacher': lambda: [EMATeacherCallback()], 'all terms of the paper': lambda: [MIRegCallback()],

@@ -19,7 +19,8 @@ class Guard:
     ):
         self.names,self.copied = list(terms),None
         vals = mean_of_all(torch.stack([o.detach().float() for o in terms.values()])) # all processes stop, or none
-        self.vals = vals.to('cpu', non_blocking=True)
+        self.vals = torch.empty(len(vals), pin_memory=vals.is_cuda) # a copy to memory that can be paged out would wait
+        self.vals.copy_(vals, non_blocking=True)
         if vals.is_cuda:
             self.copied = torch.cuda.Event()
             self.copied.record()

@@ -79,7 +79,7 @@ class PairedBatchCallback(Callback):
     ):
         super().__init__()
         self.passes = passes
-        self.generator = self.heads = self.pool = None # they outlive a fit
+        self.generator = self.heads = self.T_pool = None # they outlive a fit
         self._begin()
 
     def _begin(self):
@@ -106,7 +106,7 @@ class PairedBatchCallback(Callback):
         self.teacher = next((r for r in self.methods if isinstance(r, Teacher)), None)
         self.stream = _unlabeled_stream(self.learn, self.methods)
         pool = _only_one('T', self.methods, 'a T') or RandomFlips()
-        self.pool = pool.for_recipe(getattr(self.dls, 'recipe', None))
+        self.T_pool = pool.for_recipe(getattr(self.dls, 'recipe', None))
         self.normalize = normalize_of(self.dls)
         if self.generator is None: self.generator = torch.Generator().manual_seed(torch.initial_seed())
         found = find_stages(self.model, list(dict.fromkeys(n for r in self.methods for n in r.layers)))
@@ -120,7 +120,7 @@ class PairedBatchCallback(Callback):
     ): # `Transformation`
         "T for the images of this process: the same as for these images in one process with the batches of all"
         rank,world = processes()
-        T = self.pool.draw(n*world, self.generator)
+        T = self.T_pool.draw(n*world, self.generator)
         return T if world==1 else T[rank*n:(rank+1)*n]
 
     # each batch
@@ -138,7 +138,7 @@ class PairedBatchCallback(Callback):
         self.step = Step(x_l, y_l, x_u, self.draw(len(x_u)), self.pct_train,
                          self._ask_teacher(), self.normalize, self.generator)
         for r in self.methods: r.views(self.step)
-        if 'tx' in self.step.images: self.pool.checked()
+        if 'tx' in self.step.images: self.T_pool.checked()
         self._x_l = x_l
         if self.passes==1: self.learn.xb = (torch.cat([x_l, *self.step.images.values()]),)
         self.maps.listen()

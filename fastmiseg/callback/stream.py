@@ -11,9 +11,6 @@ from fastai.basics import *
 
 from ..data import PairedDL
 
-# %% ../../nbs/18_callback.stream.ipynb #d24056ad
-__all__ = ['random_states', 'restore_random_states', 'state_of', 'restore_state', 'UnlabeledStream', 'share_out']
-
 # %% ../../nbs/18_callback.stream.ipynb #c2345be5
 def state_of(
     rng # `random.Random`, or the module `random`
@@ -36,7 +33,8 @@ def restore_random_states(
     name,ints,*rest = states['numpy']
     np.random.set_state((name, np.array(ints, dtype=np.uint32), *rest))
     torch.set_rng_state(states['torch'].cpu())
-    torch.cuda.set_rng_state_all([o.cpu() for o in states['cuda']])
+    if torch.cuda.is_available(): # a training may go on where there are fewer devices, or none
+        for i,o in enumerate(states['cuda'][:torch.cuda.device_count()]): torch.cuda.set_rng_state(o.cpu(), i)
 
 # %% ../../nbs/18_callback.stream.ipynb #2cfb49eb
 class UnlabeledStream:

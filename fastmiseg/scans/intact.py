@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import psutil
 
-# %% ../../nbs/03_scans.intact.ipynb #be7aa0bd
+# %% ../../nbs/03_scans.intact.ipynb #59cef3be
 _kinds = {stat.S_IFDIR:'a folder', stat.S_IFIFO:'a named pipe (FIFO)', stat.S_IFSOCK:'a socket',
           stat.S_IFCHR:'a device', stat.S_IFBLK:'a device'}
 
@@ -29,7 +29,7 @@ def check_regular(
         raise ValueError(f'is {_kinds.get(kind, "something else")}, not a regular file, and was not opened: '
                          'put the file itself there')
 
-# %% ../../nbs/03_scans.intact.ipynb #69cdcd08
+# %% ../../nbs/03_scans.intact.ipynb #b12fdc25
 def free_memory()->int:
     "Bytes that this process may still take: of the machine, of its control group, of its own limit"
     found = [psutil.virtual_memory().available, *_group_memory('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory.current', 'inactive_file'),
@@ -70,7 +70,7 @@ class Claim(NamedTuple):
 _nifti_bits = {2:8, 4:16, 8:32, 16:32, 64:64, 128:24, 256:8, 512:16, 768:32, 1024:64, 1280:64, 2304:32}
 
 def _nifti(head):
-    if len(head)<352: raise ValueError('is not a NIfTI file: it has no complete header')
+    if len(head)<348: raise ValueError('is not a NIfTI file: it has no complete header')
     end = {b'\x5c\x01\0\0':'<', b'\0\0\x01\x5c':'>'}.get(head[:4])
     if head[4:8] in (b'n+2\0', b'ni2\0'): raise ValueError('is NIfTI-2, which is not supported: save it as NIfTI-1')
     if end and head[344:348]==b'ni1\0':

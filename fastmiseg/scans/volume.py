@@ -21,7 +21,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from .dicom import read_series
-from .grid import Grid, check_channels, square_axes
+from .grid import Grid, check_channels, scale_values, square_axes
 from .intact import check_intact, check_regular, data_file, extension, extensions, header_size
 from .nifti import read_nifti
 
@@ -176,7 +176,7 @@ def _check_path(path):
     except ValueError as e: raise VolumeError(f'{path}: {e}') from None
     if not os.access(path, os.R_OK): raise VolumeError(f'{path}: cannot be opened (Permission denied)')
 
-# %% ../../nbs/04_scans.volume.ipynb #f908c868
+# %% ../../nbs/04_scans.volume.ipynb #82613549
 def choose_volume(
     path,        # A scan
     series=None, # As for `read_volume`
@@ -233,7 +233,7 @@ def _read_itk(path, channels):
     spacing,direction,notes = square_axes(np.reshape(vol.direction,(3,3))*vol.spacing[::-1]*claim.unit)
     a,(slope,inter) = vol.array,claim.scale
     if claim.unit!=1: notes = (*notes, f'has its geometry in units of {claim.unit:g} mm, which was converted to mm')
-    if (slope,inter)!=(1,0): a = a.astype(np.float32 if a.dtype.itemsize<=2 else np.float64)*slope+inter
+    a = scale_values(a, slope, inter)
     if im.GetDimension()==2: notes = (*notes, 'is a 2D image: it is taken to be 1 mm thick')
     return Grid(a, spacing, tuple(o*claim.unit for o in vol.origin), direction, (*notes,*claim.notes))
 

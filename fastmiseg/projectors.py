@@ -65,7 +65,8 @@ class LocalProjector(nn.Module):
         "Clusters of every pixel"
         _check_features('f', f, self.head.in_features)
         with torch.autocast(f.device.type, enabled=False):
-            z = self.head.weight @ f.flatten(2).to(self.head.weight.dtype) + self.head.bias[:, None]
+            weight, x = self.head.weight, f.flatten(2).to(self.head.weight.dtype)
+            z = torch.baddbmm(self.head.bias[:, None], weight.expand(len(x), -1, -1), x)
             return z.view(len(f), self.n_heads, self.n_clusters, *f.shape[2:]).softmax(2)
 
     def loss(self,

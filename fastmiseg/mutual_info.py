@@ -8,7 +8,7 @@ __all__ = ['mutual_info', 'global_joint', 'global_mi_loss', 'local_joint', 'loca
 
 # %% ../nbs/14_mutual_info.ipynb #e53d5da7
 import torch
-import torch.distributed as dist
+from .processes import sum_of_all
 from .pair_sums import at_least_float32, pair_sums, wide
 
 # %% ../nbs/14_mutual_info.ipynb #b3664c67
@@ -35,20 +35,6 @@ def mutual_info(
 def _what(x): return f'{x.dtype} of shape {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__
 
 # %% ../nbs/14_mutual_info.ipynb #10208ab9
-class _AllSum(torch.autograd.Function):
-    "Sum over all processes; its gradient goes to this process's part unchanged"
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-    @staticmethod
-    def backward(ctx, g): return g
-
-def _whole_batch(R):
-    many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return _AllSum.apply(R) if many else R
-
 def _mi_loss(
     R: torch.Tensor, # sums (S,D,K,K)
     symmetric: bool, # use (P + Pᵀ)/2
@@ -76,7 +62,7 @@ def _check_pair(p, q, ndims, expected, names=('p', 'q')):
 
 def _raw_global(p, q): # -> (S,K,K)
     _check_pair(p, q, (3,), 'probabilities (N,S,K): images, heads, clusters')
-    return _whole_batch(torch.einsum('nsk,nsl->skl', wide(p), wide(q)))
+    return sum_of_all(torch.einsum('nsk,nsl->skl', wide(p), wide(q)))
 
 def global_joint(
     p: torch.Tensor, # probabilities (N,S,K) of T(x); that they sum to 1 over K is not checked
@@ -107,7 +93,7 @@ def _window(
 
 def _raw_local(p, q, size): # -> (S,D,K,K), over the whole batch
     _check_pair(p, q, (5, 6), 'probabilities (N,S,K,H,W) or (N,S,K,D,H,W): images, heads, clusters, map')
-    return _whole_batch(pair_sums(p, q, _window(size, p.ndim - 3)))
+    return sum_of_all(pair_sums(p, q, _window(size, p.ndim - 3)))
 
 def _local_loss(R, symmetric, subtract_min, prior):
     if subtract_min: R = R - R.detach().amin((1, 2, 3), keepdim=True)
@@ -145,7 +131,7 @@ def local_mi_loss_of_features(
 ) -> torch.Tensor: # scalar
     "`local_mi_loss` of softmax(weight f + bias) and softmax(weight g + bias), in less time and memory"
     _check_pair(f, g, (4, 5), 'features (N,C,H,W) or (N,C,D,H,W)', ('f', 'g'))
-    R = _whole_batch(pair_sums(f, g, _window(size, f.ndim - 2), weight, bias))
+    R = sum_of_all(pair_sums(f, g, _window(size, f.ndim - 2), weight, bias))
     return _local_loss(R, symmetric, subtract_min, prior).to(at_least_float32(f, g))
 
 # %% ../nbs/14_mutual_info.ipynb #25d33bf5
@@ -153,7 +139,7 @@ def consistency_loss(
     p: torch.Tensor, # class probabilities (N,C,*map) of T(x)
     q: torch.Tensor, # class probabilities of x, moved by T; gets no gradient, as in the published code
 ) -> torch.Tensor: # scalar
-    "Squared distance of two predictions, mean over pixels and images (equation 13, divided by C as in the published code)"
+    "Squared distance of two predictions, mean over pixels and images (equation 13, over C as in the published code)"
     _check_pair(p, q, range(2, 6), 'class probabilities (N,C,*map)')
     return (p.to(at_least_float32(p, q)) - q.detach()).square().mean()
 

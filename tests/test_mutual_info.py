@@ -124,6 +124,29 @@ def test_gradcheck():
     P = torch.rand(2, 4, 4, dtype=f64, requires_grad=True)
     assert torch.autograd.gradcheck(mutual_info, P) and torch.autograd.gradgradcheck(mutual_info, P)
 
+@pytest.mark.parametrize('K', [1, 7, 16, 20])
+@pytest.mark.parametrize('S', [1, 20])
+def test_many_clusters_and_heads_equal_the_double_loop(S, K):
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 2, S, K, 4, 5, dtype=f64)
+    p, q = x.softmax(2), y.softmax(2)
+    assert (local_joint(p, q, (3, 5)) - loop_joint(p, q, (3, 5))).abs().max() < 1e-12
+    def loop(x, y): return -naive_mi(loop_joint(x.softmax(2), y.softmax(2), (3, 5))).mean()
+    def ours(x, y): return local_mi_loss(x.softmax(2), y.softmax(2), (3, 5), symmetric=False)
+    for a, b in zip(gradients(ours, x, y), gradients(loop, x, y)): assert (a - b).abs().max() < 1e-9
+
+@pytest.mark.parametrize('map_,w', [((5, 6), (3, 5)), ((3, 4, 5), (3, 1, 3))])
+def test_each_subset_of_gradients_equals_that_of_all(map_, w):
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, dtype=f64) for shape in ((3, 4, *map_), (3, 4, *map_), (2, 3, 4), (2, 3))]
+    all_ = gradients(lambda *a: (pair_sums(a[0], a[1], w, *a[2:])**2).sum(), *inputs)[1:]
+    for wanted in product([False, True], repeat=4):
+        if not any(wanted): continue
+        xs = [x.clone().requires_grad_(o) for x, o in zip(inputs, wanted)]
+        (pair_sums(xs[0], xs[1], w, *xs[2:])**2).sum().backward()
+        for x, ref, o in zip(xs, all_, wanted):
+            assert torch.allclose(x.grad, ref, rtol=1e-12) if o else x.grad is None
+
 def test_second_derivatives_are_refused():
     p = soft(1, 1, 2, 3, 3).requires_grad_()
     g, = torch.autograd.grad(local_mi_loss(p, p, 3), p, create_graph=True)

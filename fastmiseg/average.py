@@ -22,14 +22,14 @@ class ModelAverage:
     def __init__(self,
         model:nn.Module # whose tensors it begins with
     ):
-        self.tensors,self.steps = {k:v.detach().clone() for k,v in _tensors(model).items()},0
+        self.tensors,self.steps,self._spare = {k:v.detach().clone() for k,v in _tensors(model).items()},0,None
 
     def fits(self, model:nn.Module)->bool:
         "Whether it has the tensors of `model`, by names and shapes"
         return {k:v.shape for k,v in self.tensors.items()}=={k:v.shape for k,v in _tensors(model).items()}
 
     def to(self, device):
-        self.tensors = {k:v.to(device) for k,v in self.tensors.items()}
+        self.tensors,self._spare = {k:v.to(device) for k,v in self.tensors.items()},None
         return self
 
     @torch.no_grad()
@@ -43,9 +43,10 @@ class ModelAverage:
             for b in model.buffers():
                 if b.is_floating_point(): mean_of_all(b.data)
         floats = [k for k,v in self.tensors.items() if v.is_floating_point()]
+        others = [k for k in self.tensors if k not in set(floats)]
         torch._foreach_lerp_([self.tensors[k].data for k in floats], [new[k].data for k in floats],
                              1-min(1-1/(self.steps+1), decay))
-        for k in self.tensors.keys()-set(floats): self.tensors[k].copy_(new[k])
+        if others: torch._foreach_copy_([self.tensors[k] for k in others], [new[k] for k in others])
         self.steps += 1
 
     def __call__(self,
@@ -53,8 +54,12 @@ class ModelAverage:
         x:Tensor         # (N,C,H,W)
     )->Tensor:           # what `model` returns, without gradient
         "The network's answer to `x`, if its tensors were the average"
-        buffers = {k: self.tensors[k].clone() for k,_ in model.named_buffers()} # a forward pass in training changes them
-        with torch.no_grad(): return functional_call(model, {**self.tensors, **buffers}, (x,))
+        names = [k for k,_ in model.named_buffers()]
+        own = [self.tensors[k] for k in names]
+        if self._spare is None: self._spare = [torch.empty_like(o) for o in own]
+        with torch.no_grad():
+            if own: torch._foreach_copy_(self._spare, own) # a forward pass in training changes buffers
+            return functional_call(model, {**self.tensors, **dict(zip(names, self._spare))}, (x,))
 
     @contextmanager
     def in_place_of(self, model:nn.Module):
@@ -76,5 +81,5 @@ class ModelAverage:
     @classmethod
     def from_state(cls, sd): # as from `state_dict`
         self = cls.__new__(cls)
-        self.tensors,self.steps = sd['average'],sd['steps']
+        self.tensors,self.steps,self._spare = sd['average'],sd['steps'],None
         return self

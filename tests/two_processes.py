@@ -11,6 +11,7 @@ from fastmiseg.callback.method import SemiSupCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.processes import processes
 from fastmiseg.metrics import VolumeDice
+from own_methods import METHODS
 from toy import MIRegCallback, UNet, disc, learner, loaders, quiet, small_mireg
 
 class GroupNormed(UNet):
@@ -50,6 +51,16 @@ def run(kind, path, world):
     else: learn.fit_one_cycle(2, 1e-2, cbs=cbs)
     return dict(model=dict(learn.model.state_dict()), heads=mi.projectors.state_dict(), teacher=teacher.average.tensors, x=seen.x, T=[list(map(list,t)) for t in seen.T],
                 terms=seen.terms, names=list(learn.recorder.metric_names)[1:-1], values=list(learn.recorder.values[-1]), hooks=sum(len(m._forward_hooks) for m in learn.model.modules()))
+
+def own(method, path, world):
+    "Network and terms of a method of the tutorial, with a teacher"
+    n = 1 if world>1 else 2
+    learn = quiet(learner(path, net=GroupNormed, dls=loaders(bs=2*n, unlabeled_bs=4*n, n_iters=4)))
+    cbs = [method(), EMATeacherCallback(decay=.5)]
+    if world>1:
+        with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit_one_cycle(1, 1e-2, cbs=cbs)
+    else: learn.fit_one_cycle(1, 1e-2, cbs=cbs)
+    return dict(learn.model.state_dict())
 
 class Noisy(GroupNormed):
     def forward(self, x): return super().forward(x+.05*torch.randn_like(x) if self.training else x)
@@ -92,6 +103,7 @@ if __name__=='__main__':
     path,world,rank = sys.argv[1],int(os.environ.get('WORLD_SIZE', 1)),int(os.environ.get('RANK', 0))
     torch.set_num_threads(1)
     res = {k: run(k, path, world) for k in ('paired','norm','files')}
+    res['own'] = {m.__name__: own(m, path, world) for m in METHODS}
     if world>1:
         for k in ('paired','files'): res[f'resumed {k}'] = [resume(k, path, rank, stops) for stops in ((), (1,2,3) if k=='files' else (3,4,6))]
         res['refused'] = refused(path, rank)

@@ -1,0 +1,48 @@
+"""The methods of the tutorial train in one forward pass, go on to the bit, and leave no trace (in two processes: test_distributed)"""
+import pytest, torch
+from fastmiseg.callback.resume import ResumeCallback
+from fastmiseg.callback.teacher import EMATeacherCallback
+from own_methods import METHODS, shown
+from test_no_trace import Bomb, state
+from toy import hooks, learner, loaders, quiet
+from two_processes import Stop
+
+def train(path, cbs, stops=()):
+    for k,stop in enumerate([*stops, None]):
+        learn = quiet(learner(path, width=2, seed=k, dls=loaders(bs=2, unlabeled_bs=4, n_iters=4)))
+        kept = cbs()
+        try: learn.fit_one_cycle(2, 1e-2, cbs=[*kept, ResumeCallback(path/'ckpt', every=1), Stop(stop)])
+        except KeyboardInterrupt: assert stop
+        else: assert not stop
+    return learn
+
+def test_twenty_lines():
+    assert len(shown)==3 and all(len([l for l in s.splitlines() if l.strip()])<=20 for s in shown)
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('teacher', [False, True])
+def test_one_forward_pass(tmp_path, method, teacher):
+    "The network runs once a step (and the teacher once), and the term reaches the loss"
+    calls,learn = [],quiet(learner(tmp_path, dls=loaders(bs=2, unlabeled_bs=4, n_iters=3)))
+    handle = learn.model.register_forward_pre_hook(lambda m,xs: calls.append(len(xs[0])) if m.training else None)
+    learn.fit(1, 1e-2, cbs=[method(), *[EMATeacherCallback(.9)]*teacher])
+    handle.remove()
+    assert calls==[10,10,10] if not teacher else sorted(calls)==[4,4,4,6,6,6]
+    assert torch.tensor(learn.recorder.values[-1]).isfinite().all()
+
+@pytest.mark.parametrize('method', METHODS)
+def test_goes_on_to_the_bit(tmp_path, method):
+    cbs = lambda: [method(), EMATeacherCallback(.9)]
+    whole,pieces = train(tmp_path/'a', cbs),train(tmp_path/'b', cbs, stops=(1,3,4,6))
+    for p,q in zip(whole.model.state_dict().values(), pieces.model.state_dict().values()): assert torch.equal(p, q)
+    assert torch.equal(torch.stack(list(whole.recorder.losses)), torch.stack(list(pieces.recorder.losses)))
+
+@pytest.mark.parametrize('method', METHODS)
+def test_no_trace(tmp_path, method):
+    learn = quiet(learner(tmp_path, dls=loaders(bs=2, unlabeled_bs=4)))
+    learn.fit(1)
+    before = state(learn)
+    for exc,when in ((ValueError('boom'),'after_pred'), (KeyboardInterrupt(),'after_loss'), (ValueError('boom'),'before_step')):
+        with pytest.raises(type(exc)): learn.fit(1, 1e-3, cbs=[method(), Bomb(exc, when, True)])
+        learn._end_cleanup(); learn.opt.zero_grad()
+        assert state(learn)==before and hooks(learn.model)==0

@@ -74,6 +74,9 @@ class Step:
         name:str  # of images that the network has seen
     )->Tensor:    # (n,classes,H,W) float32
         "Class probabilities"
+        if name not in self.logits:
+            raise ValueError(f"step: the network has not answered for {name!r}; ask for it in `views` with step.see({name!r}) "
+                             "and read the answer in `penalty`")
         if name not in self._probs: self._probs[name] = self.logits[name].float().softmax(1)
         return self._probs[name]
 

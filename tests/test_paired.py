@@ -1,0 +1,113 @@
+"""The callback that takes paired batches apart: one pass or two, what methods share, and a sentence for each wrong use"""
+import pytest, torch
+from torch import nn
+from fastai.basics import Callback, DataLoader
+from fastai.losses import CrossEntropyLossFlat
+from fastmiseg.callback.baselines import ConsistencyCallback, EntropyMinCallback
+from fastmiseg.callback.method import SemiSupCallback
+from fastmiseg.callback.mireg import MIRegCallback
+from fastmiseg.callback.paired import PairedBatchCallback
+from fastmiseg.callback.resume import ResumeCallback
+from fastmiseg.callback.teacher import EMATeacherCallback
+from fastmiseg.transforms import RandomFlips, RandomShifts
+from toy import UNet, learner, loaders, quiet, small_mireg
+from two_processes import Stop
+
+class Nothing(SemiSupCallback):
+    "A term of weight 0 that sees x and T(x)"
+    def __init__(self, **kw): super().__init__(nothing=0., **kw)
+    def penalty(self, step): return step.logits['tx'].mean()
+
+class Probing(Nothing):
+    layers = ('Conv5',)
+    def make_projectors(self, found): return nn.Linear(found['Conv5'].channels, 3)
+    def penalty(self, step): return self.projectors(step.target_feats['Conv5'].mean((2,3))).square().mean()
+
+class Seen(Callback):
+    "The labelled half's prediction, and the number of forward passes, of each training step"
+    order = 60
+    def before_fit(self):
+        self.pred,self.calls = [],[]
+        self.handle = self.model.register_forward_pre_hook(lambda m,xs: self.calls.append(len(xs[0])) if m.training else None)
+    def after_pred(self):
+        if self.training: self.pred.append(self.learn.pred.detach().clone())
+    def after_fit(self): self.handle.remove()
+
+def train(tmp_path, cbs, passes=1, **kw):
+    learn,seen = quiet(learner(tmp_path, dls=loaders(bs=2, unlabeled_bs=3, n_iters=1), **kw)),Seen()
+    learn.paired_batch.passes = passes
+    learn.fit(1, 0., cbs=[*cbs, seen])
+    return learn,seen
+
+def test_two_passes_leave_the_labelled_images_alone(tmp_path):
+    "With statistics of their own, what is said of them is what it is without any method; in one pass it is not"
+    alone,one,two = (train(tmp_path, *args)[1] for args in (([],), ([Nothing()],), ([Nothing()],2)))
+    assert (alone.calls, one.calls, two.calls)==([2],[8],[2,6])
+    assert torch.equal(alone.pred[0], two.pred[0]) and not torch.allclose(alone.pred[0], one.pred[0])
+
+@pytest.mark.parametrize('make', [lambda: [small_mireg()], lambda: [small_mireg(), EMATeacherCallback(.9)], lambda: [EntropyMinCallback()]])
+def test_two_passes_go_on_to_the_bit(tmp_path, make):
+    def run(path, stops=()):
+        for k,stop in enumerate([*stops, None]):
+            learn = quiet(learner(path, seed=k, dls=loaders(n_iters=3)))
+            learn.paired_batch.passes = 2
+            try: learn.fit(2, 1e-2, cbs=[*make(), ResumeCallback(path/'ckpt', every=1), Stop(stop)])
+            except KeyboardInterrupt: pass
+        return learn.model.state_dict().values()
+    for p,q in zip(run(tmp_path/'a'), run(tmp_path/'b', (2,4))): assert torch.equal(p, q)
+
+def test_no_second_pass_for_nothing(tmp_path):
+    "A teacher without a weight asks for no images, so that the labelled ones go through alone, once"
+    assert train(tmp_path, [EMATeacherCallback(weight=0.)], passes=2)[1].calls==[2]
+
+def test_who_answers(tmp_path):
+    "The network for x without a teacher, the teacher beside it; asked before the forward pass it says the same"
+    class Asks(Nothing):
+        def views(self, step):
+            super().views(step)
+            if self.early: step.target
+        def penalty(self, step): targets.append(step.target.clone()); return super().penalty(step)
+    for early in (False,True):
+        targets,ask = [],Asks()
+        ask.early = early
+        learn,seen = train(tmp_path, [ask, EMATeacherCallback(.9)])
+        assert seen.calls==([3,5] if early else [5,3]) # the teacher runs the network's modules, with its own weights
+        kept = targets if not early else kept
+        assert torch.equal(targets[0], kept[0]) and not targets[0].requires_grad
+    with pytest.raises(ValueError, match="the network has not answered for 'x'; ask for it in `views`"): train(tmp_path, [type('Early', (Nothing,), dict(views=lambda self, step: step.target))()])
+
+def bad(tmp_path, cbs, dls=None, **kw): quiet(learner(tmp_path, dls=dls, **kw)).fit(1, cbs=cbs)
+def supervised(): return loaders(n=9, n_iters=3)
+
+def test_wrong_uses_have_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="no stage 'Conv7' in UNet; there are Conv1"):
+        bad(tmp_path, type('Unknown', (Nothing,), dict(layers=('Conv7',)))())
+    with pytest.raises(ValueError, match='Nothing: there are no unlabelled images. Either train on paired batches'): bad(tmp_path, Nothing(), supervised())
+    with pytest.raises(ValueError, match=r'unlabelled images are \(1, 8, 8\)'): bad(tmp_path, Nothing(unlabeled=DataLoader([torch.randn(1,8,8)]*4, bs=2)), supervised())
+    with pytest.raises(ValueError, match='the DataLoader gave no batch'): bad(tmp_path, Nothing(unlabeled=DataLoader([], bs=2)), supervised())
+    with pytest.raises(ValueError, match='the list of unlabelled images is empty'): bad(tmp_path, Nothing(unlabeled=[]), supervised())
+    with pytest.raises(ValueError, match='unlabeled: 2 methods were given images of their own, but one forward pass serves them all'):
+        bad(tmp_path, [Nothing(unlabeled=[4]), Nothing(unlabeled=[5])], supervised())
+    with pytest.raises(ValueError, match='T: 2 methods were given a T of their own'):
+        bad(tmp_path, [ConsistencyCallback(T=RandomFlips()), Nothing(T=RandomShifts(.5))])
+    with pytest.raises(ValueError, match=r'T: RandomFlips\(axes=\(\), p=0.5\) does nothing'): bad(tmp_path, ConsistencyCallback(T=RandomFlips(())))
+    with pytest.raises(ValueError, match="give the loss reduction='mean'"):
+        bad(tmp_path, Nothing(), loss_func=CrossEntropyLossFlat(axis=1, reduction='none'))
+    with pytest.raises(ValueError, match='passes: 3 is neither 1 nor 2'):
+        (learn:=quiet(learner(tmp_path))).paired_batch.passes = 3
+        learn.fit(1, cbs=Nothing())
+
+def test_projectors_belong_to_a_network(tmp_path):
+    cb = Probing()
+    (learn:=quiet(learner(tmp_path))).fit(1, cbs=cb)
+    learn.model,learn.opt = UNet(1,2,width=4),None
+    with pytest.raises(ValueError, match=r"was trained with another network, whose stages had \{'Conv5': 32\} channels; here they have \{'Conv5': 64\}"):
+        learn.fit(1, cbs=cb)
+
+def test_the_same_T_may_be_given_to_each(tmp_path):
+    T = RandomFlips()+RandomShifts(.5)
+    bad(tmp_path, [small_mireg(T=T), EMATeacherCallback(T=T), ConsistencyCallback(T=T)])
+
+def test_every_learner_has_it():
+    from fastai.basics import defaults
+    assert sum(c is PairedBatchCallback for c in defaults.callbacks)==1

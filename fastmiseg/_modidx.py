@@ -714,6 +714,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fastmiseg.scans.dicom._text': ('scans.dicom.html#_text', 'fastmiseg/scans/dicom.py'),
                                        'fastmiseg.scans.dicom._thickness': ('scans.dicom.html#_thickness', 'fastmiseg/scans/dicom.py'),
                                        'fastmiseg.scans.dicom._upright': ('scans.dicom.html#_upright', 'fastmiseg/scans/dicom.py'),
+                                       'fastmiseg.scans.dicom._why': ('scans.dicom.html#_why', 'fastmiseg/scans/dicom.py'),
                                        'fastmiseg.scans.dicom.has_images': ('scans.dicom.html#has_images', 'fastmiseg/scans/dicom.py'),
                                        'fastmiseg.scans.dicom.read_series': ('scans.dicom.html#read_series', 'fastmiseg/scans/dicom.py')},
             'fastmiseg.scans.grid': { 'fastmiseg.scans.grid.Grid': ('scans.grid.html#grid', 'fastmiseg/scans/grid.py'),

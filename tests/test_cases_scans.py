@@ -358,7 +358,8 @@ def test_images_of_other_kinds(tmp_path, tags, says):
 @pytest.mark.parametrize('syntax', [ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian], ids=lambda o: o.name)
 def test_transfer_syntaxes(tmp_path, syntax):
     series(tmp_path, syntax=syntax)
-    check_places(read(tmp_path)[0], tmp_path.iterdir())
+    vol,_ = read(tmp_path)
+    check_places(vol, tmp_path.iterdir()); assert vol.array.dtype==np.dtype('u2') and vol.array.dtype.isnative
 
 def test_files_without_preamble_and_without_an_ending(tmp_path):
     series(tmp_path, syntax=ImplicitVRLittleEndian)
@@ -416,14 +417,25 @@ def test_objects_that_are_not_images_lie_beside(tmp_path):
     put(tmp_path/'dose.dcm', pixels(), SOPClassUID='1.2.840.10008.5.1.4.1.1.481.2', SeriesInstanceUID='1.2.8', Modality='RTDOSE')
     put(tmp_path/'DICOMDIR', pixels(), SOPClassUID='1.2.840.10008.1.3.10', Rows=None, Columns=None, PixelData=None)
     (tmp_path/'notes.txt').write_text('Dear colleague')
-    again = read(tmp_path)[0]
+    again,said = read(tmp_path)
     assert np.array_equal(again.array, vol.array) and again.origin==vol.origin
+    assert said==['has 2 objects beside its slices that were left out, for example dose.dcm, RT Dose Storage']
     only = tmp_path/'only'; only.mkdir()
     for f in tmp_path.glob('x*.dcm'): f.rename(only/f.name)
     refused(only, 'is a folder without DICOM files')
     (tmp_path/'DICOMDIR').rename(only/'DICOMDIR')
     df = load_cohort(tmp_path, 'dicom')
     assert df.image.tolist()==[str(tmp_path)]
+
+def test_more_pixels_than_rows_and_columns(tmp_path):
+    series(tmp_path)
+    put(tmp_path/'s02.dcm', pixels(2), ImagePositionPatient=[-20,10,8], PixelData=pixels(2).tobytes()+bytes(12))
+    refused(tmp_path, r's02.dcm \(it has more pixels than Rows \(0028,0010\) and Columns')
+
+def test_slices_of_two_frames_of_reference(tmp_path):
+    for k in 'ab':
+        series(tmp_path/k, 6, each=lambda i: dict(FrameOfReferenceUID=f'1.9.{i%2 if k=="a" else i//3}'))
+        refused(tmp_path/k, 'holds 2 volumes .*FrameOfReferenceUID 1.9.0')
 
 def test_slices_that_are_damaged(tmp_path):
     for k,cut in dict(header=300, pixels=-7, name=100).items():

@@ -9,7 +9,7 @@ from fastmiseg.scans.intact import check_intact
 from fastmiseg.scans.volume import Volume, VolumeError, collect_warnings, read_volume, write_volume
 
 CASES = 150 # for each of the kinds of file below
-KINDS = {'nii.gz':('.nii.gz','.nii.gz'), 'nii':('.nii','.nii'), 'mha':('.mha','.mha'), 'mhd':('.mhd','.mhd'), 'zraw':('.mhd','.zraw'), 'nrrd':('.nrrd','.nrrd'), 'raw nrrd':('.nrrd','.nrrd')}
+KINDS = {'dcm':('',''), 'nii.gz':('.nii.gz','.nii.gz'), 'nii':('.nii','.nii'), 'mha':('.mha','.mha'), 'mhd':('.mhd','.mhd'), 'zraw':('.mhd','.zraw'), 'nrrd':('.nrrd','.nrrd'), 'raw nrrd':('.nrrd','.nrrd')}
 
 def _whole():
     z,y,x = np.ogrid[-1:1:6j, -1:1:16j, -1:1:20j]
@@ -40,17 +40,32 @@ def _damage(b, rng, gz):
             j = at(); b[i],b[j] = b[j],b[i]
     return (gzip.compress(bytes(b)) if inner else bytes(b)), inner
 
+def _series(folder, vol):
+    "As slices of a DICOM series"
+    import SimpleITK as sitk
+    folder.mkdir()
+    im,w,d = vol.to_sitk(),sitk.ImageFileWriter(),vol.direction
+    w.KeepOriginalImageUIDOn()
+    for i in range(len(vol.array)):
+        s = im[:,:,i]
+        tags = {'0020|000e':'1.2.3', '0008|0018':f'1.2.3.{i}', '0008|0060':'MR', '0018|0050':str(vol.spacing[0]),
+                '0020|0032':'\\'.join(f'{o:.6f}' for o in im.TransformIndexToPhysicalPoint((0,0,i))),
+                '0020|0037':'\\'.join(f'{d[k]:.7f}' for k in (0,3,6,1,4,7))}
+        for k,v in tags.items(): s.SetMetaData(k, v)
+        w.SetFileName(str(folder/f'{i}.dcm')); w.Execute(s)
+
 def _batch(kind, seed):
     "Damage and read `CASES` files; one line of JSON for each on stdout, so that a crash shows after which"
     resource.setrlimit(resource.RLIMIT_AS, (3<<30, 3<<30)) # a header that claims a terabyte must not get it
     (ext,hit),whole,rng = KINDS[kind],_whole(),np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as d:
         f = Path(d)/f'scan{ext}'
+        if kind=='dcm': _series(f, whole)
         if kind in ('mhd','raw nrrd'):
             import SimpleITK as sitk
             sitk.WriteImage(whole.to_sitk(), str(f), useCompression=False)
-        else: write_volume(whole, f)
-        hit = f.with_name('scan'+hit)
+        elif kind!='dcm': write_volume(whole, f)
+        hit = f.with_name('scan'+hit) if kind!='dcm' else f/'2.dcm'
         good = hit.read_bytes()
         for i in range(CASES):
             bad,inner = _damage(good, rng, kind=='nii.gz')
@@ -72,7 +87,7 @@ def test_damaged_files(kind, tmp_path):
     assert len(ends)==CASES
     for o in ends:
         if o['end']=='error':
-            assert 'scan.' in o['text'] and '\n' not in o['text'] and 'Traceback' not in o['text'], o
+            assert 'scan' in o['text'] and '\n' not in o['text'] and 'Traceback' not in o['text'], o
             assert len(o['text'])<600, o
         else:
             assert o['ok'], o

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from .readers import CohortError, layouts, _note
-from .intact import extension
+from .intact import check_regular, extension
 from .volume import VolumeError, choose_volume, collect_warnings, read_scan, read_size, read_volume, summarise_warnings
 
 # %% ../../nbs/06_scans.cohort.ipynb #d83d963e
@@ -38,6 +38,9 @@ def load_cohort(
         if not isinstance(root, (str,os.PathLike)): raise CohortError(f'root={root!r}: expected a folder with scans, a .csv file or a DataFrame; name where the scans are')
         root,said = Path(root).expanduser(),layout is None
         if not root.exists(): raise CohortError(f'{root}: does not exist; expected a folder with scans or a .csv file. Check the name')
+        if not root.is_dir():
+            try: check_regular(root)
+            except ValueError as e: raise CohortError(f'{root}: {e}') from None
         if layout is None: layout = next((o.name for o in layouts.values() if o.matches(root)), None)
         if layout is None: raise CohortError(f'{root}: no known layout; looked for\n'+'\n'.join(f'- {o.name}: {o.expects}' for o in layouts.values())+f'\nFound {_inside(root)}. Name the layout, or list the scans in a .csv file')
     try: df = layouts[layout].read(root, **options)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import psutil
 
-# %% ../../nbs/03_scans.intact.ipynb #59cef3be
+# %% ../../nbs/03_scans.intact.ipynb #019dc8f4
 _kinds = {stat.S_IFDIR:'a folder', stat.S_IFIFO:'a named pipe (FIFO)', stat.S_IFSOCK:'a socket',
           stat.S_IFCHR:'a device', stat.S_IFBLK:'a device'}
 
@@ -29,7 +29,7 @@ def check_regular(
         raise ValueError(f'is {_kinds.get(kind, "something else")}, not a regular file, and was not opened: '
                          'put the file itself there')
 
-# %% ../../nbs/03_scans.intact.ipynb #b12fdc25
+# %% ../../nbs/03_scans.intact.ipynb #edbf847e
 def free_memory()->int:
     "Bytes that this process may still take: of the machine, of its control group, of its own limit"
     found = [psutil.virtual_memory().available, *_group_memory('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory.current', 'inactive_file'),
@@ -119,6 +119,7 @@ def _lengths(text, what):
 def _fields(pairs):
     out = {}
     for k,v in pairs:
+        if k=='Comment': continue
         if k in out: raise ValueError(f'has a damaged header: it says {k!r} twice')
         out[k] = v
     return out

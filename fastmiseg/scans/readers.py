@@ -56,7 +56,8 @@ def _walk(root, depth=5):
         except OSError: continue
         if key in seen: continue
         seen.add(key)
-        yield d,[d/o.name for o in entries if _is(o.is_file)]
+        # a named pipe or a device that is called like a scan is listed, for whoever reads it to refuse
+        yield d,[d/o.name for o in entries if _is(o.is_file) or extension(o.name) and _is(lambda: o.stat() and not o.is_dir())]
         if level<depth: todo += [(d/o.name,level+1) for o in entries if _is(o.is_dir)]
 
 def _is(f):

@@ -176,7 +176,7 @@ def _check_path(path):
     except ValueError as e: raise VolumeError(f'{path}: {e}') from None
     if not os.access(path, os.R_OK): raise VolumeError(f'{path}: cannot be opened (Permission denied)')
 
-# %% ../../nbs/04_scans.volume.ipynb #82613549
+# %% ../../nbs/04_scans.volume.ipynb #dc10d970
 def choose_volume(
     path,        # A scan
     series=None, # As for `read_volume`

@@ -120,6 +120,10 @@ class _Pairwise(Pipeline):
         (x_l,y_l),(x_u,) = super().__call__((x_l,y_l)), super().__call__((x_u,))
         return x_l,x_u,y_l
 
+class _WorkerSeeds(torch.Generator):
+    "Draws the seeds of the worker processes, and does not travel to them"
+    def __reduce__(self): return type(self),()
+
 class PairedDL(TfmdDL):
     "Batches `(x_l, x_u, y_l)`, both streams drawn with replacement; `(x_l, y_l)` where there is nothing unlabelled"
     def __init__(self,
@@ -155,7 +159,7 @@ class PairedDL(TfmdDL):
     def __iter__(self):
         it,epoch,i,rank = super().__iter__(),self.epoch,self.first,processes()[0]
         def seed(*o): return hash((self.seed, epoch, *o) + (rank,)*(rank>0))%2**32
-        self.fake_l.generator = torch.Generator().manual_seed(seed()) # of the workers' seeds
+        self.fake_l.generator = _WorkerSeeds().manual_seed(seed())
         while True:
             with no_random(seed(i), reproducible=False): b = next(it, None)
             self.epoch,self.first = epoch+1,0

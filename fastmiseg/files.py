@@ -19,7 +19,7 @@ def _explain(path, e):
     try: room = f'{shutil.disk_usage(path.parent).free>>20} MB are free there'
     except OSError: room = 'its folder cannot be looked at'
     res = WriteError(f'{path}: cannot be written ({said}; {room})')
-    res.errno,res.filename = getattr(e, 'errno', None),str(path)
+    res.errno = getattr(e, 'errno', None)
     return res
 
 def temporary_name(

@@ -23,7 +23,9 @@ from .models import *
 from .callback.step import *
 from .callback.method import *
 from .callback.paired import *
+from .losses import *
 from .callback.mireg import *
+from .callback.pseudo import PseudoLabelCallback
 from .metrics import *
 from .surface import *
 from .optimizer import *

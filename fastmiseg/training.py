@@ -61,6 +61,7 @@ class Settings:
     local_mi:weight=None     # Weight of local mutual information
     consistency:weight=None  # Weight of the consistency of predictions, with a teacher too
     entropy:weight=None      # Weight of entropy minimisation
+    pseudo:weight=None       # Weight of pseudo-labels
     flips:str=None           # Axes along which T flips: h, v, hv or none; by default those that the recipe allows
     flip_p:float=.5          # Probability of a flip of T along each axis
     shift:float=0.           # Largest shift of T, as a share of height and width (0.5); the paper only flips
@@ -68,6 +69,8 @@ class Settings:
     passes:int=1             # Passes through the network in a step: 1, or 2 with the labelled images apart
     decay:float=.999         # Of the teacher's average, for each step
     mireg:json_object=field(default_factory=dict) # Other arguments of MIRegCallback, as JSON
+    labels:json_object=field(default_factory=dict) # Other arguments of PseudoLabelCallback, as JSON
+    loss:str='ce'            # Of the labelled slices: ce (cross-entropy, the paper's) or ce+dice
     arch:str='unet'          # Network: unet (the paper's), dynamic_unet, or the timm name of an encoder
     width:int=16             # Channels of the first stage of unet and dynamic_unet
     epochs:int=10            # Epochs of n_iters steps
@@ -89,6 +92,7 @@ class Settings:
             raise ValueError(f"flips: got {self.flips!r}, expected h, v, hv or none")
         for k in ('shift','jitter','flip_p'):
             if not 0<=getattr(self, k)<=1: raise ValueError(f'{k}: {getattr(self, k)} is not between 0 and 1')
+        if self.loss not in ('ce','ce+dice'): raise ValueError(f"loss: got {self.loss!r}, expected ce or ce+dice")
         if self.passes not in (1,2): raise ValueError(f"passes: {self.passes!r} is neither 1 nor 2")
         for k in ('width','epochs','n_iters','bs','unlabeled_bs'):
             if getattr(self, k)<1: raise ValueError(f'{k}: {getattr(self, k)} is below 1')
@@ -169,7 +173,7 @@ def read_settings(
     except ValueError as e: raise ValueError(f'{path}: is not {kind} ({e})') from None
 
 # %% ../nbs/35_training.ipynb #860e2887
-terms = ('global_mi','local_mi','consistency','entropy')
+terms = ('global_mi','local_mi','consistency','entropy','pseudo')
 
 @dataclass(frozen=True)
 class Method:
@@ -199,6 +203,14 @@ def _mireg_teacher(s, w):
     from fastmiseg.callback.teacher import EMATeacherCallback
     return [*_mireg(s, w), EMATeacherCallback(s.decay, 0.)]
 
+def _pseudo(s, w):
+    from fastmiseg.callback.pseudo import PseudoLabelCallback
+    return [PseudoLabelCallback(w['pseudo'], **s.labels)]
+
+def _pseudo_teacher(s, w):
+    from fastmiseg.callback.teacher import EMATeacherCallback
+    return [*_pseudo(s, w), EMATeacherCallback(s.decay, 0.)]
+
 def _none(s, w): return []
 
 _mi,_paper = dict(global_mi=.1, local_mi=.1),dict(global_mi=.1, local_mi=.1, consistency=5.)
@@ -211,6 +223,8 @@ methods = {
     'entropy': Method('predictions are confident', dict(entropy=.01), _entropy, uses_T=False),
     'teacher': Method('Mean Teacher', dict(consistency=5.), _teacher),
     'mireg+teacher': Method('the paper with a teacher (section 5.2)', _paper, _mireg_teacher),
+    'pseudo': Method('confident predictions are masks of strongly changed copies', dict(pseudo=1.), _pseudo, uses_T=False),
+    'pseudo+teacher': Method('the same, with the labels of a teacher', dict(pseudo=1.), _pseudo_teacher, uses_T=False),
     'pretrain': Method("the paper's terms alone in the first half, then the labelled scans alone (Figure 7)", _paper, _mireg),
 }
 
@@ -241,12 +255,14 @@ def _learner(s, df, recipe, store, path, workers):
     from fastai.basics import set_seed
     from fastmiseg.data import MISegDataLoaders
     from fastmiseg.learner import miseg_learner, paper_adam
+    from fastmiseg.losses import CrossEntropyDiceLoss
     from fastmiseg.metrics import VolumeDice
     dls = MISegDataLoaders.from_cohort(_scans_for(s.method, df), recipe, store=store, bs=s.bs, unlabeled_bs=s.unlabeled_bs,
         n_iters=s.n_iters, seed=s.seed, workers=workers, skip_bad=s.skip_bad, path=path or '.')
     set_seed(s.seed)
     size = dict(width=s.width) if s.arch in ('unet','dynamic_unet') else {}
-    learn = miseg_learner(dls, s.arch, opt_func=partial(paper_adam, **s.adam), wd=s.wd,
+    loss = dict(loss_func=CrossEntropyDiceLoss()) if s.loss=='ce+dice' else {}
+    learn = miseg_learner(dls, s.arch, **loss, opt_func=partial(paper_adam, **s.adam), wd=s.wd,
                           metrics=[VolumeDice(), *VolumeDice.per_class(dls.vocab)], **size)
     learn.paired_batch.passes = s.passes
     return learn

@@ -68,10 +68,10 @@ def test_folders_that_do_not_fit_are_refused(results):
         assert 'the processes find different checkpoints' in apart and '00-00002-000000.pt, none' in apart
         assert 'was written by a training in 1 processes, here are 2' in alone
 
-def test_methods_of_the_tutorial(results):
+def test_methods_that_mix_images(results):
     "Random boxes and pairs of images are those of one process with the double batch"
     a,b,one = (r['own'] for r in results)
-    assert set(a)=={'SameSizeCallback','CutMixCallback','PasteCallback'}
+    assert set(a)=={'SameSizeCallback','CutMixCallback','PasteCallback','PseudoLabelCallback'}
     for name in a:
         close(a[name], b[name], atol=0)
         close(a[name], one[name])

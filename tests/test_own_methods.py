@@ -1,5 +1,6 @@
 """The methods of the tutorial train in one forward pass, go on to the bit, and leave no trace (in two processes: test_distributed)"""
 import pytest, torch
+from fastmiseg.callback.pseudo import PseudoLabelCallback
 from fastmiseg.callback.resume import ResumeCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
 from own_methods import METHODS, shown
@@ -30,7 +31,7 @@ def test_one_forward_pass(tmp_path, method, teacher):
     assert calls==[10,10,10] if not teacher else sorted(calls)==[4,4,4,6,6,6]
     assert torch.tensor(learn.recorder.values[-1]).isfinite().all()
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', [*METHODS, PseudoLabelCallback])
 def test_goes_on_to_the_bit(tmp_path, method):
     cbs = lambda: [method(), EMATeacherCallback(.9)]
     whole,pieces = train(tmp_path/'a', cbs),train(tmp_path/'b', cbs, stops=(1,3,4,6))

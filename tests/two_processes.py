@@ -6,6 +6,7 @@ from fastai.basics import Callback, Datasets, defaults, set_seed
 from fastai.distributed import *
 from fastai.vision.core import TensorImage, TensorMask
 from fastmiseg.callback.baselines import ConsistencyCallback
+from fastmiseg.callback.pseudo import PseudoLabelCallback
 from fastmiseg.callback.resume import ResumeCallback
 from fastmiseg.callback.method import SemiSupCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
@@ -56,7 +57,7 @@ def own(method, path, world):
     "Network and terms of a method of the tutorial, with a teacher"
     n = 1 if world>1 else 2
     learn = quiet(learner(path, net=GroupNormed, dls=loaders(bs=2*n, unlabeled_bs=4*n, n_iters=4)))
-    cbs = [method(), EMATeacherCallback(decay=.5)]
+    cbs = [method(**(dict(threshold=.5) if method is PseudoLabelCallback else {})), EMATeacherCallback(decay=.5)]
     if world>1:
         with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit_one_cycle(1, 1e-2, cbs=cbs)
     else: learn.fit_one_cycle(1, 1e-2, cbs=cbs)
@@ -103,7 +104,7 @@ if __name__=='__main__':
     path,world,rank = sys.argv[1],int(os.environ.get('WORLD_SIZE', 1)),int(os.environ.get('RANK', 0))
     torch.set_num_threads(1)
     res = {k: run(k, path, world) for k in ('paired','norm','files')}
-    res['own'] = {m.__name__: own(m, path, world) for m in METHODS}
+    res['own'] = {m.__name__: own(m, path, world) for m in [*METHODS, PseudoLabelCallback]}
     if world>1:
         for k in ('paired','files'): res[f'resumed {k}'] = [resume(k, path, rank, stops) for stops in ((), (1,2,3) if k=='files' else (3,4,6))]
         res['refused'] = refused(path, rank)

@@ -14,7 +14,7 @@ from torch import nn
 
 from .method import SemiSupCallback
 from ..mutual_info import consistency_loss
-from ..processes import processes
+from ..processes import loss_of_all
 from ..projectors import GlobalProjector, LocalProjector
 from ..transforms import Pool
 
@@ -95,9 +95,7 @@ class MIRegCallback(SemiSupCallback):
 
     def _mean_over(self, layers, loss):
         "Mean of a loss over stages"
-        total = sum(map(loss, layers))/len(layers)
-        n = processes()[1] # each has the information of the whole batch and its own part of the gradient; the parts will be averaged
-        return total if n==1 else n*total - (n-1)*total.detach()
+        return loss_of_all(sum(map(loss, layers))/len(layers))
 
     def _global_loss(self, step, name):
         f,g = step.feats['tx'][name],step.target_feats[name]

@@ -132,7 +132,9 @@ def settings_from(
     "Settings, and what is to be otherwise"
     if settings is None: settings = Settings()
     elif not isinstance(settings, Settings): settings = Settings.from_file(settings)
-    return Settings.from_dict({**settings.to_dict(), **changes})
+    settings = Settings.from_dict({**settings.to_dict(), **changes})
+    settings.check_weights()
+    return settings
 
 def _draw_figures(learn, cbs, folder):
     "Curves, and what the method has learned"

@@ -107,10 +107,12 @@ class Settings:
             if k not in usual:
                 raise ValueError(f"{k}: the method {self.method!r} has no {k} term; it has {', '.join(usual) or 'none'}")
             _check_weight(k, w)
-        weights = {**usual, **given}
-        if usual and not any(_top(w) for w in weights.values()):
-            raise ValueError(f"{', '.join(weights)}: 0 leaves the unlabelled scans out; for that, take the method partial")
-        return weights
+        return {**usual, **given}
+
+    def check_weights(self):
+        "An error where every weight is 0"
+        if self.weights and not any(_top(w) for w in self.weights.values()):
+            raise ValueError(f"{', '.join(self.weights)}: 0 leaves the unlabelled scans out; for that, take the method partial")
 
     @property
     def T(self): # `Pool`

@@ -1,0 +1,417 @@
+"Studies: rows, columns, arithmetic, evidence, and the same figures again"
+import importlib.util, json, os, subprocess, sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np, pandas as pd, pytest, torch
+from fastai.callback.core import Callback
+from scipy.stats import ttest_rel
+
+from fastmiseg import training
+from fastmiseg.scans.cohort import load_cohort, split_cohort
+from fastmiseg.scans.phantom import make_phantom
+from fastmiseg.scans.recipe import Recipe
+from fastmiseg.study import run as study_run
+from fastmiseg.study.evidence import Evidence, decides, describe_run, name_of, split_name
+from fastmiseg.study.plans import Study, find_study, studies
+from fastmiseg.study.preset import Preset, presets, settings_of
+from fastmiseg.study.protocol import changes_of, made_with
+from fastmiseg.study.report import paired_p, study_curves, study_scores, study_table, table_text
+from fastmiseg.study.run import compare_study, make_run, report_study, run_study, scored_part, wanted_runs
+from fastmiseg.training import Settings, callbacks_of
+
+recipe = Recipe(spacing=6., size=32, classes=('background','RV','Myo','LV'), flip='hv')
+small = Settings(width=4, epochs=2, n_iters=10, bs=2, unlabeled_bs=2, lr=2e-2, div=400., pct_start=.1)
+tiny = Preset('cpu', small, labeled=1, valid=1, test=2, recipe=recipe, weights=presets['cpu'].weights)
+results = Path(__file__).parent.parent/'studies'
+plans = sorted((results/'plans').glob('*.json'))
+everything = {**studies, **{o.stem:find_study(o) for o in plans}}
+
+@pytest.fixture(scope='module')
+def scans(tmp_path_factory):
+    make_phantom(root:=tmp_path_factory.mktemp('scans'), n_subjects=12, seed=0, size=(32,40))
+    return root
+
+@pytest.fixture(scope='module')
+def out(tmp_path_factory): return tmp_path_factory.mktemp('studies')
+
+def run(study, scans, out, rows=None, **kw):
+    study = everything.get(study, study) if isinstance(study, str) else study
+    return run_study(study.only(rows) if rows else study, scans, out, **{**dict(preset=tiny, seeds=1, processes=2), **kw})
+
+# -- settings --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('name', list(everything))
+def test_every_row_can_be_made(name):
+    for preset in presets.values():
+        for row in everything[name].rows.values():
+            s = settings_of(preset, row)
+            assert s==settings_of(preset, row)==Settings.from_dict(json.loads(json.dumps(s.to_dict())))
+            callbacks_of(s)
+
+def test_weights_of_a_ramp_are_the_presets():
+    for preset in presets.values():
+        s,full = (settings_of(preset, dict(method='mireg', until=u)).weights for u in (.2,0))
+        assert {k:v[0] for k,v in s.items()}==full and all(v[1]==.2 for v in s.values())
+        assert set(full)=={'global_mi','local_mi','consistency'}
+
+def test_ramp_of_two_weights():
+    s = settings_of(presets['cpu-shift'], dict(method='mi', until=.2))
+    assert s.weights==dict(global_mi=[.0003,.2], local_mi=[.1,.2]) and callbacks_of(s)
+
+def test_what_is_as_usual_is_no_other_setting():
+    s = settings_of(presets['cpu'], dict(method='mireg'))
+    assert s==settings_of(presets['cpu'], dict(method='mireg', adam={}, one_cycle=True, global_mi=.001))
+    for k in ('acdc','promise12','spleen','mmwhs'):
+        s = settings_of(presets[k], dict(method='mireg'))
+        assert s.one_cycle is False and s.adam==dict(sqr_mom=.999, decouple_wd=False)
+        assert settings_of(presets[k], dict(method='mireg', adam=dict(eps=1e-5))).adam==dict(sqr_mom=.999, decouple_wd=False, eps=1e-5)
+
+def test_T_of_a_row_are_changes():
+    T = lambda preset, method='mireg', **o: tuple(getattr(settings_of(presets[preset], dict(method=method, **o)), k) for k in ('flips','flip_p','jitter','shift'))
+    assert T('cpu-shift', flip_p=.8)==(None,.8,.5,.5) and T('cpu-shift', shift=0.)==(None,.5,.5,0.)
+    assert T('cpu-shift', flips='none')==('none',.5,.5,.5) and T('spleen')==('hv',.5,0.,0.)
+    assert T('cpu-shift', **{k:o for k,o in studies['views'].rows['Flips and intensity'].items() if k!='method'})==(None,.5,.5,0.)
+    for method in ('partial','full','entropy'): assert T('cpu-shift', method)==T('cpu')==(None,.5,0.,0.) # they have none
+
+def test_plans_in_files(tmp_path):
+    def fails(text, match, name='plan.json'):
+        (tmp_path/name).write_text(text)
+        with pytest.raises(ValueError, match=match): find_study(tmp_path/name)
+    fails('{', r'plan.json: is not JSON')
+    fails('{"title":"t"}', 'plan.json: is not a study; it needs a title, and rows')
+    fails('[]', 'plan.json: is not a study')
+    fails('{"title":"t", "rows":{}, "our":"a"}', "plan.json: there is no 'our' in a study; there are title, rows, ours")
+    fails('{"title":"t", "rows":{"a":{"method":"mi", "entropy":1}}}', "plan.json: row 'a': entropy: the method 'mi' has no entropy term")
+    fails('{"title":"t", "rows":{"a":["mi"]}}', "plan.json: row 'a':")
+    with pytest.raises(ValueError, match="nothing.json: cannot be read as settings"): find_study(tmp_path/'nothing.json')
+    if sys.version_info>=(3,11):
+        (tmp_path/'decay.toml').write_text('title = "t"\nours = "a"\n[rows.a]\nmethod = "teacher"\ndecay = 0.9\n')
+        assert find_study(tmp_path/'decay.toml')==Study('decay', 't', {'a': dict(method='teacher', decay=.9)}, ours='a')
+
+# -- runs and tables -------------------------------------------------------------------------------------------------------
+def some_rows(study):
+    "Rows at 1 and 2 labelled subjects; of the long studies the first and the last two"
+    rows = list(study.rows)
+    return [k for k in rows if k.endswith((', 1',', 2'))] if study.x else rows if len(rows)<10 else [rows[0],*rows[-2:]]
+
+def check_arithmetic(scores, table, study):
+    "Means, deviations, gap closed and p of a table, from the scores by other means"
+    t = table.set_index('row')
+    classes,seeds = sorted(set(scores['class'])),sorted(set(scores.seed))
+    mean = lambda g, s: np.mean([g[(g.seed==s)&(g['class']==c)].dice.mean() for c in classes])
+    means = {k: np.array([mean(g, s) for s in seeds]) for k,g in scores.groupby('row')}
+    for k,m in means.items():
+        assert np.isclose(t['mean'][k], m.mean())
+        assert np.isclose(t.mean_sd[k], m.std(ddof=1) if len(m)>1 else np.nan, equal_nan=True)
+    assert ('gap_closed' in t)==({'Partial supervision','Full supervision'}<=set(means))
+    if 'gap_closed' in t:
+        lo,hi = means['Partial supervision'].mean(),means['Full supervision'].mean()
+        for k,m in means.items(): assert np.isclose(t.gap_closed[k], (m.mean()-lo)/(hi-lo) if hi!=lo else np.nan, equal_nan=True)
+    by = lambda k: [scores[(scores.row==k)&(scores.subject==s)].dice.mean() for s in sorted(set(scores.subject))]
+    for k in set(means)-{study.against(k) for k in means}:
+        ours = study.against(k)
+        if ours in means: assert np.isclose(t.p[k], ttest_rel(by(ours), by(k), alternative='greater').pvalue, equal_nan=True)
+
+@pytest.mark.parametrize('name', [k for k in everything if k!='table1'])
+def test_study_runs(name, scans, out, tmp_path):
+    study = everything[name]
+    rows,score = some_rows(study),study.score or 'test'
+    found,stem = run(study, scans, out, rows),out/(name if score=='test' else f'{name}_{score}')
+    table = pd.read_csv(stem.with_suffix('.csv'))
+    assert list(table.row)==rows and set(found.row)==set(table.row)
+    assert list(table.columns)[:10]==['row','seeds','RV','RV_sd','Myo','Myo_sd','LV','LV_sd','mean','mean_sd'] and 'hd95' in table
+    check_arithmetic(found, table, study)
+    text = stem.with_suffix('.md').read_text()
+    assert 'test 2 (2 scans)' in text and 'No subject is in two parts' in text and 'final checkpoint' in text
+    assert stem.with_suffix('.png').stat().st_size>5000
+    there = Evidence(out)
+    parts = there.parts(there.find([o for _,o in wanted_runs(study.only(rows[:1]), tiny, 1, score)])[0]['split'])
+    assert set(found.subject)==set(parts.subject[parts.split==score])
+    kept = [o for o in out.rglob('*') if o.suffix in ('.md','.csv','.jsonl') and 'slices' not in o.parts]
+    assert len(kept)>=5 and str(scans) not in ''.join(o.read_text() for o in kept) # results name no folder of this machine
+    same_figures(found, run(study, scans, tmp_path, rows[-1:], store=out/'slices'))
+
+def same_figures(first, again):
+    cols = ['row','seed','subject','class','dice','hd95','assd']
+    first,again = (o[cols].sort_values(cols[:4]).reset_index(drop=True) for o in (first[first.row.isin(again.row)], again))
+    pd.testing.assert_frame_equal(again, first, check_exact=True)
+
+def test_table1_arithmetic_and_repetition(scans, out, tmp_path):
+    scores = run('table1', scans, out, seeds=2)
+    check_arithmetic(scores, pd.read_csv(out/'table1.csv'), studies['table1'])
+    same_figures(scores, run('table1', scans, tmp_path, ['All','Mean Teacher'], seeds=2))
+
+def test_what_made_the_runs_is_told():
+    found = [(row, dict(settings=dict(seed=seed), versions=v)) for (row,seed),v in zip([('a',0),('a',1),('b',0),('b',1)], ('torch 2','torch 2','torch 2','torch 3'))]
+    assert made_with(found[:3])==['- torch 2.'] and made_with(found)==['- torch 2: a (0, 1); b (0).', '- torch 3: b (1).']
+
+def test_runs_are_shared_and_kept(scans, out):
+    run('teacher', scans, out)
+    made = (out/'runs.jsonl').read_text()
+    run('teacher', scans, out)
+    run('table1', scans, out, ['Mean Teacher','All'])
+    assert (out/'runs.jsonl').read_text()==made
+    last = Evidence(out).runs()[-1]
+    assert last['settings']['width']==4 and len(last['curve']['dice'])==2 and last['threads']>=1 and 'torch' in last['versions']
+    assert {o.suffix for o in (out/'work').iterdir()}=={'.lock'}
+
+def test_report_without_scans(scans, out):
+    "The same page from the evidence alone"
+    scores = run('teacher', scans, out)
+    page,table = (out/'teacher.md').read_text(),(out/'teacher.csv').read_bytes()
+    (out/'teacher.md').unlink()
+    again = report_study(studies['teacher'], tiny, wanted_runs(studies['teacher'], tiny, 1), out)
+    assert again.equals(scores) and (out/'teacher.md').read_text()==page and (out/'teacher.csv').read_bytes()==table
+    with pytest.raises(ValueError, match=r'3 of 6 runs are not there \(Mean Teacher, seed 7, for one\); give the scans'):
+        report_study(studies['teacher'], tiny, wanted_runs(studies['teacher'], tiny, [0,7]), out)
+
+def test_settings_are_chosen_on_validation_scans(scans, out):
+    scores = run('choose', scans, out, ['Partial supervision','Mean Teacher: consistency [1.0, 0.4]'])
+    there = Evidence(out)
+    parts = there.parts(next(o for o in there.runs() if o['score']=='valid')['split'])
+    assert set(scores.subject)==set(parts.subject[parts.split=='valid']) and (out/'choose_valid.md').exists()
+
+def test_mistakes(scans, out):
+    with pytest.raises(ValueError, match="study: 'table9' is none of table1"): compare_study('table9', scans, out)
+    with pytest.raises(ValueError, match="preset: 'phone' is none of acdc"): compare_study('table1', scans, out, preset='phone')
+    with pytest.raises(ValueError, match='rows: Ours: no such row; there are Full supervision'): compare_study('table1', scans, out, rows=['Ours'])
+    with pytest.raises(ValueError, match="chooses settings, which is done on valid scans; got 'test'"): run('choose', scans, out, score='test')
+    with pytest.raises(ValueError, match="score: the preset has no 'test' scans; there are labeled, unlabeled, valid"):
+        run('table1', scans, out, preset=replace(tiny, test=0), score='test')
+
+def test_a_failed_run_is_named_and_the_others_are_kept(scans, tmp_path):
+    study = Study('broken', 'broken', {'Partial supervision': dict(method='partial'),
+                  'Too wide': dict(method='mireg', mireg=dict(neighborhood={'Upconv3':99,'Upconv2':7}))})
+    with pytest.raises(RuntimeError, match=r'(?s)1 of 2 runs failed; call the study again to repeat them:.*Too wide, seed 0: .*neighborhood: 99 is more than the map'):
+        run(study, scans, tmp_path)
+    assert len(Evidence(tmp_path).runs())==1 and len(Evidence(tmp_path).scores().run.unique())==1
+
+def a_run(scans, out, **row):
+    df = split_cohort(load_cohort(scans), 1, 1, 1, seed=0)
+    split, = Evidence(out).keep_cohort({1:df}).values()
+    return describe_run(settings_of(tiny, row), 1, 'test', recipe, split),df
+
+def test_optimiser_and_schedule_of_a_row(scans, tmp_path):
+    df = split_cohort(load_cohort(scans), 1, 1, 1, seed=0)
+    def hypers(name, **row):
+        learn,_ = training.fit(settings_of(tiny, dict(method='partial', **row)), df, recipe, tmp_path/'slices', tmp_path/name, quiet=True)
+        return learn.opt.hypers[-1],[getattr(o, 'func', o).__name__ for o in learn.opt.cbs],{k:np.array(o) for k,o in learn.recorder.hps.items()}
+    h,steps,hps = hypers('usual')
+    assert (h['eps'],h['sqr_mom'])==(1e-8,.99) and 'weight_decay' in steps and np.isclose(hps['mom'].min(), .85, atol=.01)
+    h,steps,_ = hypers('torch', adam=dict(sqr_mom=.999, decouple_wd=False))
+    assert (h['eps'],h['sqr_mom'],h['wd'])==(1e-8,.999,small.wd) and 'l2_reg' in steps and 'weight_decay' not in steps
+    assert hypers('fastai', adam=dict(eps=1e-5))[0]['eps']==1e-5
+    h,_,hps = hypers('held', one_cycle=False)
+    first,n = small.lr/small.div,small.epochs*small.n_iters # warm-up over a tenth of 20 steps
+    assert set(hps)=={'lr'} and h['mom']==.9 and np.allclose(hps['lr'][:3], [first, (first+small.lr)/2, small.lr])
+    assert np.allclose(hps['lr'][2:], small.lr*(1+np.cos(np.pi*np.arange(n-2)/(n-2)))/2)
+
+@pytest.mark.parametrize('one_cycle', [True,False])
+def test_an_interrupted_run_goes_on(one_cycle, scans, tmp_path, monkeypatch):
+    def go(name):
+        run,df = a_run(scans, tmp_path/name, method='mireg+teacher', one_cycle=one_cycle)
+        make_run(run, df, tmp_path/'slices', tmp_path/name, torch.get_num_threads())
+    class PowerCut(Callback):
+        def after_batch(self):
+            if self.training and self.train_iter==15: raise KeyboardInterrupt
+    go('whole')
+    with monkeypatch.context() as m:
+        m.setattr(training, 'callbacks_of', lambda s: [*callbacks_of(s), PowerCut()])
+        with pytest.raises(KeyboardInterrupt): go('cut')
+    assert not Evidence(tmp_path/'cut').runs() and list((tmp_path/'cut'/'work').glob('*/checkpoints/*.pt'))
+    go('cut')
+    whole,cut = (Evidence(tmp_path/o) for o in ('whole','cut'))
+    assert cut.scores().equals(whole.scores()) and cut.runs()[0]['curve']==whole.runs()[0]['curve']
+    assert not [o for o in cut.work.iterdir() if o.is_dir()] # no weights
+
+def test_settings_of_rows_are_told(scans, out):
+    run('shift', scans, out, ['Partial supervision','Consistency only'])
+    text = (out/'shift_valid.md').read_text()
+    assert '- T: flips along the axes of the recipe.' in text
+    assert '- Otherwise in "Consistency only": consistency [5.0, 0.8]; shift 0.5; jitter 0.5.' in text
+    run('faithful', scans, out, ["Both: PyTorch's Adam",'Both: linear warm-up, cosine, momentum held'])
+    text = (out/'faithful.md').read_text()
+    assert '''- Otherwise in "Both: PyTorch's Adam": Adam with sqr_mom 0.999, decouple_wd False.''' in text
+    assert '- Otherwise in "Both: linear warm-up, cosine, momentum held": linear warm-up and cosine (momentum 0.9).' in text
+    run('faithful', scans, out, ['All'], preset=replace(tiny, settings=replace(small, one_cycle=False, adam=dict(sqr_mom=.999))))
+    assert 'Adam with sqr_mom 0.999, linear warm-up and cosine (momentum 0.9) up to 0.02 from a 400th' in (out/'faithful.md').read_text()
+
+def test_changes_are_those_of_the_method():
+    assert changes_of(presets['cpu-shift'], dict(method='mi'))==[]
+    assert changes_of(presets['cpu-shift'], dict(method='mi', global_mi=.1, labeled=4))==['global_mi 0.1']
+
+def test_curves_hold_every_epoch(scans, out):
+    run('figure7', scans, out, seeds=2)
+    runs = Evidence(out).find([o for _,o in wanted_runs(studies['figure7'], tiny, 1)])
+    c = study_curves(list(zip('abc', runs)))
+    assert 'pretraining' in runs[1] and not {'pretraining'}&{*runs[0],*runs[2]}
+    assert c.groupby('row').epoch.apply(list).to_dict()==dict.fromkeys('abc', [1,2]) and c.dice.between(0,1).all()
+
+def test_subjects_are_paired():
+    s = pd.DataFrame(dict(subject=list('aabbcc'), dice=[.5,.7,.4,.4,.9,.7]))
+    expected = ttest_rel([.6,.4,.8], [.5,.2,.75], alternative='greater').pvalue
+    assert np.isclose(paired_p(s, s.assign(dice=s.dice-[.1,.1,.2,.2,.05,.05])), expected)
+
+# -- evidence --------------------------------------------------------------------------------------------------------------
+def test_other_scans_of_the_same_names(scans, tmp_path):
+    rows = ['Partial supervision']
+    run('table1', scans, tmp_path/'s', rows)
+    make_phantom(tmp_path/'other', n_subjects=12, seed=1, size=(32,40))
+    with pytest.raises(ValueError, match=r'made with other scans of the same names \(12 of 12 differ, heart000 for one\); choose another folder'):
+        run('table1', tmp_path/'other', tmp_path/'s', rows)
+    run('table1', scans, tmp_path/'s', rows)
+
+def some_scores(seed): return pd.DataFrame([{'subject':f'00{i}', 'scan':f'{i}.0', 'class':c, 'dice':1/(seed+i+3), 'hd95':np.nan} for i in range(9) for c in 'ab'])
+
+def some_run(seed, **kw): return describe_run(replace(small, seed=seed, **kw), 2, 'test', recipe, 'split_0')
+
+def _add(out, seeds):
+    for seed in seeds: Evidence(out).add(some_run(seed), some_scores(seed), versions='v', threads=1, seconds=1, curve={})
+
+def test_processes_add_runs_at_the_same_time(tmp_path):
+    with ProcessPoolExecutor(4, get_context('spawn')) as pool:
+        for f in [pool.submit(_add, str(tmp_path), range(i, 40, 4)) for i in range(4)]: f.result()
+    there = Evidence(tmp_path)
+    found = there.find([some_run(o) for o in range(40)])
+    of_run = dict(list(there.scores().groupby('run')))
+    assert len(there.runs())==40
+    for seed,o in enumerate(found):
+        pd.testing.assert_frame_equal(of_run[o['id']].drop(columns='run').reset_index(drop=True), some_scores(seed), check_exact=True)
+
+def test_a_run_that_was_cut_while_it_was_added(tmp_path, monkeypatch):
+    "Scores without their run are no run, and do not stand beside those of the next call"
+    from fastmiseg.study import evidence
+    write = evidence.write_text
+    def cut(path, text):
+        if path.name=='runs.jsonl': raise KeyboardInterrupt
+        write(path, text)
+    with monkeypatch.context() as m:
+        m.setattr(evidence, 'write_text', cut)
+        with pytest.raises(KeyboardInterrupt): _add(tmp_path, [0])
+    assert not Evidence(tmp_path).runs() and len(Evidence(tmp_path).scores())==18
+    _add(tmp_path, [0])
+    assert len(Evidence(tmp_path).runs())==1 and len(Evidence(tmp_path).scores())==18
+
+def test_evidence_that_cannot_be_used(tmp_path):
+    _add(tmp_path, [0,1])
+    there = Evidence(tmp_path)
+    with pytest.raises(ValueError, match="scans.csv: has no column split_0, which the runs name"): there.parts('split_0')
+    there.add({**some_run(0), 'split':'split_1'}, some_scores(0), versions='v')
+    loose = {k:o for k,o in some_run(0).items() if k!='split'}
+    with pytest.raises(ValueError, match='2 runs have these settings and differ in recipe or split .*name the recipe and give the scans'): there.find([loose])
+    assert there.find([some_run(0)])[0]['split']=='split_0'
+    with open(tmp_path/'runs.jsonl', 'a') as f: f.write('{"id": "half\n')
+    with pytest.raises(ValueError, match='runs.jsonl: line 4 cannot be used'): there.runs()
+
+def test_runs_that_are_older_than_a_setting(tmp_path):
+    _add(tmp_path, [0])
+    o = json.loads((tmp_path/'runs.jsonl').read_text())
+    del o['settings']['passes']
+    (tmp_path/'runs.jsonl').write_text(json.dumps(o)+'\n')
+    there = Evidence(tmp_path)
+    assert there.find([some_run(0), some_run(0, passes=2)])==[{**o, 'settings':some_run(0)['settings']}, None]
+
+def test_scans_are_added_to_those_that_are_known(scans, tmp_path):
+    df = split_cohort(load_cohort(scans), 1, 1, 1, seed=0)
+    there = Evidence(tmp_path)
+    there.keep_cohort({1:df[:5]})
+    _add(tmp_path, [0])
+    name = there.keep_cohort({1:df[3:]})[1]
+    known = there.scans()
+    assert len(known)==len(df) and sorted(known.scan)==sorted(df.scan) and name==split_name(df[3:])
+    assert there.parts(name).values.tolist()==df[3:][['subject','scan','split']].sort_values('scan').values.tolist()
+    assert split_name(df.sample(frac=1, random_state=0))==split_name(df)
+
+# -- the command -----------------------------------------------------------------------------------------------------------
+def test_command(scans, tmp_path):
+    env = {k:v for k,v in os.environ.items() if k!='FASTMISEG_DATA'}
+    (script:=tmp_path/'fastmiseg-compare').write_text('import sys\nfrom fastmiseg.cli import compare\nif __name__=="__main__": sys.exit(compare())\n') # as pip makes it
+    cli = lambda *a: subprocess.run([sys.executable, script, *map(str, a)], capture_output=True, text=True, env=env)
+    done = cli('table9', '--data', scans)
+    assert done.returncode==2 and "fastmiseg-compare: study: 'table9' is none of" in done.stderr
+    out = ['--out', tmp_path/'s', '--seeds', 1]
+    done = cli('table1', *out)
+    assert done.returncode==2 and 'set FASTMISEG_DATA' in done.stderr and 'Traceback' not in done.stderr
+    assert 'figure4' in cli('--help').stdout
+    rows = ['--rows', 'Partial supervision;Entropy min.', '--epochs', 1, '--n-iters', 1]
+    done = cli('table1', '--data', scans, *out, '--score', 'valid', *rows)
+    assert done.returncode==2 and 'these are more than the 12 subjects' in done.stderr # the preset wants 56
+    parts = ['--labeled', 1, '--valid', 1, '--test', 1]
+    done = cli('table1', '--data', scans, '--recipe', 'auto', *out, *rows, *parts)
+    assert done.returncode==0 and '--labeled 1 --valid 1 --test 1' in done.stdout and 'labeled 1 (1 scans), test 1' in done.stdout, done.stderr
+    again = cli('table1', *out, *rows, *parts) # without scans
+    assert again.returncode==0 and again.stdout.replace(' --n-iters', ' --recipe auto --n-iters').split()[-60:]==done.stdout.split()[-60:], again.stderr
+    (plan:=tmp_path/'mine.json').write_text(json.dumps(dict(title='Mine', rows={'a': dict(method='partial'), 'b': dict(method='partial', wd=.1)}, ours='a', score='valid')))
+    done = cli(plan, '--data', scans, *out, *rows[2:], *parts)
+    assert done.returncode==0 and '# Mine' in done.stdout and '- Otherwise in "b": wd 0.1.' in done.stdout and (tmp_path/'s'/'mine_valid.csv').exists(), done.stderr
+
+# -- the committed results -------------------------------------------------------------------------------------------------
+def test_readme_says_what_the_table_says():
+    root = Path(__file__).parent.parent
+    tables = [pd.read_csv(root/'studies'/f'{o}.csv').itertuples() for o in ('table1','table1_cpu-shift','table1_cpu-long')]
+    readme = (root/'README.md').read_text(encoding='utf-8')
+    names = {'Full supervision':'full supervision', 'Partial supervision':'partial supervision', 'Entropy min.':'entropy minimisation', 'Mean Teacher':'Mean Teacher',
+             'MI only':'mutual information only', 'Consistency only':'consistency only', 'All':'all terms of the paper'}
+    said = lambda o: f'{o.mean:.3f} ({o.mean_sd:.3f}) | {o.gap_closed:.0%} |'
+    for a,b,c in zip(*tables, strict=True): assert a.row==b.row==c.row and f'| {names[a.row]} | {said(a)} {said(b)} {said(c)}' in readme
+    last = pd.read_csv(root/'studies'/'table1_cpu-long.csv').set_index('row')
+    assert f"above Mean Teacher (p = {last.p['Mean Teacher']:.1g}" in readme and last.p['Consistency only']<.001 and 'above consistency alone (p < 0.001' in readme
+    near = {f'{last.hd95[k]:.2f}' for k in ('Mean Teacher','Consistency only')}
+    assert len(near)==1 and f"the lowest HD95 but for full supervision ({last.hd95['All']:.2f} mm; {near.pop()} mm" in readme and last.hd95.drop('Full supervision').idxmin()=='All'
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, results/f'{name}.py')
+    spec.loader.exec_module(module:=importlib.util.module_from_spec(spec))
+    return module
+
+committed = [o for o in sorted(results.glob('*.csv')) if o.with_suffix('.md').exists()]
+
+@pytest.mark.parametrize('csv', committed, ids=lambda o: o.stem)
+def test_committed_tables_are_those_of_the_committed_runs(csv):
+    name,given = script('tables').command_of(csv.with_suffix('.md'))
+    assert given['recipe']=='hippocampus'
+    study,preset = find_study(results.parent/name if '/' in name else name),presets[given.get('preset', 'cpu')]
+    if 'rows' in given: study = study.only(given['rows'])
+    score = scored_part(study, preset, given.get('score'))
+    there = Evidence(results)
+    wanted = wanted_runs(study, preset, given.get('seeds', 3), score, Recipe.hippocampus())
+    found = [(k, o) for (k,_),o in zip(wanted, there.find([o for _,o in wanted]))]
+    table,text = study_table(scores:=study_scores(found, there.scores()), study),csv.with_suffix('.md').read_text(encoding='utf-8')
+    pd.testing.assert_frame_equal(table, pd.read_csv(csv), check_dtype=False)
+    minutes = sum(o['seconds'] for _,o in found)/60
+    assert table_text(table) in text and f'- {len(found)} runs, {minutes:.0f} minutes' in text and all(o in text for o in made_with(found))
+    assert scores.groupby(['row','seed']).scan.nunique().eq(dict(test=54, valid=29)[score]).all()
+
+def test_every_committed_page_is_written_again(tmp_path, monkeypatch):
+    "By the command that stands in it, without the scans, to the byte"
+    import shutil
+    for o in ('runs.jsonl','scores.csv','scans.csv'): shutil.copy(results/o, tmp_path/o)
+    monkeypatch.delenv('FASTMISEG_DATA', raising=False)
+    monkeypatch.chdir(results.parent)
+    for csv in committed[::4]:
+        name,given = script('tables').command_of(csv.with_suffix('.md'))
+        assert compare_study(name, None, tmp_path, **given)==csv.with_suffix('.md').read_text(encoding='utf-8')
+        assert (tmp_path/csv.name).read_bytes()==csv.read_bytes()
+
+@pytest.mark.parametrize('md', sorted(results.glob('*.md')), ids=lambda o: o.stem)
+def test_committed_results_have_their_command(md):
+    text,name = md.read_text(encoding='utf-8'),md.stem.split('_')[0]
+    commands = [f'    fastmiseg-compare {name} --data DATA', f'    fastmiseg-compare studies/plans/{name}.json --data DATA', f'    python studies/{md.stem}.py DATA']
+    assert md.stem=='README' or any(o in text for o in commands)
+    assert not md.with_suffix('.csv').exists() or md.with_suffix('.png').exists()
+
+def test_committed_evidence_is_whole():
+    there = Evidence(results)
+    runs,scores,scans = there.runs(),there.scores(),there.scans()
+    assert len(runs)==len({o['id'] for o in runs})==len({json.dumps([o[k] for k in decides], sort_keys=True) for o in runs})
+    assert set(scores.run)=={o['id'] for o in runs} and scores.dice.between(0,1).all() and not scores.duplicated(['run','scan','class']).any()
+    scanned = scores.groupby('run').scan.apply(set)
+    splits = {o['split'] for o in runs}
+    assert splits==set(scans)-{'subject','scan','content'}
+    for split in splits: assert split_name(there.parts(split))==split and there.parts(split).groupby('subject').split.nunique().eq(1).all()
+    for o in runs:
+        parts = there.parts(o['split'])
+        assert scanned[o['id']]==set(parts.scan[parts.split==o['score']]) and len(o['curve']['dice'])==o['settings']['epochs']
+        assert parts.subject[parts.split=='labeled'].nunique()==o['labeled'] and {'versions','threads','seconds'}<=set(o)

@@ -1,0 +1,87 @@
+"The Triton kernels against a double loop in float64: on a GPU as they are, elsewhere in Triton's interpreter"
+import os, subprocess, sys
+from itertools import product
+from pathlib import Path
+import pytest, torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA: os.environ.setdefault('TRITON_INTERPRET', '1') # read when triton is imported
+triton = pytest.importorskip('triton')
+from fastmiseg import pair_kernels
+from fastmiseg.pair_kernels import cuda_pair_sums, cuda_pair_sums_backward, supported
+
+device = 'cuda' if CUDA else 'cpu'
+f32, f64 = torch.float32, torch.float64
+pytestmark = [pytest.mark.skipif(not CUDA and os.environ.get('TRITON_INTERPRET') != '1', reason='needs a GPU or the interpreter')]
+needs_gpu = pytest.mark.skipif(not CUDA, reason='needs a CUDA device')
+
+def loop(p, q, w):
+    "Sums of p(x) q(x+δ)ᵀ: (S,*w,K,K), by slices that overlap"
+    shape, out = p.shape[3:], []
+    for d in product(*[range(-(o//2), o//2 + 1) for o in w]):
+        here = [slice(max(0, -e), max(0, n - max(0, e))) for e, n in zip(d, shape)]
+        there = [slice(max(0, e), max(0, n + min(0, e))) for e, n in zip(d, shape)]
+        out.append(torch.einsum('nskx,nslx->skl', p[(..., *here)].flatten(3), q[(..., *there)].flatten(3)))
+    return torch.stack(out, 1).unflatten(1, w)
+
+def reference(x, y, weight, bias, w, G):
+    "Sums and gradients in float64"
+    xs = [o if o is None else o.detach().double().cpu().requires_grad_() for o in (x, y, weight, bias)]
+    p, q = xs[:2]
+    if weight is not None: p, q = [(torch.einsum('skc,nc...->nsk...', xs[2], o) + xs[3].reshape(1, *bias.shape, *[1]*len(w))).softmax(2) for o in (p, q)]
+    R = loop(p, q, w)
+    return R.detach(), *torch.autograd.grad(R, [o for o in xs if o is not None], G.cpu())
+
+def problem(shape, C, S, K, scale=1., dtype=f32, seed=0, related=False):
+    "Features and a head, or with C = 0 probabilities"
+    torch.manual_seed(seed)
+    N, *map_ = shape
+    if C:
+        x, y = torch.randn(2, N, C, *map_)
+        if related: y = x + .3*y
+        head = scale*torch.randn(S, K, C)/C**.5, scale*torch.randn(S, K)
+    else:
+        (x, y), head = [o.softmax(2) for o in scale*torch.randn(2, N, S, K, *map_)], (None, None)
+    return [o if o is None else o.to(device, dtype) for o in (x, y)] + [o if o is None else o.to(device) for o in head]
+
+def far(a, b): return ((a.double().cpu() - b).norm()/b.norm().clamp_min(1e-30)).item()
+
+def check(inputs, w, limit, limit_grad):
+    x, y, weight, bias = inputs
+    S, K = weight.shape[:2] if weight is not None else x.shape[1:3]
+    G = torch.randn(S, *w, K, K, dtype=f64)
+    G -= G.mean((-2, -1), keepdim=True)
+    R, *grads = reference(*inputs, w, G)
+    ours = cuda_pair_sums(*inputs, w)
+    assert ours.dtype == f64 and ours.shape == R.shape
+    assert far(ours, R) < limit
+    back = [o for o in cuda_pair_sums_backward(G.to(device), *inputs, w, (True, True, weight is not None, weight is not None)) if o is not None]
+    assert len(back) == len(grads)
+    for a, b in zip(back, grads): assert far(a, b) < limit_grad
+    return ours, back
+
+CASES = [((2, 9, 7), 3, 2, 4, (3, 3)), ((1, 6, 11), 16, 2, 10, (7, 7)), ((3, 5, 8), 5, 1, 3, (1, 5)), ((1, 13, 4), 8, 2, 10, (5, 1)),
+         ((2, 4, 6, 5), 3, 2, 4, (3, 3, 3)), ((1, 3, 5, 4), 4, 1, 10, (1, 7, 3)), ((2, 9, 7), 0, 2, 4, (3, 3)), ((1, 4, 5, 6), 0, 2, 3, (5, 3, 1)),
+         ((1, 2, 2), 3, 1, 2, (7, 7)), ((1, 5, 6), 20, 1, 20, (3, 5)), ((2, 4, 4), 2, 1, 1, (3, 3))]
+
+@pytest.mark.parametrize('shape,C,S,K,w', CASES)
+def test_sums_and_gradients_equal_a_double_loop(shape, C, S, K, w):
+    check(problem(shape, C, S, K), w, 1e-6, 2e-6)
+
+@pytest.mark.parametrize('scale', [.003, .03, .3, 3, 30])
+def test_precision_from_uniform_to_one_hot(scale):
+    "Loss and gradients of the whole path: the gradient of the loss is what makes near uniform distributions hard"
+    from fastmiseg.mutual_info import _mi_loss
+    w, inputs = (3, 3), problem((2, 24, 20), 4, 1, 5, scale, related=True)
+    x, y, weight, bias = inputs
+    bias.zero_()
+    def gradient(R):
+        R = R.requires_grad_()
+        loss = _mi_loss(R.flatten(1, 2), True, None)
+        return loss.detach(), torch.autograd.grad(loss, R)[0]
+    R = reference(*inputs, w, torch.zeros(1, 3, 3, 5, 5, dtype=f64))[0]
+    loss, G = gradient(R)
+    grads = reference(*inputs, w, G)[1:]
+    ours, G_ = gradient(cuda_pair_sums(*inputs, w))
+    assert (ours.cpu() - loss).abs() < 1e-6
+    for a, b in zip(cuda_pair_sums_backward(G_, *inputs, w, (True,)*4), grads): assert far(a, b) < 1e-4

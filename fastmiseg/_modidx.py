@@ -657,6 +657,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastmiseg.pair_sums._inside': ('pair_sums.html#_inside', 'fastmiseg/pair_sums.py'),
                                      'fastmiseg.pair_sums._plain_float32': ('pair_sums.html#_plain_float32', 'fastmiseg/pair_sums.py'),
                                      'fastmiseg.pair_sums._row_products': ('pair_sums.html#_row_products', 'fastmiseg/pair_sums.py'),
+                                     'fastmiseg.pair_sums._way': ('pair_sums.html#_way', 'fastmiseg/pair_sums.py'),
                                      'fastmiseg.pair_sums.at_least_float32': ('pair_sums.html#at_least_float32', 'fastmiseg/pair_sums.py'),
                                      'fastmiseg.pair_sums.pair_sums': ('pair_sums.html#pair_sums', 'fastmiseg/pair_sums.py'),
                                      'fastmiseg.pair_sums.sums': ('pair_sums.html#sums', 'fastmiseg/pair_sums.py'),

@@ -227,7 +227,7 @@ launch_options = dict(
     line=dict(BP=128, num_warps=4),
     sums=dict(T=2048, BX=32, num_warps=4, num_stages=2),
     gradient=dict(ROWS=3, MP=32, PIECE=16, BX=128, num_warps=4, num_stages=2),
-    head=dict(BP=128, num_warps=4))
+    head=dict(BP=32, num_warps=4))
 dot_precision = 'tf32x3' # of the heads' products
 
 def _power_of_2(n, least=16): return max(least, 1 << (n - 1).bit_length())

@@ -13,6 +13,7 @@ from math import prod
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from .pair_kernels import cuda_pair_sums, cuda_pair_sums_backward, supported
 
 # %% ../nbs/13_pair_sums.ipynb #112b24ce
 def wide(
@@ -232,20 +233,25 @@ def sums_backward(
     return gx, gy, *(gw or (None, None))
 
 # %% ../nbs/13_pair_sums.ipynb #601de8e0
+def _way(x, y, weight, w):
+    return (cuda_pair_sums, cuda_pair_sums_backward) if supported(x, y, weight, w) else (sums, sums_backward)
+
 class PairSums(torch.autograd.Function):
     "`sums` and `sums_backward`, or what stands for them on a device, as one differentiable function"
     @staticmethod
     def forward(ctx, x, y, weight, bias, w): # -> (S,D,K,K), displacements in row-major order
         ctx.save_for_backward(x, y, weight, bias)
         ctx.w = w
-        with _plain_float32(x): return sums(x, y, weight, bias, w).flatten(1, -3)
+        forward, _ = _way(x, y, weight, w)
+        with _plain_float32(x): return forward(x, y, weight, bias, w).flatten(1, -3)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, G):
         saved = ctx.saved_tensors
         G = G.view(len(G), *ctx.w, *G.shape[2:])
-        with _plain_float32(G): grads = sums_backward(G, *saved, ctx.w, ctx.needs_input_grad[:4])
+        _, backward = _way(*saved[:3], ctx.w)
+        with _plain_float32(G): grads = backward(G, *saved, ctx.w, ctx.needs_input_grad[:4])
         return *[g if g is None else g.to(o.dtype) for g, o in zip(grads, saved)], None
 
 @torch.compiler.disable

@@ -1,7 +1,10 @@
 """What several tests share"""
+import os
 from types import SimpleNamespace
 
-import pytest
+import pytest, torch
+
+if not torch.cuda.is_available(): os.environ.setdefault('TRITON_INTERPRET', '1') # kernels run in Python; read at import
 
 @pytest.fixture(scope='session')
 def hearts(tmp_path_factory):

@@ -1,0 +1,305 @@
+"""The local information loss on a CUDA device: is it right, what does each way to it cost, which launches are best.
+
+    python benchmarks/gpu_mutual_info.py                        # everything, about a minute
+    python benchmarks/gpu_mutual_info.py --device cpu --tiny    # a trial of the script itself
+
+Prints errors against float64, times of the kernels for several ways to launch them, and last a table, which also goes to --out.
+Times are of CUDA events, the median of repeats in alternation.
+"""
+import argparse, os, subprocess, sys, time
+from contextlib import contextmanager, nullcontext
+from itertools import product
+from pathlib import Path
+from statistics import median
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument('--device', default=os.environ.get('FASTMISEG_DEVICE', 'cuda'))
+parser.add_argument('--tiny', action='store_true', default=bool(os.environ.get('DRY')), help='small maps, few repeats')
+parser.add_argument('--out', default=str(Path(os.environ.get('OUT', '.'))/'gpu_mutual_info.md'), help='file for the table')
+parser.add_argument('--processes', type=int, default=12, help='compile kernels in this many at once')
+parser.add_argument('--compile', type=int, help=argparse.SUPPRESS)
+parser.add_argument('--skip-sweep', action='store_true', help='no search for the best launches')
+args = parser.parse_args()
+if args.device == 'cpu': os.environ['TRITON_INTERPRET'] = '1' # before triton is imported
+
+import torch
+import torch.nn.functional as F
+from fastmiseg import pair_kernels, pair_sums
+from fastmiseg.mutual_info import local_mi_loss
+from fastmiseg.projectors import LocalProjector
+
+DEVICE, CUDA = args.device, args.device == 'cuda'
+f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+STAGES = {'224×224, 7×7': dict(n_in=16, shape=(224, 224), size=7), '112×112, 3×3': dict(n_in=32, shape=(112, 112), size=3)}
+if args.tiny: STAGES = {'12×16, 7×7': dict(n_in=16, shape=(12, 16), size=7), '8×8, 3×3': dict(n_in=32, shape=(8, 8), size=3)}
+BATCH, S, K = (2, 1, 10) if args.tiny else (10, 5, 10)
+lines = []
+
+def say(text=''):
+    print(text, flush=True)
+    lines.append(text)
+    Path(args.out).write_text('\n'.join(lines) + '\n')
+
+# Ways to the sums: (forward, backward) with the arguments of pair_sums.sums and sums_backward
+
+def spectra(x, weight, bias, padded):
+    p = x if weight is None else (torch.einsum('skc,nc...->nsk...', weight, x.float()) + bias[:, :, None, None]).softmax(2)
+    c = p.mean((0, 3, 4), keepdim=True)
+    return p, c, torch.fft.rfft2(p - c, s=padded)
+
+def padded_size(shape, w): return [next(m for m in range(n + o//2, 2*n + 64) if smooth(m)) for n, o in zip(shape, w)]
+
+def smooth(n):
+    for o in (2, 3, 5, 7):
+        while n % o == 0: n //= o
+    return n == 1
+
+def fft_sums(x, y, weight, bias, w):
+    "Products in the frequency domain (of the centred parts; without the sums for the centres: cost only)"
+    shape = padded_size(x.shape[-2:], w)
+    (_, _, P), (_, _, Q) = [spectra(o, weight, bias, shape) for o in (x, y)]
+    R = torch.einsum('nskuv,nsluv->skluv', P.conj(), Q)
+    R = torch.fft.irfft2(R, s=shape).roll([o//2 for o in w], (-2, -1))[..., :w[0], :w[1]]
+    return R.movedim((1, 2), (3, 4)).double()
+
+def fft_gradient(G, x, y, weight, bias, w, needs):
+    shape = padded_size(x.shape[-2:], w)
+    (p, _, P), (q, _, Q) = [spectra(o, weight, bias, shape) for o in (x, y)]
+    kernel = F.pad(G.movedim((3, 4), (1, 2)).float(), (0, shape[1] - w[1], 0, shape[0] - w[0])).roll([-(o//2) for o in w], (-2, -1))
+    kernel = torch.fft.rfft2(kernel)
+    out = []
+    for eq, o, f in (('skluv,nsluv->nskuv', Q, kernel.conj()), ('skluv,nskuv->nsluv', P, kernel)):
+        out.append(torch.fft.irfft2(torch.einsum(eq, f, o), s=shape)[..., :x.shape[-2], :x.shape[-1]])
+    z = [torch._softmax_backward_data(o, r, 2, f32) for o, r in zip(out, (p, q))]
+    gw = sum(torch.einsum('nskhw,nchw->skc', a, o.float()) for a, o in zip(z, (x, y)))
+    return *[torch.einsum('nskhw,skc->nchw', a, weight).to(x.dtype) for a in z], gw, sum(a.sum((0, 3, 4)) for a in z)
+
+WAYS = {'kernels': (pair_kernels.cuda_pair_sums, pair_kernels.cuda_pair_sums_backward),
+        'torch': (pair_sums.sums, pair_sums.sums_backward),
+        'fft (cost only)': (fft_sums, fft_gradient)}
+
+class Sums(torch.autograd.Function):
+    way = 'kernels'
+    @staticmethod
+    def forward(ctx, x, y, weight, bias, w):
+        ctx.save_for_backward(x, y, weight, bias)
+        ctx.w, ctx.way = w, Sums.way
+        with torch.autocast(DEVICE, enabled=False): return WAYS[ctx.way][0](x, y, weight, bias, w).flatten(1, 2)
+    @staticmethod
+    def backward(ctx, G):
+        G = G.view(len(G), *ctx.w, *G.shape[2:])
+        with torch.autocast(DEVICE, enabled=False): grads = WAYS[ctx.way][1](G, *ctx.saved_tensors, ctx.w, ctx.needs_input_grad[:4])
+        return *[g if g is None else g.to(o.dtype) for g, o in zip(grads, ctx.saved_tensors)], None
+
+def textbook(head, f, g, size):
+    "One convolution for each head: batch as channels, the other map as kernel"
+    loss, log = 0, lambda x: x.clamp_min(1e-16).log()
+    for w, b in zip(head.weight.view(S, K, -1), head.bias.view(S, K)):
+        p, q = [F.conv2d(o, w[:, :, None, None].to(o.dtype), b.to(o.dtype)).softmax(1) for o in (f, g)]
+        P = F.conv2d(p.transpose(0, 1), q.transpose(0, 1), padding=size//2).flatten(2).movedim(-1, 0)
+        P = P/P.sum((1, 2), keepdim=True)
+        P = (P + P.mT)/2
+        loss = loss - (P*(log(P) - log(P.sum(1, keepdim=True)) - log(P.sum(2, keepdim=True)))).sum((1, 2)).mean()
+    return loss/S
+
+def case(n_in, shape, size, dtype=f32, batch=BATCH, scale=1., seed=0):
+    torch.manual_seed(seed)
+    f = torch.randn(batch, n_in, *shape)
+    g = f + .5*torch.randn(batch, n_in, *shape)
+    proj = LocalProjector(n_in, K, S)
+    with torch.no_grad():
+        for p in proj.parameters(): p *= scale
+    f, g = [o.to(DEVICE, dtype).requires_grad_() for o in (f, g)]
+    return proj.to(DEVICE), f, g, size
+
+def loss_of(name, proj, f, g, size):
+    if name == 'textbook': return textbook(proj.head, f, g, size)
+    if name == 'projector': return proj.loss(f, g, size)
+    from fastmiseg.mutual_info import _mi_loss
+    Sums.way = name
+    return _mi_loss(Sums.apply(f, g, proj.head.weight.view(S, K, -1), proj.head.bias.view(S, K), (size, size)), True, None)
+
+def gradients(name, proj, f, g, size):
+    loss = loss_of(name, proj, f, g, size)
+    gf, gg, gw, gb = torch.autograd.grad(loss, [f, g, proj.head.weight, proj.head.bias])
+    return [loss.detach(), gf, gg, torch.cat([gw, gb[:, None]], 1)]
+
+def far(a, b): return ((a.double().cpu() - b).norm()/b.norm()).item()
+
+# (a) right?
+
+@contextmanager
+def tf32(allowed):
+    flags = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
+    before = [o.fp32_precision for o in flags]
+    for o in flags: o.fp32_precision = 'tf32' if allowed else 'ieee'
+    try: yield
+    finally:
+        for o, was in zip(flags, before): o.fp32_precision = was
+
+def errors():
+    say('Relative errors against float64 on the CPU: loss (absolute), gradients of both features and of the head')
+    from copy import deepcopy
+    names, worst = ['kernels', 'torch', 'projector', 'textbook'], 0
+    shapes = [dict(o, shape=tuple(n//4 + 3 for n in o['shape'])) if not args.tiny else o for o in STAGES.values()]
+    for o, scale in product(shapes, (.003, .1, 1, 30)):
+        for dtype, mode in ((f32, ''), (f32, 'TF32 allowed'), (f16, 'autocast'), (bf16, 'autocast')):
+            if not CUDA and (dtype != f32 or mode): continue
+            proj, f, g, size = case(**o, dtype=dtype, batch=2, scale=scale)
+            twin = deepcopy(proj).double().cpu()
+            ref = gradients('torch', twin, *[x.detach().double().cpu().requires_grad_() for x in (f, g)], size)
+            for name in names if not mode else names[:1] + names[2:3]:
+                with tf32(mode == 'TF32 allowed'), torch.autocast(DEVICE, dtype) if mode == 'autocast' else nullcontext():
+                    out = gradients(name, proj, f, g, size)
+                e = [abs(out[0].item() - ref[0].item()), *map(far, out[1:], ref[1:])]
+                say(f"  {o['shape']}, {size}×{size}, scale {scale}, {str(dtype)[6:]} {mode}: {name:9}" + ' '.join(f'{v:.1e}' for v in e))
+                if name == 'kernels' and dtype == f32: worst = max(worst, *e[1:])
+    say(f'Worst of the kernels in float32: {worst:.1e}' + ('' if worst < 1e-4 else ' TOO MUCH'))
+    if not CUDA: return
+    torch.cuda.synchronize()
+    proj, f, g, size = case(**shapes[0])
+    first = gradients('kernels', proj, f, g, size)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode('error')
+    again = gradients('kernels', proj, f, g, size)
+    torch.cuda.set_sync_debug_mode('default')
+    say(f'No synchronisation; the same bits again: {all(map(torch.equal, first, again))}')
+
+# (b) fast?
+
+def events(f, repeats):
+    if not CUDA:
+        out = []
+        for _ in range(repeats):
+            start = time.perf_counter(); f(); out.append(1e3*(time.perf_counter() - start))
+        return out
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for m in marks[1:]: f(), m.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in zip(marks, marks[1:])]
+
+def sweep_list():
+    "(stage, exact, options of one kernel)"
+    out = []
+    for stage, exact in product(STAGES, (True, False)):
+        big = stage == list(STAGES)[0]
+        for BX, warps, stages in ((32, 4, 2), (32, 4, 1), (16, 4, 3), (16, 4, 1), (32, 8, 2), (64, 4, 2), (64, 8, 2)): out.append((stage, exact, 'sums', dict(BX=BX, num_warps=warps, num_stages=stages)))
+        for T in (1024, 4096): out.append((stage, exact, 'sums', dict(T=T)))
+        for BX, warps, stages, rows, piece in ((128, 4, 2, 3, 16), (128, 4, 3, 3, 16), (64, 4, 2, 3, 16), (64, 2, 2, 3, 16), (128, 8, 2, 3, 16), (256, 8, 2, 3, 16), (256, 4, 2, 3, 16),
+                                               (128, 4, 1, 3, 16), (128, 4, 2, 6, 16), (64, 4, 2, 6, 16), (128, 4, 2, 3, 32)):
+            out.append((stage, exact, 'gradient', dict(BX=BX, num_warps=warps, num_stages=stages, ROWS=rows, MP=32 if rows == 3 else 64, PIECE=piece)))
+        if exact or not big: out += [(stage, exact, 'head', dict(BP=BP, num_warps=w)) for BP, w in ((128, 4), (64, 4), (32, 4), (32, 1), (64, 2), (32, 2), (16, 1))]
+        if exact or not big: out += [(stage, exact, 'line', dict(BP=BP, num_warps=w)) for BP, w in ((128, 4), (64, 4), (256, 4), (256, 8), (128, 2), (64, 2))]
+    return out[:3] + out[-3:] if args.tiny else out
+
+def one_kernel(stage, exact, kernel, opts, repeats):
+    "Milliseconds of one kernel with these options"
+    o = STAGES[stage]
+    before = dict(pair_kernels.launch_options[kernel])
+    pair_kernels.launch_options[kernel].update(opts)
+    try:
+        proj, f, g, size = case(**o, dtype=f32 if exact else bf16)
+        with torch.no_grad():
+            head = proj.head.weight.view(S, K, -1).float(), proj.head.bias.view(S, K).float()
+            (x, y), head, shape, _ = pair_kernels._prepared(f, g, *head, (size, size))
+            pair = pair_kernels._Pair(x, y, *head, shape, exact)
+            G = torch.randn(S, *shape.w, K, K, device=DEVICE, dtype=f64)
+            scale = 1024/G.abs().amax()
+            run = dict(sums=pair.sums, gradient=lambda: pair.gradient(0, G, scale),
+                       line=lambda: pair_kernels._Pair(x, y, *head, shape, exact))
+            if kernel == 'head':
+                y, gx = pair.gradient(0, G, scale), torch.empty_like(x)
+                run['head'] = lambda: pair.head_gradient(0, y, gx, True)
+            run[kernel]()
+            return median(events(run[kernel], repeats))
+    except Exception as e: return f'{type(e).__name__}: {str(e)[:60]}'
+    finally: pair_kernels.launch_options[kernel].clear(); pair_kernels.launch_options[kernel].update(before)
+
+def sweep():
+    jobs = sweep_list()
+    if CUDA:
+        start = time.time()
+        procs = [subprocess.Popen([sys.executable, __file__, '--compile', str(i), '--processes', str(args.processes), '--out', args.out]) for i in range(args.processes)]
+        for p in procs:
+            try: p.wait(max(1, 45 - (time.time() - start)))
+            except subprocess.TimeoutExpired: p.kill()
+        print(f'compiled in {time.time() - start:.0f} s', flush=True)
+    say('Milliseconds of one kernel (with what little is launched beside it)')
+    stop = time.time() + 25
+    for stage, exact, kernel, opts in jobs:
+        if time.time() > stop: break
+        t = one_kernel(stage, exact, kernel, opts, 3 if not CUDA else 15)
+        say(f"  {stage} {'float32' if exact else 'bf16'} {kernel:8} " + ' '.join(f'{k}={v}' for k, v in opts.items()) + (f': {t:.3f}' if isinstance(t, float) else f': {t}'))
+
+def launches(step):
+    if not CUDA: return '', []
+    from torch.profiler import profile, ProfilerActivity
+    with profile(activities=[ProfilerActivity.CUDA]) as prof: step(); torch.cuda.synchronize()
+    found = [e for e in prof.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.name.startswith(('Memset', 'Memcpy'))]
+    top = sorted(prof.key_averages(), key=lambda e: -e.device_time_total)[:9]
+    return len(found), [f'{e.device_time_total/1e3:.3f} ms ×{e.count} {e.key[:70]}' for e in top]
+
+def extra_memory(step, clear):
+    if not CUDA: return ''
+    clear(); torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(); torch.cuda.synchronize()
+    return f'{(torch.cuda.max_memory_allocated() - before)/2**20:.0f}'
+
+def steps():
+    head = '| stage | features | way | ms forward + backward | of it on the device | launches | extra MB |'
+    rows, tops = [head, '|---|---|---|---|---|---|---|'], []
+    total = {}
+    for (stage, o), dtype in product(STAGES.items(), (f32, bf16) if CUDA else (f32,)):
+        proj, f, g, size = case(**o, dtype=dtype)
+        def clear():
+            for x in (f, g, *proj.parameters()): x.grad = None
+        def step_of(name):
+            def step():
+                clear()
+                with torch.autocast(DEVICE, dtype) if dtype != f32 else nullcontext(): loss = loss_of(name, proj, f, g, size)
+                loss.backward()
+            return step
+        names = ['kernels', 'projector', 'torch', 'textbook', 'fft (cost only)']
+        fns = {}
+        for name in names:
+            try: step_of(name)(); step_of(name)(); fns[name] = step_of(name)
+            except Exception as e: rows.append(f'| {stage} | {str(dtype)[6:]} | {name} | {type(e).__name__}: {str(e)[:80]} | | | |')
+        times = {name: [] for name in fns}
+        for _ in range(4 if CUDA else 1):
+            for name, fn in fns.items(): times[name] += events(fn, 5 if CUDA else 1)[CUDA:]
+        for name, fn in fns.items():
+            n, top = launches(fn)
+            busy = sum(float(t.split()[0]) for t in top)
+            rows.append(f"| {stage} | {str(dtype)[6:]} | {name} | {median(times[name]):.2f} | {busy:.2f} | {n} | {extra_memory(fn, clear)} |")
+            total[dtype, name] = total.get((dtype, name), 0) + median(times[name])
+            if name == 'kernels': tops += [f'  {stage} {str(dtype)[6:]}: {t}' for t in top]
+        if CUDA:
+            graph, fn = torch.cuda.CUDAGraph(), fns.get('kernels')
+            try:
+                side = torch.cuda.Stream()
+                with torch.cuda.stream(side): [fn() for _ in range(3)]
+                torch.cuda.current_stream().wait_stream(side)
+                clear()
+                with torch.cuda.graph(graph): fn()
+                rows.append(f"| {stage} | {str(dtype)[6:]} | kernels, as a CUDA graph | {median(events(graph.replay, 20)):.2f} | | | |")
+            except Exception as e: rows.append(f'| {stage} | {str(dtype)[6:]} | kernels, as a CUDA graph | {type(e).__name__}: {str(e)[:80]} | | | |')
+    say('Where the time of the kernels goes')
+    for t in tops: say(t)
+    say(f'{torch.cuda.get_device_name() if CUDA else "CPU"}, torch {torch.__version__}, triton {pair_kernels.triton.__version__}; batch {BATCH}, {S} heads, K={K}; launches: {pair_kernels.launch_options}')
+    for r in rows: say(r)
+    for (dtype, name), t in total.items(): say(f'both stages, {str(dtype)[6:]}, {name}: {t:.2f} ms')
+
+if args.compile is not None:
+    for job in sweep_list()[args.compile::args.processes]: one_kernel(*job, 1)
+    sys.exit()
+for part in [errors, *([] if args.skip_sweep else [sweep]), steps]:
+    start = time.time()
+    try: part()
+    except Exception as e: # the other parts are worth having
+        import traceback; traceback.print_exc()
+        say(f'{part.__name__}: {type(e).__name__}: {str(e)[:300]}')
+        failed = True
+    print(f'{part.__name__}: {time.time() - start:.0f} s', flush=True)
+sys.exit('failed' in globals())

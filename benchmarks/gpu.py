@@ -72,6 +72,29 @@ def driver():
     try: return subprocess.run(['nvidia-smi','--query-gpu=driver_version','--format=csv,noheader'], capture_output=True, text=True).stdout.strip()
     except OSError: return None
 
+_stand_in = '''"""Stands where a package would be that is not here: it can be imported, and says so when it is used."""
+import sys
+class Absent(type):
+    def __getattr__(cls, name):
+        if name.startswith('__'): raise AttributeError(name)
+        return Absent(name, (), {})
+    def __call__(cls, *args, **kwargs): raise ImportError(f'{cls.__name__} belongs to a package that is not on this machine')
+class LoggerBase: pass
+def __getattr__(name):
+    if name.startswith('__'): raise AttributeError(name)
+    return Absent(name, (Exception,), {}) if name.endswith('Error') else Absent(name, (), {})
+'''
+
+def stand_ins(folder, names):
+    "Modules that can be imported but not used, for those of `names` that are not installed"
+    import importlib.util
+    parts = dict(pydicom=('datadict','encaps','errors','pixels'), nibabel=('spatialimages',))
+    for name in names:
+        if importlib.util.find_spec(name): continue
+        (Path(folder)/name).mkdir(parents=True, exist_ok=True)
+        for part in ('__init__', *parts.get(name, ())): (Path(folder)/name/f'{part}.py').write_text(_stand_in)
+        print(f'{name} is not installed: a stand-in')
+
 def _latest(found, *keys):
     "The last row for each value of `keys`"
     return list({tuple(str(o.get(k)) for k in keys): o for o in found}.values())
@@ -96,7 +119,7 @@ def report(out):
             text += [table(keys, [[_said(o.get(k, '')) for k in keys] for o in some]), '']
     return '\n'.join(text)
 
-_SECTIONS = dict(waiting='Without waiting', step='Milliseconds to a step', mutual_info='The local information loss', network='What makes the step fast', train="At the paper's size")
+_SECTIONS = dict(waiting='Without waiting', step='Milliseconds to a step', mutual_info='The local information loss', loading='Reading', network='What makes the step fast', train="At the paper's size")
 
 def _said(v): return f'{v:.3g}' if isinstance(v, float) and abs(v)<100 else f'{v:.0f}' if isinstance(v, float) else str(v).replace('|', '\\|')
 
@@ -104,6 +127,7 @@ if __name__=='__main__':
     what,out,*more = sys.argv[1:]
     OUT = Path(out)
     if what=='about': about()
+    elif what=='stand_ins': stand_ins(out, more)
     elif what=='report': print(report(out))
     elif what=='note': add('note', of=more[0], status=int(more[1]), seconds=int(more[2]))
     elif what=='done': sys.exit(not any(o['of']==more[0] and o['status']==0 for o in rows(out, 'note')))

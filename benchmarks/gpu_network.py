@@ -2,15 +2,12 @@
 
 A step by hand: forward on 24 images of 224×224, cross-entropy, backward, Adam. Each variant is run whatever happens to the others.
 """
-import time, traceback
+import sys, time, traceback
 from contextlib import nullcontext
 from functools import partial
 import torch
 from torch import nn
-from fastai.basics import Adam, TransformBlock
-from fastai.vision.core import TensorImage, TensorMask
-from fastmiseg.augment import Augment
-from fastmiseg.data import SemiSupDataBlock
+from fastai.basics import Adam
 from fastmiseg.models import create_unet
 from gpu import DEVICE, DRY, add, take_turns
 
@@ -107,28 +104,28 @@ def network_rows():
         print(row, flush=True)
 
 def loading_rows():
-    "Batches of the paired loader: 4 and 10 random slices of 384×384 in memory, cropped to 224 and augmented as the recipe for ACDC says"
-    size,crop,n = (48,32,4) if DRY else (384,224,30)
-    rng = torch.Generator().manual_seed(0)
-    xs,ys = torch.rand(40,1,size,size, generator=rng),torch.randint(4, (40,size,size), generator=rng)
-    for name,tfms in {'no augmentation':None, 'augmented':Augment(crop=(crop,crop), rotate=45., flip='hv', jitter=.3)}.items():
-        try:
-            block = SemiSupDataBlock(blocks=[TransformBlock(type_tfms=lambda i: TensorImage(xs[i])), TransformBlock(type_tfms=lambda i: TensorMask(ys[i]))],
-                                     splitter=lambda items: (range(15), range(15,16), range(16,40)), batch_tfms=tfms)
-            dl = block.dataloaders(list(range(40)), bs=4, unlabeled_bs=10, n_iters=n, device=DEVICE).train
-            for _ in range(2):
-                begun = time.perf_counter()
-                for b in dl: pass
-                host = time.perf_counter()-begun
-                if DEVICE=='cuda': torch.cuda.synchronize()
-                whole = time.perf_counter()-begun
-            row = dict(loader=name, host_ms=round(1000*host/n, 2), ms=round(1000*whole/n, 2))
-        except Exception as e:
-            traceback.print_exc(limit=3)
-            row = dict(loader=name, error=f'{type(e).__name__}: {e}'[:200])
-        add('network', table='Reading a batch', **row)
-        print(row, flush=True)
+    "Batches of the paired loader: 4 and 10 random slices of 384×384, cropped to 224 and augmented as the recipe for ACDC says; one by one, and from the device"
+    from gpu_slices import Noise, loaders
+    n,store = (4,Noise(48, 32)) if DRY else (40,Noise(384, 224))
+    for resident in (False,True):
+        for augment in (False,True):
+            name = f"{'from the device' if resident else 'one by one'}{', augmented' if augment else ''}"
+            try:
+                dl = loaders(store, ('labeled','valid',('unlabeled',)), augment=augment, n_iters=n, device=DEVICE, resident=resident).train
+                for _ in range(2):
+                    if DEVICE=='cuda': torch.cuda.synchronize()
+                    begun = time.perf_counter()
+                    for b in dl: pass
+                    host = time.perf_counter()-begun
+                    if DEVICE=='cuda': torch.cuda.synchronize()
+                    whole = time.perf_counter()-begun
+                row = dict(loader=name, host_ms=round(1000*host/n, 2), ms=round(1000*whole/n, 2))
+            except Exception as e:
+                traceback.print_exc(limit=3)
+                row = dict(loader=name, error=f'{type(e).__name__}: {e}'[:200])
+            add('network', table='Reading a batch', **row)
+            print(row, flush=True)
 
 if __name__=='__main__':
     loading_rows()
-    network_rows()
+    if 'loading' not in sys.argv: network_rows()

@@ -6,6 +6,7 @@ The recipe is the paper's; what is carried is the central part of each slice, as
 intensities are from those of the recipe. Scans of the unlabelled part come without masks. Nothing of this belongs in the repository.
 """
 import io, json, os, sys
+from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch
 from PIL import Image
@@ -62,7 +63,7 @@ class Packed:
     def mask(self, scan, i): return self.masks[scan][i]
     def where(self, scan): return self._where[scan]
 
-def loaders(store, parts, augment=True, bs=4, unlabeled_bs=10, n_iters=300, val_bs=32, seed=0, device=None, path='.'):
+def loaders(store, parts, augment=True, bs=4, unlabeled_bs=10, n_iters=300, val_bs=32, seed=0, device=None, path='.', resident=None):
     "Loaders of `store` for the splits (labelled, scored, unlabelled) in `parts`; a part may name several splits"
     from fastmiseg.augment import Augment
     from fastmiseg.data import SemiSupDataBlock, SliceBlock, SliceMaskBlock, SliceRef
@@ -70,7 +71,7 @@ def loaders(store, parts, augment=True, bs=4, unlabeled_bs=10, n_iters=300, val_
     split = np.array([s for _,s in refs])
     block = SemiSupDataBlock(blocks=(SliceBlock(store), SliceMaskBlock(store)), batch_tfms=Augment.from_recipe(store.recipe) if augment else None,
                              splitter=lambda _: [np.flatnonzero(np.isin(split, k)).tolist() for k in parts])
-    dls = block.dataloaders([r for r,_ in refs], path=path, bs=bs, unlabeled_bs=unlabeled_bs, n_iters=n_iters, val_bs=val_bs, seed=seed, device=device)
+    dls = block.dataloaders([r for r,_ in refs], path=path, bs=bs, unlabeled_bs=unlabeled_bs, n_iters=n_iters, val_bs=val_bs, seed=seed, device=device, resident=resident)
     dls.recipe,dls.store,dls.vocab,dls.c = store.recipe,None,list(store.recipe.classes),len(store.recipe.classes)
     return dls
 
@@ -94,6 +95,15 @@ class Discs:
     def image(self, scan, i): return self.images[scan][i]
     def mask(self, scan, i): return self.masks[scan][i]
     def where(self, scan): return self._where
+
+class Noise(Discs):
+    "The same in any size, with noise for images, for timing"
+    def __init__(self, size, crop, n=8):
+        super().__init__(size=16, n=n)
+        self.recipe = replace(self.recipe, size=size, crop=crop)
+        rng = np.random.default_rng(0)
+        self.images = {o: rng.random((n,1,size,size), dtype=np.float32) for o in self.images}
+        self.masks = {o: rng.integers(0, 4, (n,size,size), dtype=np.uint8) for o in self.masks}
 
 if __name__=='__main__':
     data,folder = (sys.argv[1:] + [os.environ.get('FASTMISEG_DATA')])[:2] if len(sys.argv)>2 else (os.environ['FASTMISEG_DATA'],sys.argv[1])

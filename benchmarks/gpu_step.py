@@ -1,13 +1,16 @@
 """Milliseconds, launches and memory of a step of each method at the paper's size, in fp32, TF32 and bf16 (a part of `gpu.sh`).
 
 The step is fastai's whole loop on batches that lie on the device: 4 labelled and 10 unlabelled images of 224×224, of which 24 go through
-the U-Net of width 16. Methods take turns; the time from one step's beginning to the next one's, by CUDA events; medians.
+the U-Net of width 16. The time from one step's beginning to the next one's, by CUDA events; medians. With the argument `compile`: blocks of
+the U-Net by torch.compile.
 """
-import collections, cProfile, io, pstats, sys, traceback
+import collections, sys, time, traceback
+from functools import cache
 from statistics import median
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from fastai.basics import Callback, Learner, noop, set_seed
+from fastai.basics import Callback, CancelValidException, Learner, noop, set_seed
 from fastai.losses import CrossEntropyLossFlat
 from fastmiseg.callback.baselines import ConsistencyCallback, EntropyMinCallback
 from fastmiseg.callback.mireg import MIRegCallback
@@ -42,20 +45,21 @@ def loaders(n_iters):
     dls.c = 4
     return dls
 
-def repeat(dl, n=4):
-    "Replace what the paired loader reads by `n` batches that lie on the device"
-    kept = [b for _,b in zip(range(n), dl)]
-    cls = type(dl)
+def repeat(dl):
+    "Replace what the paired loader reads by batches that lie on the device"
+    kept,cls = _batches(),type(dl)
     def __iter__(self):
-        for i in range(self.n_iters): yield kept[i%n]
+        for i in range(self.n_iters): yield kept[i%len(kept)]
     dl.__class__ = type('Repeated', (cls,), dict(__iter__=__iter__))
 
-def learner(cbs, how, n_iters):
+@cache
+def _batches(): return [b for _,b in zip(range(4), loaders(4).train)]
+
+def learner(cbs, how, n_iters, dls=None):
     set_seed(0)
     set_precision(how)
-    dls = loaders(max(4, n_iters))
-    repeat(dls.train)
-    dls.train.n_iters = n_iters
+    if dls: dls = dls(n_iters)
+    else: repeat((dls:=loaders(n_iters)).train)
     learn = miseg_learner(dls, width=WIDTH, cbs=cbs)
     learn.remove_cbs([cb for cb in learn.cbs if type(cb).__name__=='ProgressCallback'])
     learn.logger = noop
@@ -86,52 +90,78 @@ def launches(learn, steps):
     for e in kernels: top[e.name[:70]] += e.device_time_total/1000/steps
     return len(kernels)/steps, busy, top.most_common(12)
 
-def host(learn, steps):
-    "Where the host's time goes"
-    learn.dls.train.n_iters = steps
+class NoValidation(Callback):
+    def before_validate(self): raise CancelValidException()
+
+def compile_blocks(learn):
+    "Each block of the U-Net by `torch.compile`; the stages, whose maps the methods take, stay as they are"
+    torch._dynamo.config.recompile_limit = 64 # all blocks have the same code
+    learn.add_cb(NoValidation()) # whose other sizes would have to be compiled too
+    for m in learn.model.modules():
+        if isinstance(m, nn.Sequential): m.forward = torch.compile(m.forward, dynamic=False, backend='eager' if DRY else 'inductor')
+
+def measure(how, k, learn, steps, rounds):
+    "A row: milliseconds, launches, memory of a step"
     learn.fit(1, 1e-4)
-    prof = cProfile.Profile()
-    prof.enable()
-    learn.fit(1, 1e-4)
-    prof.disable()
-    for by in ('tottime','cumulative'):
-        s = io.StringIO()
-        pstats.Stats(prof, stream=s).sort_stats(by).print_stats(30)
-        print('\n'.join(l[:150] for l in s.getvalue().splitlines() if l.strip()))
+    if DEVICE=='cuda': torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(rounds):
+        learn.dls.train.n_iters = steps
+        learn.fit(1, 1e-4, cbs=(mark:=Mark()))
+        gaps = mark.clock.gaps()
+        times += gaps[min(3, steps-1):-1] or gaps
+    row = dict(precision=how, method=k, ms=round(median(times), 3))
+    if DEVICE=='cuda': row['peak_mb'] = round(torch.cuda.max_memory_allocated()/2**20)
+    try:
+        if how==PRECISIONS[0]:
+            n,busy,_ = launches(learn, 2)
+            row.update(launches=round(n), busy_ms=round(busy, 3))
+    except Exception: traceback.print_exc()
+    return row
+
+def attempt(how, k, make, steps, rounds, into='Steps', prepare=None, dls=None):
+    begun = time.perf_counter()
+    try:
+        learn = learner(make(), how, 4 if not DRY else 2, dls)
+        if prepare: prepare(learn)
+        row = measure(how, k, learn, steps, rounds)
+        add('step', table=into, **row, seconds=round(time.perf_counter()-begun, 1))
+        print(row, f'in {time.perf_counter()-begun:.1f} s', flush=True)
+        return row
+    except Exception as e:
+        traceback.print_exc(limit=4)
+        add('step', table='Failures', precision=how, method=k, error=f'{type(e).__name__}: {e}'[:300])
+
+def sliced(n_iters):
+    "Loaders that read: random slices of 384×384, cropped to 224 and augmented as the recipe for ACDC says"
+    from gpu_slices import Noise, loaders
+    return loaders(Noise(48 if DRY else 384, 32 if DRY else 224), ('labeled','valid',('unlabeled',)), bs=LABELED, unlabeled_bs=UNLABELED, n_iters=n_iters, device=DEVICE)
+
+def compiled():
+    "The same with compiled blocks, and what compiling takes"
+    for k in ['labels only'] if DRY else ['all terms of the paper','labels only']:
+        for prepare in (None, compile_blocks):
+            attempt(PRECISIONS[0], k+(', blocks compiled' if prepare else ''), METHODS[k], 2 if DRY else 15, 2, 'torch.compile', prepare)
+            if prepare: torch._dynamo.reset()
 
 def main():
-    steps,rounds = (2,1) if DRY else (25,2)
+    steps,rounds = (2,1) if DRY else (13,2)
     for how in PRECISIONS:
-        learners,times,memory = {},collections.defaultdict(list),{}
+        ms = {}
         for k,make in METHODS.items():
-            try:
-                learn = learner(make(), how, 8 if not DRY else 2)
-                learn.fit(1, 1e-4)
-                if DEVICE=='cuda': torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
-                learn.fit(1, 1e-4)
-                memory[k] = torch.cuda.max_memory_allocated()/2**20 if DEVICE=='cuda' else 0
-                learners[k] = learn
-            except Exception as e:
-                traceback.print_exc()
-                add('step', table='Failures', precision=how, method=k, error=f'{type(e).__name__}: {e}'[:300])
-        for _ in range(rounds):
-            for k,learn in learners.items():
-                learn.dls.train.n_iters = steps
-                learn.fit(1, 1e-4, cbs=(mark:=Mark()))
-                times[k] += mark.clock.gaps()[min(5, steps-1):-1] or mark.clock.gaps()
-        ms = {k:median(t) for k,t in times.items()}
-        for k,learn in learners.items():
-            n,busy,top = launches(learn, 2 if DRY else 5)
-            row = dict(precision=how, method=k, ms=round(ms[k], 3), relative=round(ms[k]/ms['labels only'], 2), launches=round(n), busy_ms=round(busy, 3), peak_mb=round(memory[k]))
-            add('step', table='Steps', **row)
-            print(row, flush=True)
-            if how==PRECISIONS[0] and k in ('labels only','all terms, with a teacher'):
-                for name,t in top: print(f'    {t:.3f} ms {name}')
+            if how!=PRECISIONS[0] and k not in ('labels only','consistency','all terms of the paper','all terms, textbook losses'): continue
+            slow = 'textbook' in k
+            row = attempt(how, k, make, min(steps, 8) if slow else steps, 1 if slow else rounds)
+            if row: ms[k] = row['ms']
+        if how==PRECISIONS[0]:
+            for k in ('labels only','all terms of the paper'):
+                attempt(how, f'{k}, with reading and augmentation', METHODS[k], steps, rounds, dls=sliced)
+        of = lambda what,value: add('step', table='Of these', precision=how, what=what, value=round(value, 3))
+        for k in ms:
+            if k!='labels only' and 'labels only' in ms: of(f'{k}, times labels only', ms[k]/ms['labels only'])
         if {'all terms of the paper','consistency'}<=ms.keys():
-            share = (ms['all terms of the paper']-ms['consistency'])/ms['all terms of the paper']
-            add('step', table='Of these', precision=how, what='share of a step of all terms that mutual information takes', value=round(share, 3))
-            if 'all terms, textbook losses' in ms: add('step', table='Of these', precision=how, what='textbook losses, times as long', value=round(ms['all terms, textbook losses']/ms['all terms of the paper'], 2))
-    print('-- the host, all terms with a teacher', PRECISIONS[0])
-    host(learner(METHODS['all terms, with a teacher'](), PRECISIONS[0], steps), steps)
+            of('share of a step of all terms that mutual information takes', 1-ms['consistency']/ms['all terms of the paper'])
+        if {'all terms of the paper','all terms, textbook losses'}<=ms.keys():
+            of('textbook losses, times as long', ms['all terms, textbook losses']/ms['all terms of the paper'])
 
-if __name__=='__main__': main()
+if __name__=='__main__': compiled() if 'compile' in sys.argv else main()

@@ -1,26 +1,30 @@
 """Trainings at the paper's size, several in processes of their own on the one device; curves and scores as they go (a part of `gpu.sh`).
 
-Slices from FASTMISEG_SLICES (see gpu_slices.py), else discs on noise. A training that was cut off goes on from its checkpoint in OUT/work.
-STEPS (6000), METHODS (names, separated by commas; all), PROCESSES (2), SEED (0).
+Slices from FASTMISEG_SLICES (see gpu_slices.py), else discs on noise. SECONDS_TO_TRAIN (none): a short run of each method says how many steps are
+made in that time, the same for all; a training that is still not done then stops, and is scored as it is. Another call goes on from checkpoints.
+STEPS (6000, or what SECONDS_TO_TRAIN allows), METHODS (names, separated by commas; all), PROCESSES (4), SEED (0).
 """
 import json, os, subprocess, sys, time, traceback
 from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from fastai.basics import Callback, set_seed
+from fastai.basics import Callback, CancelFitException, set_seed
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
 from fastmiseg.callback.mireg import MIRegCallback
 from fastmiseg.callback.resume import ResumeCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.learner import miseg_learner
 from fastmiseg.metrics import VolumeDice
+from fastmiseg.surface import VolumeHD95
 from fastmiseg.transforms import RandomFlips, RandomLight, RandomShifts
 from gpu import DEVICE, DRY, OUT, add
 from gpu_slices import Discs, Packed, loaders
 
 STEPS = int(os.environ.get('STEPS', 8 if DRY else 6000))
 SEED = int(os.environ.get('SEED', 0))
-PROCESSES = int(os.environ.get('PROCESSES', 1 if DRY else 3))
+PROCESSES = int(os.environ.get('PROCESSES', 1 if DRY else 4))
+LIMIT = float(os.environ.get('SECONDS_TO_TRAIN', 0))
+UNTIL = float(os.environ.get('UNTIL', 'inf')) # seconds since 1970
 EPOCH = min(STEPS, 4 if DRY else 300)
 WIDTH = 4 if DRY else 16
 
@@ -46,38 +50,91 @@ class Log(Callback):
         row = dict(method=self.method, seed=SEED, step=(self.epoch+1)*EPOCH, seconds=round(time.perf_counter()-self.begun, 1), **{k:round(float(v), 5) for k,v in row.items() if k!='time'})
         with open(OUT/'curves.jsonl', 'a') as f: f.write(json.dumps(row)+'\n')
 
-def train(name):
-    folder = os.environ.get('FASTMISEG_SLICES')
-    store = Packed(folder) if folder else Discs()
+class Deadline(Callback):
+    "Stops when the time is over"
+    order = ResumeCallback.order-1
+    steps = 0
+    def after_batch(self):
+        if not self.training: return
+        self.steps = self.train_iter
+        if time.time()>UNTIL: raise CancelFitException()
+
+def learner(name, work, store):
     make,T = METHODS[name]
-    work = OUT/'work'/f"{name.replace(' ', '_')}-{SEED}-{STEPS}"
-    work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision('high')
     parts = ('labeled','valid',('unlabeled',)) if make() else ('labeled','valid')
     dls = loaders(store, parts, n_iters=EPOCH, seed=SEED, device=DEVICE, **(dict(bs=2, unlabeled_bs=3) if DRY else {}))
     set_seed(SEED)
     learn = miseg_learner(dls, width=WIDTH, metrics=VolumeDice(), path=work)
     if DEVICE=='cuda': learn.to_bf16()
-    begun = time.perf_counter()
     cbs = make()
     for cb in cbs: cb.T = T
+    return learn,cbs
+
+def open_store():
+    folder = os.environ.get('FASTMISEG_SLICES')
+    return (Packed(folder),'on the recipe’s grid') if folder else (Discs(),'of discs')
+
+def train(name):
+    store,what = open_store()
+    work = OUT/'work'/f"{name.replace(' ', '_')}-{SEED}-{STEPS}"
+    work.mkdir(parents=True, exist_ok=True)
+    learn,cbs = learner(name, work, store)
+    begun = time.perf_counter()
     with learn.no_bar(), learn.no_logging():
-        learn.fit(STEPS//EPOCH, 1e-3 if not DRY else 1e-2, cbs=[schedule(1e-3), *cbs, ResumeCallback(work/'run', every=10**6), Log(name)])
+        learn.fit(STEPS//EPOCH, 1e-3 if not DRY else 1e-2, cbs=[schedule(1e-3), *cbs, ResumeCallback(work/'run', every=10**6), Log(name), until:=Deadline()])
     if DEVICE=='cuda': torch.cuda.synchronize()
     seconds = time.perf_counter()-begun
+    print(f'{name}: {until.steps} of {STEPS} steps in {seconds:.0f} s', flush=True)
     test = loaders(store, ('labeled','test'), augment=False, device=DEVICE).valid
-    scores = []
-    for who in ['student']+['teacher']*any(isinstance(o, EMATeacherCallback) for o in cbs):
-        if who=='teacher': next(o for o in cbs if isinstance(o, EMATeacherCallback)).to_model(learn.model)
-        learn.metrics = [dice:=VolumeDice()]
-        with learn.no_bar(), learn.no_logging(): learn.validate(dl=test)
-        scores.append(dice.to_frame().assign(method=name, who=who, seed=SEED, steps=STEPS))
-        mean = scores[-1].groupby('class').dice.mean()
-        row = dict(method=name, who=who, seed=SEED, steps=STEPS, test_dice=round(float(dice.value), 4), **{k:round(float(v), 4) for k,v in mean.items()}, seconds=round(seconds, 1), steps_a_second=round(STEPS/seconds, 1))
-        add('train', table=f"Dice of the test scans, {'on the recipe’s grid' if folder else 'of discs'}", **row)
-        print(row, flush=True)
+    teacher,scores = next((o for o in cbs if isinstance(o, EMATeacherCallback)), None),[]
+    for who in ['student']+['teacher']*(teacher is not None):
+        if who=='teacher': teacher.to_model(learn.model)
+        row = dict(method=name, who=who, seed=SEED, steps=until.steps, planned=STEPS)
+        found = []
+        for metric in (VolumeDice(), VolumeHD95()):
+            try:
+                learn.metrics = [metric]
+                with learn.no_bar(), learn.no_logging(): learn.validate(dl=test)
+                found.append(metric.to_frame())
+                mean = found[-1].groupby('class')[metric.base].mean()
+                add('train', table=f"{metric.base} of the test scans, {what}", **row, mean=round(float(metric.value), 4), **{k:round(float(v), 4) for k,v in mean.items()},
+                    seconds=round(seconds, 1), steps_a_second=round(until.steps/seconds, 1))
+                print({**row, metric.base:float(metric.value)}, flush=True)
+            except Exception as e:
+                traceback.print_exc(limit=3)
+                add('train', table='Failures', method=name, who=who, error=f'{metric.base}: {type(e).__name__}: {e}'[:300])
+        if found: scores.append(found[0].assign(**({found[1].columns[-1]: found[1].iloc[:,-1]} if len(found)>1 else {}), **row))
     file = OUT/'scores.csv'
-    pd.concat(scores).to_csv(file, mode='a', header=not file.exists(), index=False)
+    if scores: pd.concat(scores).to_csv(file, mode='a', header=not file.exists(), index=False)
+
+def pace(names):
+    "Milliseconds in which the device is busy, and in all, of a step of each method, from a few steps"
+    from gpu_step import launches
+    store,_ = open_store()
+    res = {}
+    for k in names:
+        learn,cbs = learner(k, OUT/'work', store)
+        learn.dls.train.n_iters,learn.metrics = 6,[]
+        with learn.no_bar(), learn.no_logging():
+            learn.add_cbs(cbs)
+            learn.fit(1, 1e-4)
+            begun = time.perf_counter()
+            _,busy,_ = launches(learn, 3)
+            learn.dls.train.n_iters = 12
+            class Time(Callback):
+                def before_train(self): self.begun = time.perf_counter()
+                def after_train(self):
+                    if DEVICE=='cuda': torch.cuda.synchronize()
+                    self.took = time.perf_counter()-self.begun
+            learn.fit(1, 1e-4, cbs=(clock:=Time()))
+        res[k] = busy,1000*clock.took/12
+    return res
+
+def steps_for(seconds, paces, most=6000):
+    "How many steps all methods can make together: the device is shared, the host is not"
+    one = max(1.15*sum(b for b,_ in paces.values()), 1.4*max(t for _,t in paces.values()))/1000
+    return max(EPOCH, min(most, int(seconds/one)//EPOCH*EPOCH))
 
 def done(name):
     file = OUT/'scores.csv'
@@ -86,12 +143,27 @@ def done(name):
     return bool(((d.method==name) & (d.seed==SEED) & (d.steps==STEPS)).any())
 
 def main():
-    todo = [k for k in (os.environ['METHODS'].split(',') if 'METHODS' in os.environ else METHODS) if not done(k)]
-    running,bad = {},0
+    names,env,begun = os.environ['METHODS'].split(',') if 'METHODS' in os.environ else list(METHODS),dict(os.environ),time.time()
+    global STEPS
+    if LIMIT:
+        env['UNTIL'] = str(begun+LIMIT)
+        if 'STEPS' not in os.environ:
+            try:
+                paces = pace(names)
+                for k,(busy,ms) in paces.items(): add('train', table='Pace alone', method=k, busy_ms=round(busy, 2), ms=round(ms, 2))
+                slow = [k for k in paces if paces[k][0]>60] # the mutual information of before would leave no time for the others
+                names = [k for k in names if k not in slow] or names
+                STEPS = steps_for(begun+LIMIT-time.time()-12, {k:paces[k] for k in names})
+                print(f'pace {paces}, left out {slow}, {STEPS} steps', flush=True)
+            except Exception:
+                traceback.print_exc()
+                STEPS = 2100
+        env['STEPS'] = str(STEPS)
+    todo,running,bad = [k for k in names if not done(k)],{},0
     while todo or running:
         while todo and len(running)<PROCESSES:
             name = todo.pop(0)
-            running[name] = subprocess.Popen([sys.executable, __file__, name])
+            running[name] = subprocess.Popen([sys.executable, __file__, name], env=env)
         for k,p in list(running.items()):
             if p.poll() is not None:
                 running.pop(k)

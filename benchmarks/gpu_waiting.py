@@ -49,7 +49,7 @@ def copies(learn, steps):
     return {k: round(n/steps, 2) for k,n in sorted(copied.items())}
 
 def main():
-    steps = 2 if DRY else 12
+    steps = 2 if DRY else 6
     for name,make in METHODS.items():
         if 'textbook' in name: continue
         try:

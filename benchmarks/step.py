@@ -30,7 +30,7 @@ class TextbookMIReg(MIRegCallback):
         return nn.ModuleDict({n: nn.ModuleList(make(n, s.channels) for _ in range(self.n_heads)) for n,s in found.items()})
 
     def penalty(self, step):
-        f,g = step.feats['tx'],step.target_feats
+        f,g = ({n: o.float() for n,o in maps.items()} for maps in (step.feats['tx'], step.target_feats))
         one = lambda head,x: head(x.amax((2,3))).softmax(1)[:,None]
         glob = [global_mi_loss(one(h, f[n]), one(h, g[n])) for n in self.global_layers for h in self.projectors[n]]
         local = [textbook(self.projectors[n], f[n], step.T(g[n]), self.neighborhood[n]) for n in self.local_layers]

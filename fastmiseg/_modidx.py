@@ -470,6 +470,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastmiseg.data._check_split': ('data.html#_check_split', 'fastmiseg/data.py'),
                                 'fastmiseg.data._readers': ('data.html#_readers', 'fastmiseg/data.py'),
                                 'fastmiseg.data._resident_slices': ('data.html#_resident_slices', 'fastmiseg/data.py'),
+                                'fastmiseg.data._torch_seeded': ('data.html#_torch_seeded', 'fastmiseg/data.py'),
                                 'fastmiseg.data.show_batch': ('data.html#show_batch', 'fastmiseg/data.py'),
                                 'fastmiseg.data.show_results': ('data.html#show_results', 'fastmiseg/data.py')},
             'fastmiseg.demo': { 'fastmiseg.demo._cohort': ('demo.html#_cohort', 'fastmiseg/demo.py'),

@@ -105,9 +105,11 @@ class Augment(RandTransform):
         if moves: self.grid = _grid(drawn[0], out, *(drawn[1:] or (None,None)))
 
     def encodes(self, x:TensorImageBase):
+        x = x.as_subclass(torch.Tensor) # fastai's tensors take several times as long for each operation
         if self.grid is not None: x = F.grid_sample(x, self.grid, mode='bilinear', padding_mode='zeros', align_corners=False)
         return x if self.light is None else relight(x, *self.light)
 
     def encodes(self, y:TensorMask):
         if self.grid is None: return y
+        y = y.as_subclass(torch.Tensor)
         return F.grid_sample(y[:,None].float(), self.grid, mode='nearest', padding_mode='zeros', align_corners=False)[:,0].to(y.dtype)

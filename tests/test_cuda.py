@@ -13,6 +13,7 @@ from fastai.basics import Callback, SGD, load_learner, params, set_seed
 from fastmiseg.callback.baselines import ConsistencyCallback, EntropyMinCallback
 from fastmiseg.callback.resume import ResumeCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
+from fastmiseg.learner import miseg_learner
 from fastmiseg.metrics import VolumeDice, VolumePrecision, VolumeSensitivity
 from fastmiseg.models import UNet, create_unet
 from fastmiseg.mutual_info import consistency_loss, entropy_loss, global_mi_loss, local_mi_loss
@@ -61,12 +62,13 @@ LOSSES = {'global_mi_loss': function(global_mi_loss, (9,3,10), (9,3,10)), 'local
           'entropy_loss': lambda: (lambda p: entropy_loss(p), [torch.randn(5,4,24,24, dtype=torch.float64).softmax(1)]),
           'GlobalProjector': head(GlobalProjector, {}), 'LocalProjector 3': head(LocalProjector, dict(size=3)), 'LocalProjector 7': head(LocalProjector, dict(size=7))}
 
-@pytest.mark.parametrize('channels_last', [False,True])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize('tf32', [False,True])
+WAYS = dict(plain=(torch.float32,False,False), last=(torch.float32,False,True), tf32=(torch.float32,True,True), fp16=(torch.float16,True,False), bf16=(torch.bfloat16,True,True))
+
+@pytest.mark.parametrize('how', WAYS)
 @pytest.mark.parametrize('name', LOSSES)
-def test_losses(name, tf32, dtype, channels_last):
-    "Value and gradients against float64 on the CPU, whatever precision the network around them works in"
+def test_losses(name, how):
+    "Value and gradients against float64 on the CPU, whatever precision and layout the network around them works in"
+    dtype,tf32,channels_last = WAYS[how]
     if tf32:
         torch.set_float32_matmul_precision('high')
         torch.backends.cudnn.allow_tf32 = True
@@ -248,6 +250,53 @@ def test_export(tmp_path):
         model = load_learner(tmp_path/'net.pkl', cpu=cpu).model.eval()
         with torch.no_grad(): got = model(x.to(next(model.parameters()).device)).cpu()
         torch.testing.assert_close(torch.Tensor(got), torch.Tensor(want), rtol=1e-3, atol=1e-4)
+
+# without waiting
+class NobodyWaits(Callback):
+    "An error wherever the host waits for the device, from the third step on to the end of the epoch's training"
+    order,seen = -200,0
+    def before_batch(self):
+        if self.training and self.iter==2: torch.cuda.set_sync_debug_mode('error')
+        self.seen += self.training and self.iter>=2
+    def after_train(self): torch.cuda.set_sync_debug_mode('default')
+
+@only_cuda
+@methods
+@pytest.mark.parametrize('precision', ['fp32','bf16'])
+def test_nobody_waits(tmp_path, method, precision):
+    "Not in the loader with its augmentation, not in the step, not in what is recorded of it; the guard alone waits for a copy that began before the backward pass"
+    dls = resident_loaders(n_iters=8)
+    assert dls.train.one_batch()[0].is_cuda and dls.train._here
+    learn = quiet(miseg_learner(dls, width=4, path=tmp_path))
+    if precision=='bf16': learn.to_bf16()
+    try:
+        learn.fit(1, 1e-3, cbs=METHODS[method]()) # what is made once
+        learn.fit(1, 1e-3, cbs=[*METHODS[method](), watch:=NobodyWaits()])
+    finally: torch.cuda.set_sync_debug_mode('default')
+    assert watch.seen==6
+    assert all(o.device.type=='cpu' for o in learn.recorder.losses) and len(learn.recorder.losses)==8
+    assert np.isfinite([float(o) for o in learn.recorder.losses]).all()
+
+def resident_loaders(**kw):
+    from test_resident import Store, loaders
+    dls = loaders(Store(size=24), device=DEVICE, **kw)
+    dls.c = 2
+    dls.train.after_batch.fs[0].crop = (16,16)
+    return dls
+
+@only_cuda
+def test_slices_on_the_device_are_those_that_are_read():
+    from test_resident import same
+    here,read = resident_loaders(),resident_loaders(resident=False)
+    same(list(here.train), list(read.train))
+    same(list(here.valid), list(read.valid))
+    assert here.train._here and not read.train._here
+
+@only_cuda
+def test_slices_that_do_not_fit_are_read(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda *_: (40_000,10**9))
+    dls = resident_loaders()
+    assert dls.train.one_batch()[0].is_cuda and not dls.train._here
 
 # two processes on one device
 def test_two_processes_on_one_device(tmp_path):

@@ -36,8 +36,8 @@ def _top(w): return w[0] if isinstance(w, (list,tuple)) else w
 
 def _check_weight(name, w):
     number = lambda o: isinstance(o, (int,float)) and not isinstance(o, bool)
-    rest = w[1:] if isinstance(w, (list,tuple)) else []
-    good = number(_top(w)) and (not rest or number(rest[0]) and 0<rest[0]<=1) and list(rest[1:]) in ([], ['down'])
+    if number(w): good = True
+    else: good = isinstance(w, (list,tuple)) and len(w)>1 and all(map(number, w[:2])) and 0<w[1]<=1 and list(w[2:]) in ([], ['down'])
     if not good:
         raise ValueError(f"{name}: {w!r} is not a weight; give a number, or [number, until] or [number, until, 'down'] "
                          "with until a fraction of the training (above 0, at most 1)")

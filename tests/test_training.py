@@ -1,0 +1,95 @@
+"""One training from its settings: files of settings, options of the command, every method, and going on after an interruption"""
+import inspect, json, sys
+from dataclasses import fields, replace
+import pandas as pd, pytest, torch
+from fastai.basics import Callback
+from fastmiseg import cli
+from fastmiseg.callback.method import SemiSupCallback
+from fastmiseg.training import Settings, callbacks_of, fit, json_object, methods, read_settings, terms, weight
+
+tiny = Settings(epochs=2, n_iters=3, width=2, bs=2, unlabeled_bs=2)
+
+def test_options_are_the_fields_of_settings():
+    "No option of a training is written a second time, and none is missing"
+    options = inspect.signature(cli.train).parameters
+    own = {'data','out','resume','settings','layout','recipe','labeled','valid','test','workers','overwrite'}
+    assert set(options)==own|{f.name for f in fields(Settings)}
+
+@pytest.mark.parametrize('method', methods)
+def test_usual_weights_are_those_of_the_callbacks(method):
+    "The table says what the callbacks get, term by term"
+    cbs = callbacks_of(Settings(method=method))
+    for cb in cbs: cb.join(cbs)
+    assert all(isinstance(o, SemiSupCallback) for o in cbs)
+    got = {'consistency' if k=='mean_teacher' else k:w for o in cbs for k,w in o.weights.items()}
+    assert got==methods[method].weights and set(got)<=set(terms)
+
+def test_settings_from_files(tmp_path):
+    (tmp_path/'a.json').write_text(json.dumps(dict(method='teacher', consistency=[5.,.8], adam=dict(eps=1e-5))))
+    s = Settings.from_file(tmp_path/'a.json')
+    assert s==Settings(method='teacher', consistency=[5.,.8], adam=dict(eps=1e-5))
+    if sys.version_info>=(3,11):
+        (tmp_path/'a.toml').write_text('method = "teacher"\nconsistency = [5.0, 0.8]\n[adam]\neps = 1e-5\n')
+        assert Settings.from_file(tmp_path/'a.toml')==s
+        (tmp_path/'bad.toml').write_text('method = ')
+        with pytest.raises(ValueError, match='bad.toml: is not TOML'): read_settings(tmp_path/'bad.toml')
+    (tmp_path/'bad.json').write_text('{')
+    with pytest.raises(ValueError, match='bad.json: is not JSON'): read_settings(tmp_path/'bad.json')
+    with pytest.raises(ValueError, match='none.json: cannot be read as settings'): read_settings(tmp_path/'none.json')
+    (tmp_path/'list.json').write_text('[1]')
+    with pytest.raises(ValueError, match='settings: expected names and values, got list'): Settings.from_file(tmp_path/'list.json')
+
+@pytest.mark.parametrize('bad,said', [
+    (dict(epochs=0), 'epochs: 0 is below 1'), (dict(epochs=1.5), 'epochs: expected int, got 1.5'), (dict(skip_bad=1), 'skip_bad: expected bool, got 1'),
+    (dict(lr='fast'), "lr: expected float, got 'fast'"), (dict(method=None), 'method: expected str, got None'), (dict(mireg=[1]), r'mireg: expected dict, got \[1\]'),
+    (dict(consistency=[5]), r'consistency: \[5\] is not a weight'), (dict(consistency='5'), "consistency: '5' is not a weight"),
+    (dict(consistency=[5,.5,'up']), 'is not a weight; give a number, or'), (dict(flips='x'), "flips: got 'x', expected h, v, hv or none"),
+    (dict(loss='dice'), "loss: got 'dice', expected ce or ce\\+dice"), (dict(passes=3), 'passes: 3 is neither 1 nor 2')])
+def test_wrong_settings(bad, said):
+    with pytest.raises(ValueError, match=said): Settings.from_dict(bad)
+
+def test_texts_of_options():
+    assert weight('5')==5. and weight('5,0.8')==[5.,.8] and weight('5,0.8,down')==[5.,.8,'down']
+    assert json_object('{"eps": 1e-5}')=={'eps':1e-5}
+    for text,said in (('{', 'is not JSON'), ('3', 'is not a JSON object')):
+        with pytest.raises(ValueError, match=said): json_object(text)
+
+def test_T_of_the_settings():
+    from fastmiseg.scans.recipe import Recipe
+    assert str(Settings().T)=='RandomFlips(axes=None, p=0.5)'
+    assert str(Settings(flips='none', shift=.5).T)=='RandomFlips(axes=(), p=0.5) + RandomShifts(most=0.5)'
+    assert Settings(flips='hv').T.axes==(-2,-1)
+    with pytest.raises(ValueError, match='does nothing'): Settings(flips='none').check_T(Recipe())
+    Settings(method='entropy', flips='none').check_T(Recipe()) # which compares nothing with T(x)
+
+@pytest.fixture
+def some(hearts):
+    "Two labelled hearts, three without masks for training"
+    df = hearts.df.reset_index(drop=True)
+    df.attrs.update(hearts.df.attrs)
+    df['split'] = ['labeled']*2 + ['unlabeled']*3 + ['valid']*2 + ['other']*(len(df)-7)
+    return df
+
+class Stop(Callback):
+    order = 95
+    def __init__(self, at): super().__init__(); self.at = at
+    def after_batch(self):
+        if self.training and self.train_iter==self.at: raise KeyboardInterrupt
+
+@pytest.mark.parametrize('changes', [dict(method='pretrain'), dict(method='mireg+teacher', one_cycle=False), dict(method='pseudo+teacher', loss='ce+dice', passes=2)])
+def test_goes_on(hearts, some, tmp_path, changes):
+    "Interrupted in the middle and called again, a training ends with the weights and the log of one that nobody disturbed"
+    s = replace(tiny, **changes)
+    train = lambda path, **kw: fit(s, some, hearts.recipe, hearts.root/'slices', path, every=1, workers=0, quiet=True, **kw)
+    whole,_ = train(tmp_path/'a')
+    with pytest.raises(KeyboardInterrupt): train(tmp_path/'b', cbs=[*callbacks_of(s), Stop(2)])
+    again,_ = train(tmp_path/'b')
+    for p,q in zip(whole.model.state_dict().values(), again.model.state_dict().values()): assert torch.equal(p, q)
+    logs = [pd.read_csv(tmp_path/o/'log.csv') for o in 'ab']
+    pd.testing.assert_frame_equal(*logs)
+
+def test_full_supervision_sees_all_masks(hearts, some):
+    learn,cbs = fit(replace(tiny, method='full', epochs=1), some, hearts.recipe, hearts.root/'slices', workers=0, quiet=True)
+    assert cbs==[] and getattr(learn.dls.train, 'unlabeled', None) is None
+    labelled = {o.scan for o in learn.dls.train.dataset.items}
+    assert labelled==set(some.scan[:5])

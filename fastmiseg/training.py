@@ -286,13 +286,13 @@ def fit(
     cbs:list=None       # instead of the method's callbacks
 )->tuple: # learner after the last step, with the network that was validated; and the method's callbacks
     "Train"
-    from fastmiseg.callback.log import LogCallback
+    from fastmiseg.callback.log import TrainingLogCallback
     from fastmiseg.callback.resume import ResumeCallback
     s,learn = settings,_learner(settings, df, recipe, store, path, workers)
     cbs = callbacks_of(s) if cbs is None else cbs
     def run(epochs, cbs, checkpoints, log):
         if path is not None:
-            cbs = [*cbs, ResumeCallback(Path(path)/checkpoints, every=every), LogCallback(Path(path)/log)]
+            cbs = [*cbs, ResumeCallback(Path(path)/checkpoints, every=every), TrainingLogCallback(Path(path)/log)]
         if not quiet: return _run_schedule(learn, s, epochs, cbs)
         with learn.no_bar(), learn.no_logging(): _run_schedule(learn, s, epochs, cbs)
     if s.method=='pretrain':

@@ -1,6 +1,6 @@
 """The local information loss on a CUDA device: is it right, what does each way to it cost, which launches are best.
 
-    python benchmarks/gpu_mutual_info.py                        # everything, about a minute
+    python benchmarks/gpu_mutual_info.py                        # everything, about two minutes
     python benchmarks/gpu_mutual_info.py --device cpu --tiny    # a trial of the script itself
 
 Prints errors against float64, times of the kernels for several ways to launch them, and last a table, which also goes to --out.
@@ -33,7 +33,7 @@ f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 STAGES = {'224×224, 7×7': dict(n_in=16, shape=(224, 224), size=7), '112×112, 3×3': dict(n_in=32, shape=(112, 112), size=3)}
 if args.tiny: STAGES = {'12×16, 7×7': dict(n_in=16, shape=(12, 16), size=7), '8×8, 3×3': dict(n_in=32, shape=(8, 8), size=3)}
 BATCH, S, K = (2, 1, 10) if args.tiny else (10, 5, 10)
-lines = []
+lines, short = [], []
 
 def say(text=''):
     print(text, flush=True)
@@ -288,13 +288,16 @@ def steps():
     say('Where the time of the kernels goes')
     for t in tops: say(t)
     say(f'{torch.cuda.get_device_name() if CUDA else "CPU"}, torch {torch.__version__}, triton {pair_kernels.triton.__version__}; batch {BATCH}, {S} heads, K={K}; launches: {pair_kernels.launch_options}')
-    for r in rows: say(r)
-    for (dtype, name), t in total.items(): say(f'both stages, {str(dtype)[6:]}, {name}: {t:.2f} ms')
+    short.extend([*rows, '', *[f'both stages, {str(dtype)[6:]}, {name}: {t:.2f} ms' for (dtype, name), t in total.items()]])
+    table()
+
+def table():
+    for o in short: say(o)
 
 if args.compile is not None:
     for job in sweep_list()[args.compile::args.processes]: one_kernel(*job, 1)
     sys.exit()
-for part in [errors, *([] if args.skip_sweep else [sweep]), steps]:
+for part in [errors, steps, *([] if args.skip_sweep else [sweep, table])]:
     start = time.time()
     try: part()
     except Exception as e: # the other parts are worth having

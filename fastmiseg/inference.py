@@ -13,7 +13,7 @@ from fastprogress import progress_bar
 from scipy.ndimage import label
 
 from .scans.intact import extension
-from .scans.volume import Volume, VolumeError, collect_warnings, read_mask, read_volume, write_volume, _tell
+from .scans.volume import Volume, VolumeError, collect_warnings, read_mask, read_volume, write_volume, tell_warnings
 from .scans.readers import cohort_frame
 from .scans.recipe import Recipe
 from .models import _evaluating
@@ -153,7 +153,7 @@ def predict_cohort(
     for r,p,where in _each(learn, df, recipe, flips, bs, progress, odd):
         if p is not None: _finish(p, where, *(files[r.scan]+[None])[:2], largest)
         res.append((r.subject, r.scan, r.image, None if p is None else str(files[r.scan][0]), where if p is None else None))
-    _tell(f'{len(df)} scans', 'while they were read:', odd)
+    tell_warnings(f'{len(df)} scans', 'while they were read:', odd)
     return pd.DataFrame(res, columns=['subject','scan','image','out','problem'], dtype=object)
 
 # %% ../nbs/36_inference.ipynb #66b30d5c
@@ -195,7 +195,7 @@ def evaluate_cohort(
         if r.scan in bad: continue
         scores = score_volume(seg.array, mask.array, seg.spacing, recipe.classes, **kwargs)
         res.append(scores.assign(subject=r.subject, scan=r.scan))
-    _tell(f'{len(masked)} scans', 'while they were read:', odd)
+    tell_warnings(f'{len(masked)} scans', 'while they were read:', odd)
     if bad and not (skip_bad and res):
         raise VolumeError('\n'.join([f'{len(bad)} of {len(masked)} scans cannot be scored; repair them, or leave them out with skip_bad=True:', *(f'  {s}: {e}' for s,e in list(bad.items())[:20])]))
     res = pd.concat(res, ignore_index=True)

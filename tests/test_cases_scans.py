@@ -592,7 +592,8 @@ def test_differing_forms_are_said_once_for_a_cohort(tmp_path):
     df = load_cohort(tmp_path, 'folder', form='sform')
     assert all(o.endswith('.nii.gz#form=sform') for o in [*df.image, *df['mask']])
     assert [read(o)[0].origin[0] for o in df.image]==[-3,-4,-5,-6]
-    with pytest.raises(VolumeError, match="has no sform, only qform"): read_volume(patch(nii(tmp_path/'q.nii', np.ones((2,2,2),'u1')), qform_code=1, sform_code=0), form='sform')
+    only = patch(nii(tmp_path/'q.nii', np.ones((2,2,2),'u1')), qform_code=1, sform_code=0)
+    assert read(only, form='sform')[1]==['has no sform: its qform was taken'] and not read(only, form='qform')[1]
 
 def test_no_form_at_all_is_said(tmp_path):
     f = patch(nii(tmp_path/'a.nii', np.ones((3,4,5),'u1')), qform_code=0, sform_code=0)
@@ -782,6 +783,56 @@ def test_nrrd_spaces(tmp_path, space, flips):
     vol,said = read(f)
     assert np.allclose(steps(vol), np.diag(flips)*np.array([1,2,3])) and not said
     assert read(edit(f, space.encode(), 'scanner-xyz'))[1]
+
+def raw_nrrd(path, *lines, a=np.arange(60,dtype='i2').reshape(3,4,5)):
+    path.write_bytes('\n'.join(['NRRD0004','type: short',*lines,'endian: little','encoding: raw','','']).encode()+a.astype('<i2').tobytes())
+    return path
+
+def test_nrrd_axes_without_a_direction(tmp_path):
+    space = ('dimension: 3','space: left-posterior-superior','sizes: 5 4 3')
+    refused(raw_nrrd(tmp_path/'a.nrrd', *space, 'space directions: (1,0,0) (0,1,0) none'), '3 sizes, but space directions are')
+    refused(raw_nrrd(tmp_path/'b.nrrd', *space, 'space directions: (1,0,0) (0,1,0)'), '3 sizes, but space directions are')
+    assert read(raw_nrrd(tmp_path/'c.nrrd', *space, 'space directions: (1,0,0) (0,1,0) (0,0,1)'))[1]==['does not say where it lies (`space origin`): it is taken to begin at 0']
+    vector = ('dimension: 4','space: left-posterior-superior','sizes: 3 5 4 1','kinds: vector domain domain domain','space origin: (1,2,3)')
+    vol,said = read(raw_nrrd(tmp_path/'d.nrrd', *vector, 'space directions: none (1,0,0) (0,1,0) (0,0,2)'), channels=True)
+    assert vol.array.shape==(3,1,4,5) and vol.spacing==(2,1,1) and not said
+
+@pytest.mark.parametrize('space, ok', [('left-posterior-superior-time',True), ('right-anterior-superior-time',False), ('RAST',False)])
+def test_nrrd_spaces_with_time(tmp_path, space, ok):
+    f = raw_nrrd(tmp_path/'a.nrrd', 'dimension: 4', f'space: {space}', 'sizes: 5 4 3 1', 'kinds: domain domain domain domain',
+                 'space directions: (1,0,0,0) (0,1,0,0) (0,0,2,0) (0,0,0,1)', 'space origin: (1,2,3,0)')
+    if ok: assert read(f)[0].origin==(1,2,3) and not read(f)[1]
+    else: refused(f, 'has a space that cannot be read')
+
+@pytest.mark.parametrize('line, new', [('TransformMatrix','0 0 0 0 0 0 0 0 0'), ('TransformMatrix','2 0 0 0 1 0 0 0 1'), ('TransformMatrix','1 0 0 0 1 0'), ('Offset','0 0')])
+def test_meta_axes(tmp_path, line, new):
+    f = write_volume(Volume(np.ones((3,4,5),'i2')), tmp_path/'a.mha')
+    old = re.search(rb'^'+line.encode()+rb' = [^\n]*', f.read_bytes(), re.M)[0]
+    refused(edit(f, old, f'{line} = {new}'), f'has a damaged header: {line} is .{new}., expected')
+
+def test_meta_without_a_place(tmp_path):
+    f = write_volume(Volume(np.ones((3,4,5),'i2')), tmp_path/'a.mha')
+    edit(f, b'TransformMatrix = 1 0 0 0 1 0 0 0 1\n', '')
+    assert 'does not say how it lies in the patient (TransformMatrix)' in read(f)[1][0]
+    edit(f, b'Offset = 0 0 0\n', '')
+    assert '(Offset, TransformMatrix)' in read(f)[1][0]
+
+@pytest.mark.parametrize('ext', ['.mha','.nrrd'])
+def test_byte_orders_of_other_files(tmp_path, ext):
+    a = np.arange(60,dtype='i2').reshape(3,4,5)
+    f = write_volume(Volume(a), tmp_path/f'a{ext}')
+    head = (b'ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = True\nOffset = 0 0 0\nTransformMatrix = 1 0 0 0 1 0 0 0 1\n'
+            b'DimSize = 5 4 3\nElementSpacing = 1 1 2\nElementType = MET_SHORT\nElementDataFile = LOCAL\n' if ext=='.mha' else
+            b'NRRD0004\ntype: short\ndimension: 3\nspace: LPS\nsizes: 5 4 3\nspace directions: (1,0,0) (0,1,0) (0,0,2)\nspace origin: (0,0,0)\nendian: big\nencoding: raw\n\n')
+    f.write_bytes(head+a.astype('>i2').tobytes())
+    vol,said = read(f)
+    assert np.array_equal(vol.array, a) and vol.spacing==(2,1,1) and not said
+
+def test_images_of_two_dimensions(tmp_path):
+    f = patch(nii(tmp_path/'a.nii', np.ones((5,6),'i2'), np.eye(4)), pixdim=[1,1,1,0,0,0,0,0], qform_code=0)
+    assert read(f)[0].array.shape==(1,6,5) and 'is a 2D image: it is taken to be 1 mm thick' in read(f)[1]
+    sitk.WriteImage(sitk.GetImageFromArray(np.ones((4,5),'i2')), tmp_path/'b.mha')
+    assert read(tmp_path/'b.mha')[0].array.shape==(1,4,5) and 'is a 2D image: it is taken to be 1 mm thick' in read(tmp_path/'b.mha')[1]
 
 def test_intensity_functions(tmp_path):
     a = np.arange(60,dtype='i2').reshape(3,4,5)

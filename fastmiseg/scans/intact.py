@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import psutil
 
-# %% ../../nbs/03_scans.intact.ipynb #019dc8f4
+# %% ../../nbs/03_scans.intact.ipynb #480b13b3
 _kinds = {stat.S_IFDIR:'a folder', stat.S_IFIFO:'a named pipe (FIFO)', stat.S_IFSOCK:'a socket',
           stat.S_IFCHR:'a device', stat.S_IFBLK:'a device'}
 
@@ -29,7 +29,7 @@ def check_regular(
         raise ValueError(f'is {_kinds.get(kind, "something else")}, not a regular file, and was not opened: '
                          'put the file itself there')
 
-# %% ../../nbs/03_scans.intact.ipynb #edbf847e
+# %% ../../nbs/03_scans.intact.ipynb #e66000bd
 def free_memory()->int:
     "Bytes that this process may still take: of the machine, of its control group, of its own limit"
     found = [psutil.virtual_memory().available, *_group_memory('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory.current', 'inactive_file'),
@@ -132,6 +132,21 @@ def _beside(file):
         raise ValueError('spreads its voxels over many files, which is not supported: save it as one file')
     return file
 
+def _meta_place(d, n):
+    "Are origin and axes some? -> what to say"
+    for k in ('Offset','Position','Origin'):
+        if k in d and len(_finite(d[k], k))!=n: raise ValueError(f'has a damaged header: {k} is {d[k][:60]!r}, expected {n} numbers')
+    for k in ('TransformMatrix','Rotation','Orientation'):
+        if k not in d: continue
+        m = _finite(d[k], k)
+        axes = [math.hypot(*m[i:i+n]) for i in range(0, n*n, n)]
+        if len(m)!=n*n or not all(abs(o-1)<1e-3 for o in axes[:3]):
+            raise ValueError(f'has a damaged header: {k} is {d[k][:60]!r}, expected {n} axes of length 1; correct it')
+    missing = [o[0] for o in (('Offset','Position','Origin'), ('TransformMatrix','Rotation','Orientation')) if not {*o}&{*d}]
+    if not missing: return ()
+    return (f'does not say how it lies in the patient ({", ".join(missing)}): '
+            'it is taken to begin at 0, or its axes to run to the left, back and head',)
+
 def _meta(head):
     m = re.search(rb'^[ \t]*ElementDataFile[ \t]*[=:][ \t]*([^\r\n]*)\r?\n?', head, re.M)
     if not m: raise ValueError('is not a MetaImage file: it has no line `ElementDataFile = ...`')
@@ -147,8 +162,7 @@ def _meta(head):
         raise ValueError(f'has a damaged header: NDims is {d["NDims"]!r}, DimSize is {d["DimSize"]!r}')
     if len(_lengths(d[size], size))!=len(dims):
         raise ValueError(f'has a damaged header: {size} is {d[size][:60]!r}, expected {len(dims)} numbers')
-    for o in ('Offset','Position','Origin','TransformMatrix','Rotation','Orientation'):
-        if o in d: _finite(d[o], o)
+    notes = _meta_place(d, len(dims))
     per = _meta_bytes.get(d['ElementType'].removeprefix('MET_').removesuffix('_ARRAY'))
     if per is None: raise ValueError(f'has voxels of a type that cannot be read ({d["ElementType"]!r})')
     chans = _numbers(d.get('ElementNumberOfChannels','1'), int, 'ElementNumberOfChannels')
@@ -165,7 +179,7 @@ def _meta(head):
     how = ('text' if d.get('BinaryData','True').lower() in ('false','0') else
            'zlib' if d.get('CompressedData','').lower() in ('true','1') else 'raw')
     return Claim((m.end() if local else 0)+skip[0], math.prod(dims)*per*chans[0], how, None if local else _beside(file),
-                 _unit(d.get('DistanceUnits',''), 'DistanceUnits'), (scale[0][0],scale[1][0]), tuple(dims))
+                 _unit(d.get('DistanceUnits',''), 'DistanceUnits'), (scale[0][0],scale[1][0]), tuple(dims), notes)
 
 # %% ../../nbs/03_scans.intact.ipynb #f813d80a
 _nrrd_types = {
@@ -196,33 +210,42 @@ def _nrrd(head):
         raise ValueError(f'has voxels in an encoding that cannot be read ({d["encoding"]!r}): save it with gzip or raw')
     if {'old min','oldmin','old max','oldmax'}&{*d}:
         raise ValueError('has quantised voxels (`old min`, `old max`), which is not supported: save it with its real values')
-    skip = [_numbers(d.get(f'{o} skip', d.get(f'{o}skip','0')), int, f'{o} skip')[0] for o in ('line','byte')]
+    skip = [sum(_numbers(d.get(f'{o} skip', d.get(f'{o}skip','0')), int, f'{o} skip')) for o in ('line','byte')]
     if skip[1]<0: raise ValueError(f'does not say where its voxels begin (byte skip is {skip[1]}): save it as one .nrrd file')
     if skip[0] or skip[1]:
         raise ValueError('skips lines or bytes before its voxels, which is not supported: save it as one .nrrd file')
     unit = _nrrd_geometry(d, dims)
-    known = _patient(d.get('space','')) or d.get('space dimension')=='4' # which is how SimpleITK writes several channels
-    notes = () if known else ('does not say how it lies in the patient (`space`): '
-                              'its axes are taken to run to the left, back and head',)
-    return Claim(0 if file else m.end(), math.prod(dims)*per, how, _beside(file) if file else None, unit, dims=tuple(dims), notes=notes)
+    return Claim(0 if file else m.end(), math.prod(dims)*per, how, _beside(file) if file else None, unit, dims=tuple(dims), notes=_nrrd_place(d))
 
-def _patient(space):
-    sides = ('left','right','posterior','anterior','superior','inferior')
-    return all(o in sides for o in space.lower().split('-')) or re.fullmatch(r'(?i)[lr][pa][si]', space.strip())
+_nrrd_spaces = ('left-posterior-superior','right-anterior-superior','left-anterior-superior','lps','ras','las',
+                'left-posterior-superior-time','lpst') # which SimpleITK understands
+
+def _nrrd_place(d):
+    "Is it said how it lies in the patient? -> what to say"
+    space = d.get('space','').strip().lower()
+    if space in _nrrd_spaces or d.get('space dimension')=='4': # which is how SimpleITK writes several channels
+        return () if 'space origin' in d else ('does not say where it lies (`space origin`): it is taken to begin at 0',)
+    if space.startswith(('right','left','ras','las')):
+        raise ValueError(f'has a space that cannot be read ({space!r}): save it as 3D, with right-anterior-superior or left-posterior-superior')
+    return ('does not say how it lies in the patient (`space`): its axes are taken to run to the left, back and head',)
 
 def _nrrd_geometry(d, dims):
     "mm in a unit of it, once its numbers are found to be some"
     units = [o for o in re.findall(r'"([^"]*)"', d.get('space units', d.get('units','')))]
+    kinds = [o.lower() for o in d.get('kinds','').split()]+['']*len(dims)
+    space = [i for i,k in enumerate(kinds[:len(dims)]) if k in _nrrd_space]
     if 'space directions' in d:
+        vectors = re.findall(r'\([^()]*\)|none', d['space directions'].lower())
+        if len(vectors)!=len(dims) or len([o for o in vectors if o!='none'])<min(3, len(space)):
+            raise ValueError(f'has a damaged header: {len(dims)} sizes, but space directions are {d["space directions"][:80]!r}; '
+                             'give one for each axis in space')
         for o in re.findall(r'\(([^()]*)\)', d['space directions']):
             if not any(_finite(o.replace(',',' '), 'space directions')):
                 raise ValueError(f'has a damaged header: space directions are {d["space directions"][:80]!r}, one of them has no length; correct it')
         if 'space origin' in d: _finite(re.sub(r'[(),]',' ',d['space origin']), 'space origin')
     elif 'spacings' in d:
-        kinds = [o.lower() for o in d.get('kinds','').split()]+['']*len(dims)
         steps = d['spacings'].split()
         if len(steps)!=len(dims): raise ValueError(f'has a damaged header: {len(dims)} sizes, but spacings are {d["spacings"]!r}')
-        space = [i for i,k in enumerate(kinds[:len(dims)]) if k in _nrrd_space]
         if len(space)>3: space = [i for i in space if steps[i].lower()!='nan'][:3]
         _lengths(' '.join(steps[i] for i in space), 'spacings')
         units = [units[i] for i in space if i<len(units)]

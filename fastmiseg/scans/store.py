@@ -21,7 +21,7 @@ from fastcore.basics import num_cpus, patch
 from fastprogress.fastprogress import progress_bar
 
 from .recipe import Placement, Recipe
-from .volume import VolumeError, VolumeWarning, collect_warnings, read_volume, scan_files, split_choice, _tell
+from .volume import VolumeError, VolumeWarning, collect_warnings, read_labels, read_volume, scan_files, split_choice, tell_warnings
 
 # %% ../../nbs/09_scans.store.ipynb #412cb793
 def _stat(files):
@@ -71,7 +71,7 @@ def _prepare_image(dir, key, recipe, vol, limits):
     return about
 
 def _prepare_mask(dir, key, recipe, path, where, image):
-    vol = read_volume(path)
+    vol = read_labels(path)
     y = recipe.masks(vol, where, image)
     about = dict(bytes=_write(dir/f'{key}.mask.npy', lambda f: np.save(f, y)))
     if not vol.array.any(): about['odd'] = 'the mask is empty: background only'
@@ -303,7 +303,7 @@ def _run(self:SliceStore, jobs, index, workers, progress):
                 index.add(files, entries)
                 saved = time.monotonic()
     finally: index.add(files, entries)
-    _tell(self.path, 'while the scans were prepared:', odd)
+    tell_warnings(self.path, 'while the scans were prepared:', odd)
     return problems
 
 @patch

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['VolumeError', 'VolumeWarning', 'collect_warnings', 'summarise_warnings', 'Volume', 'write_volume', 'choose_volume',
-           'split_choice', 'scan_files', 'read_volume', 'read_size', 'check_same_geometry', 'read_mask', 'read_scan',
-           'resample']
+__all__ = ['VolumeError', 'VolumeWarning', 'collect_warnings', 'summarise_warnings', 'tell_warnings', 'Volume', 'write_volume',
+           'choose_volume', 'split_choice', 'scan_files', 'read_volume', 'read_size', 'check_same_geometry',
+           'read_labels', 'read_mask', 'class_indices', 'read_scan', 'resample']
 
 # %% ../../nbs/04_scans.volume.ipynb #1f220a54
 import os, re, tempfile, threading, warnings
@@ -20,7 +20,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 import SimpleITK as sitk
 
-from .dicom import read_series
+from .dicom import read_series, series_size
 from .grid import Grid, check_channels, scale_values, square_axes
 from .intact import check_intact, check_regular, data_file, extension, extensions, header_size
 from .nifti import read_nifti
@@ -63,8 +63,12 @@ def summarise_warnings(
             for o in sorted(kinds.values(), key=len, reverse=True) for path,text in [next(iter(o.items()))]]
 
 # %% ../../nbs/04_scans.volume.ipynb #a80b9855
-def _tell(path, when, found):
-    "`VolumeWarning`s as one, a line for each kind"
+def tell_warnings(
+    path, # What was read, for example '200 scans'
+    when, # The first line, for example 'while they were read:'
+    found # A list of `VolumeWarning`s, from `collect_warnings`
+):
+    "Many warnings as one, a line for each kind"
     if found: warnings.warn(VolumeWarning(path, '\n  '.join([when, *summarise_warnings(found)])), stacklevel=3)
 
 # %% ../../nbs/04_scans.volume.ipynb #0fb59403
@@ -176,7 +180,7 @@ def _check_path(path):
     except ValueError as e: raise VolumeError(f'{path}: {e}') from None
     if not os.access(path, os.R_OK): raise VolumeError(f'{path}: cannot be opened (Permission denied)')
 
-# %% ../../nbs/04_scans.volume.ipynb #dc10d970
+# %% ../../nbs/04_scans.volume.ipynb #9590bcd6
 def choose_volume(
     path,        # A scan
     series=None, # As for `read_volume`
@@ -306,8 +310,10 @@ def read_size(
     "The size of a scan; of a file only the header is read"
     file,chosen = split_choice(path)
     _check_path(file)
-    if not extension(file): return read_volume(path).shape[::-1]
-    with _says(path): return header_size(file)
+    with _says(path):
+        if os.path.isdir(file): return series_size(file, chosen.get('series'), chosen.get('phase'))
+        if extension(file): return header_size(file)
+    return read_volume(path).shape[::-1] # which says what is wrong with it
 
 # %% ../../nbs/04_scans.volume.ipynb #e367990f
 def check_same_geometry(
@@ -327,6 +333,28 @@ def check_same_geometry(
 
 def _round(o): return tuple(round(i,6) for i in o)
 
+# %% ../../nbs/04_scans.volume.ipynb #2588dc6c
+def read_labels(
+    path # A mask
+)->Volume: # With its values as they are stored, but whole
+    "Read a mask before it is known which classes there are; raises `VolumeError`"
+    vol = read_volume(path)
+    if vol.array.dtype.kind=='f': vol.array = _whole_numbers(vol.array, path)
+    return vol
+
+def _whole_numbers(a, path):
+    "Labels that were stored with a scale factor are near whole numbers, and each has one value only"
+    if (a==np.rint(a)).all(): return a
+    values,counts = np.unique(a, return_counts=True)
+    near = np.rint(values)
+    off = np.abs(values-near)
+    shared = np.isin(near, near[1:][np.diff(near)==0])
+    odd = (off>.05)|(off>1e-3)&shared
+    if odd.any():
+        raise VolumeError(f'{path}: {counts[odd].sum():,} of {a.size:,} voxels have fractional values (for example {values[odd][0]:g}), '
+                          'expected class numbers; was it resampled with interpolation, or is it not a mask?')
+    return np.rint(a)
+
 # %% ../../nbs/04_scans.volume.ipynb #8b289abb
 def read_mask(
     path,              # File
@@ -335,12 +363,18 @@ def read_mask(
     labels=None        # Stored value -> class index, where they differ; 0 is background
 )->Volume:             # uint8 class indices
     "Read a mask; raises `VolumeError`"
-    vol = read_volume(path)
+    vol = read_labels(path)
     if image is not None: check_same_geometry(image, vol)
-    vol.array = _classes(vol.array, path, classes, labels)
+    vol.array = class_indices(vol.array, path, classes, labels)
     return vol if image is None else replace(image, array=vol.array, path=vol.path)
 
-def _classes(a, path, classes, labels):
+def class_indices(
+    a,       # A mask's values, as they are stored
+    path,    # Its file, for messages
+    classes, # As for `read_mask`
+    labels   # As for `read_mask`
+)->np.ndarray: # uint8
+    "Class indices from stored values; raises `VolumeError` for others than are declared"
     if a.dtype.kind=='f': a = _whole_numbers(a, path)
     names = range(classes) if isinstance(classes,int) else classes
     labels = {0:0, **{int(k):int(v) for k,v in labels.items()}} if labels else {i:i for i in (range(256) if names is None else range(len(names)))}
@@ -353,18 +387,6 @@ def _classes(a, path, classes, labels):
     out = np.zeros(a.shape, np.uint8)
     for o in found: out[a==o] = labels[int(o)]
     return out
-
-def _whole_numbers(a, path):
-    "Labels that were stored with a scale factor are near whole numbers, and each has one value only"
-    values,counts = np.unique(a, return_counts=True)
-    near = np.rint(values)
-    off = np.abs(values-near)
-    shared = np.isin(near, near[1:][np.diff(near)==0])
-    odd = (off>.05)|(off>1e-3)&shared
-    if odd.any():
-        raise VolumeError(f'{path}: {counts[odd].sum():,} of {a.size:,} voxels have fractional values (for example {values[odd][0]:g}), '
-                          'expected class numbers; was it resampled with interpolation, or is it not a mask?')
-    return np.rint(a) if off.any() else a
 
 def _list(o, n=9): return ', '.join(map(str,list(o)[:n]))+(', ...' if len(o)>n else '')
 

@@ -7,6 +7,7 @@ import SimpleITK as sitk
 
 import fastmiseg.commands as C
 from fastmiseg import cli
+from fastmiseg.files import WriteError
 from fastmiseg.scans.cohort import load_cohort, save_cohort
 from fastmiseg.commands import evaluate_run, predict_scans, prepare_run, resume_run, train_run
 from fastmiseg.segmenter import load_segmenter
@@ -84,11 +85,15 @@ def test_wrong_calls(tmp_path):
     r = command('prepare', tmp_path/'nothing')
     assert r.returncode==2 and 'does not exist' in r.stderr and 'Traceback' not in r.stderr
 
-@pytest.mark.parametrize('option', ['global_mi','local_mi','consistency','entropy','ramp'])
+@pytest.mark.parametrize('option', ['global_mi','local_mi','consistency','entropy'])
 def test_weights_reach_their_terms(prepared, tmp_path, capsys, option):
     "What the command hands on is refused under its own name by a method that has no such term"
-    with pytest.raises(SystemExit, match='2'): cli.train(str(prepared), str(tmp_path/'run'), method='partial', **{option:.1})
-    assert capsys.readouterr().err==f"fastmiseg-train: {option}: the method 'partial' has no {'consistency' if option=='ramp' else option} term; it has none\n" and not (tmp_path/'run').exists()
+    for w in (.1, [5.,.8]):
+        with pytest.raises(SystemExit, match='2'): cli.train(str(prepared), str(tmp_path/'run'), method='partial', **{option:w})
+        assert capsys.readouterr().err==f"fastmiseg-train: {option}: the method 'partial' has no {option} term; it has none\n"
+    with pytest.raises(SystemExit, match='2'): cli.train(str(prepared), str(tmp_path/'run'), method='entropy', entropy=0.)
+    assert 'entropy: 0 leaves the unlabelled scans out; for that, take the method partial' in capsys.readouterr().err
+    assert not (tmp_path/'run').exists()
 
 # -- run folders -----------------------------------------------------------------------------------------------------------
 def test_split_is_taken(run, prepared):
@@ -116,7 +121,7 @@ def test_other_format(run, tmp_path):
 
 def test_overwrite(run, prepared, tmp_path):
     (tmp_path/'mine').mkdir(); (tmp_path/'mine'/'thesis.txt').write_text('x')
-    with pytest.raises(C.RunError, match='is no run folder, but holds thesis.txt'): train_run(prepared, tmp_path/'mine', overwrite=True)
+    with pytest.raises(C.RunError, match='is not a run folder, but holds thesis.txt'): train_run(prepared, tmp_path/'mine', overwrite=True)
     with pytest.raises(FileExistsError, match='there is a run already'): train_run(prepared, run)
     with pytest.raises(C.RunError, match='is the folder with the prepared slices'): train_run(prepared, prepared, overwrite=True)
     with pytest.raises(FileExistsError, match='metrics.csv: exists'): evaluate_run(run, overwrite=False)
@@ -139,7 +144,7 @@ def test_full_disk(run, prepared, tmp_path, monkeypatch):
             return replace(a, b)
         with monkeypatch.context() as m:
             m.setattr(os, 'replace', full)
-            with pytest.raises(ValueError, match=rf'{name}: cannot be written .No space left on device'): train_run(prepared, tmp_path/name, workers=0, **{**tiny, 'epochs':1, 'n_iters':2})
+            with pytest.raises(WriteError, match=rf'{name}: cannot be written .No space left on device'): train_run(prepared, tmp_path/name, workers=0, **{**tiny, 'epochs':1, 'n_iters':2})
         left = [o.name for o in (tmp_path/name).iterdir()]
         assert name not in left and not [o for o in left if o.startswith('.')]
 
@@ -183,10 +188,10 @@ def test_bad_scan_while_training(hearts, tmp_path):
     csv,kw = save_cohort(df, tmp_path/'c.csv'),dict(recipe=hearts.recipe, workers=0, **{**tiny, 'epochs':1, 'n_iters':2})
     with pytest.raises(VolumeError, match='1 of 6 scans cannot be used'): train_run(csv, tmp_path/'a', **kw)
     assert sorted(o.name for o in (tmp_path/'a').iterdir()) in ([], ['slices'])
-    scores = train_run(csv, tmp_path/'a', skip_bad=True, global_mi=.001, consistency=1., ramp=.5, shift=.5, jitter=.5, **kw)
+    scores = train_run(csv, tmp_path/'a', skip_bad=True, global_mi=.001, consistency=[1.,.5], shift=.5, jitter=.5, **kw)
     assert set(scores.scan)=={'heart004'} and list(scores.attrs['problems'])==['heart005']
     about = load_segmenter(tmp_path/'a'/'model.safetensors', 'cpu').about['provenance']
-    assert about['weights']['MIRegCallback']==dict(global_mi=.001, local_mi=.1, consistency='sigmoid_rampup(1.0, 0.5)') and about['training']['flips']==dict(shift=.5, jitter=.5)
+    assert about['weights']['MIRegCallback']==dict(global_mi=.001, local_mi=.1, consistency='sigmoid_rampup(1.0, 0.5)') and {k:about['training'][k] for k in ('flips','shift','jitter','consistency')}==dict(flips=None, shift=.5, jitter=.5, consistency=[1.,.5])
 
 # -- real scans ------------------------------------------------------------------------------------------------------------
 def test_hippocampus(tmp_path):

@@ -71,7 +71,8 @@ class Evidence:
                 o = json.loads(line)
                 o['settings'] = _plain(Settings.from_dict(o['settings']).to_dict())
                 o['recipe'] = _plain(Recipe.from_dict(o['recipe']).to_dict())
-            except (KeyError, TypeError, ValueError) as e: raise ValueError(f'{self._runs}: line {i} cannot be used ({e})') from None
+            except (KeyError, TypeError, ValueError) as e:
+                raise ValueError(f'{self._runs}: line {i} cannot be used ({e})') from None
             res.append(o)
         return res
 

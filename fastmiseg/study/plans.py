@@ -28,8 +28,6 @@ class Study:
         "The row that this one is tested against"
         return self.ours if self.x is None else ', '.join([self.ours, row.rsplit(', ', 1)[1]])
 
-    def titled(self, title): return replace(self, title=title)
-
     def only(self,
         rows # names of rows
     ):

@@ -51,7 +51,8 @@ def study_table(
     for c in mean: res[c],res[f'{c}_sd'] = mean[c].values,sd[c].values
     res['hd95'] = scores.groupby('row').hd95.mean().loc[rows].values
     lo,hi = (mean['mean'].get(k) for k in ('Partial supervision','Full supervision'))
-    if lo is not None and hi is not None: res['gap_closed'] = (mean['mean'].values-lo)/(hi-lo if hi!=lo else np.nan)
+    if lo is not None and hi is not None:
+        res['gap_closed'] = (mean['mean'].values-lo)/(hi-lo if hi!=lo else np.nan)
     of_row,ours = dict(list(scores.groupby('row'))),[study.against(k) for k in rows]
     if set(ours)&set(rows):
         res['p'] = [np.nan if k==o or o not in of_row else paired_p(of_row[o], of_row[k]) for k,o in zip(rows, ours)]
@@ -74,8 +75,10 @@ def table_text(
     extra = {k:o for k,o in shown.items() if k in table}
     def line(r):
         means = [f'{r[c]:.3f}' + (f" ({r[f'{c}_sd']:.3f})" if r.seeds>1 else '') for c in classes]
-        return [r['row'], *means, f'{r.hd95:.2f}', *('' if pd.isna(r[k]) else format(r[k], f) for k,(_,f) in extra.items())]
-    return markdown(['', *classes, 'HD95 (mm)', *(o for o,_ in extra.values())], (line(r) for _,r in table.iterrows()))
+        others = ['' if pd.isna(r[k]) else format(r[k], f) for k,(_,f) in extra.items()]
+        return [r['row'], *means, f'{r.hd95:.2f}', *others]
+    head = ['', *classes, 'HD95 (mm)', *(o for o,_ in extra.values())]
+    return markdown(head, (line(r) for _,r in table.iterrows()))
 
 def legend(
     table:pd.DataFrame, # as from `study_table`
@@ -86,7 +89,8 @@ def legend(
     if 'gap_closed' in table: text += ' Gap closed: (method − partial) / (full − partial).'
     if 'p' in table:
         text += (f" p: one-sided paired t-test over subjects, of means over the seeds, {study.ours}"
-                 f"{' with as many labelled' if study.x else ''} above the row; it knows nothing of how much the seeds differ.")
+                 f"{' with as many labelled' if study.x else ''} above the row; "
+                 "it knows nothing of how much the seeds differ.")
     return text
 
 # %% ../../nbs/53_study.report.ipynb #fbb52512
@@ -114,7 +118,8 @@ def _plot_lines(ax, seeds, x):
     seeds = seeds.assign(line=[o.rsplit(', ', 1)[0] for o in seeds.row], x=seeds.row.map(x))
     for i,(name,g) in enumerate(seeds.groupby('line', sort=False)):
         g = g.groupby('x')['mean'].agg(['mean','std'])
-        ax.errorbar(g.index, g['mean'], g['std'].fillna(0), marker='osD^v'[i%5], capsize=3, color=_colors[i%5], label=name)
+        look = dict(marker='osD^v'[i%5], color=_colors[i%5], capsize=3)
+        ax.errorbar(g.index, g['mean'], g['std'].fillna(0), label=name, **look)
     ax.set(xscale='log', xlabel='labelled subjects', ylabel='mean Dice')
     ax.set_xticks(sorted(x.unique()), [str(o) for o in sorted(x.unique())])
     ax.minorticks_off()
@@ -126,9 +131,11 @@ def _plot_rows(ax, seeds):
     for i,k in enumerate(rows):
         each = by_row.get_group(k)
         ax.plot(each, [i]*len(each), 'o', ms=5, mfc='none', color=_colors[0])
-    if several: ax.errorbar(by_row.mean()[rows], range(len(rows)), xerr=by_row.std()[rows], fmt='k|', ms=12, capsize=3)
+    if several:
+        ax.errorbar(by_row.mean()[rows], range(len(rows)), xerr=by_row.std()[rows], fmt='k|', ms=12, capsize=3)
     ax.set_yticks(range(len(rows)), rows)
-    ax.set(ylim=(len(rows)-.5, -.5), xlabel='mean Dice of each seed, their mean and sd' if several else 'mean Dice, one seed')
+    what = ' of each seed, their mean and sd' if several else ', one seed'
+    ax.set(ylim=(len(rows)-.5, -.5), xlabel='mean Dice'+what)
 
 def plot_study(
     scores:pd.DataFrame, # as from `study_scores`
@@ -139,7 +146,8 @@ def plot_study(
     "Mean Dice of each row, or a curve"
     seeds = _of_seeds(scores)['mean'].reset_index()
     rows,lines = seeds.row.unique(),study.x or study.curve
-    fig = Figure(figsize=(6.4, 3.6) if lines else (4.2+.07*max(map(len, rows)), 1.1+.36*len(rows)), layout='constrained')
+    size = (6.4, 3.6) if lines else (4.2+.07*max(map(len, rows)), 1.1+.36*len(rows))
+    fig = Figure(figsize=size, layout='constrained')
     ax = fig.subplots()
     if study.curve: _plot_epochs(ax, curves)
     elif study.x: _plot_lines(ax, seeds, scores.drop_duplicates('row').set_index('row')[study.x])

@@ -6,15 +6,16 @@
 __all__ = ['versions', 'make_run', 'make_runs', 'wanted_runs', 'scored_part', 'run_study', 'report_study', 'compare_study']
 
 # %% ../../nbs/55_study.run.ipynb #b626b03d
-import os, platform, shutil, threading, time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+import os, platform, shlex, shutil, threading, time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from importlib.metadata import version
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import pandas as pd, torch
+from fastcore.xtras import modified_env
+from fastprogress.fastprogress import progress_bar
 
 import fastmiseg
 from ..files import write_text
@@ -25,7 +26,7 @@ from ..scans.store import SliceStore
 from .evidence import Evidence, describe_run, name_of
 from .plans import Study, find_study
 from .preset import Preset, presets, settings_of
-from .protocol import command_line, protocol
+from .protocol import protocol
 from .report import legend, plot_study, study_curves, study_scores, study_table, table_text
 from ..training import Settings, fit
 
@@ -34,6 +35,8 @@ def versions()->str:
     "What makes the runs here"
     return (f"fastmiseg {fastmiseg.__version__}, fastai {version('fastai')}, torch {torch.__version__}, "
             f"Python {platform.python_version()}")
+
+_logs = dict(pretraining='pretraining.csv', curve='log.csv')
 
 def _curve(file): return pd.read_csv(file).drop(columns='epoch').to_dict('list')
 
@@ -53,9 +56,9 @@ def make_run(
         work.mkdir(exist_ok=True)
         learn,_ = fit(s, df, Recipe.from_dict(run['recipe']), store, work, every=s.n_iters, quiet=True)
         scores = evaluate_cohort(learn, df[df.split==run['score']], progress=False)
-        about = dict(versions=versions(), threads=threads, seconds=round(time.perf_counter()-begun), curve=_curve(work/'log.csv'))
-        if (first := work/'pretraining.csv').exists(): about['pretraining'] = _curve(first)
-        there.add(run, scores, **about)
+        curves = {k:_curve(f) for k,o in _logs.items() if (f := work/o).exists()}
+        seconds = round(time.perf_counter()-begun)
+        there.add(run, scores, versions=versions(), threads=threads, seconds=seconds, **curves)
         shutil.rmtree(work)
 
 # %% ../../nbs/55_study.run.ipynb #a586c87f
@@ -66,50 +69,28 @@ def _leave_with_parent():
         os._exit(1)
     threading.Thread(target=leave, daemon=True).start()
 
-@contextmanager
-def _environment(**changes):
-    before = {k:os.environ.get(k) for k in changes}
-    os.environ.update(changes)
-    try: yield
-    finally:
-        for k,v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k:v})
-
-class _Progress:
-    "One line that tells how far the runs are"
-    def __init__(self, n): self.n,self.begun = n,time.perf_counter()
-    def say(self, done, last=''):
-        spent,width = (time.perf_counter()-self.begun)/60,shutil.get_terminal_size((100,20)).columns-1
-        text = f'{done} of {self.n} runs, {spent:.0f} min'
-        if done: text += f', about {spent/done*(self.n-done):.0f} to go{last}'
-        print(f'\r{text[:width]:<{width}}', end='', flush=True)
-
 def make_runs(
     jobs:dict,      # label -> arguments of `make_run`
     processes:int=1 # runs at a time
 ):
     "Make runs in processes of their own"
     if not jobs: return
-    progress,last,bad = _Progress(len(jobs)),'',{}
-    progress.say(0)
-    one_thread = dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1') if all(o['threads']==1 for o in jobs.values()) else {}
-    with (_environment(PYTHONWARNINGS='ignore', **one_thread),
+    bad,one_thread = {},all(o.get('threads', 1)==1 for o in jobs.values())
+    env = dict.fromkeys(('OMP_NUM_THREADS','MKL_NUM_THREADS'), '1') if one_thread else {}
+    with (modified_env(PYTHONWARNINGS='ignore', **env),
           ProcessPoolExecutor(min(processes, len(jobs)), get_context('spawn'), _leave_with_parent) as pool):
-        left = {pool.submit(make_run, **o):k for k,o in jobs.items()}
+        futures = {pool.submit(make_run, **o):k for k,o in jobs.items()}
         try:
-            while left:
-                for f in wait(left, timeout=20, return_when=FIRST_COMPLETED).done:
-                    label,e = left.pop(f),f.exception()
-                    last = f"; last: {label}{' FAILED' if e else ''}"
-                    if e: bad[label] = e
-                progress.say(len(jobs)-len(left), last)
+            for f in (bar := progress_bar(as_completed(futures), total=len(futures))):
+                if e := f.exception(): bad[futures[f]] = e
+                bar.comment = futures[f] + (' FAILED' if e else '')
         except BaseException:
             for p in list(pool._processes.values()): p.terminate() # they have their checkpoints
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    print()
     if bad:
-        raise RuntimeError('\n'.join([f'{len(bad)} of {len(jobs)} runs failed; call the study again to repeat them:',
-                                      *(f'  {k}: {e}' for k,e in bad.items())]))
+        failed = '\n'.join(f'  {k}: {e}' for k,e in bad.items())
+        raise RuntimeError(f'{len(bad)} of {len(jobs)} runs failed; call the study again to repeat them:\n{failed}')
 
 # %% ../../nbs/55_study.run.ipynb #08989e01
 def wanted_runs(
@@ -135,13 +116,15 @@ def scored_part(
 )->str: # 'test' or 'valid'
     "Which scans a study is scored on: the test scans, unless it chooses settings or there are none"
     if study.score and score not in (None, study.score):
-        raise ValueError(f'score: {study.title!r} chooses settings, which is done on {study.score} scans; got {score!r}; leave it out')
+        raise ValueError(f'score: {study.title!r} chooses settings, which is done on {study.score} scans; '
+                         f'got {score!r}; leave it out')
     return score or study.score or ('test' if preset.test else 'valid')
 
 def _split(df, preset, study, score):
-    "The cohort, split, for each number of labelled subjects; test and validation subjects are the same in all of them"
+    "The cohort, split, for each number of labelled subjects; other parts are the same in all of them"
     numbers = sorted({o.get('labeled', preset.labeled) for o in study.rows.values()})
-    parts = {n: split_cohort(df, n, preset.valid, preset.test, seed=preset.split_seed, scans=preset.scans) for n in numbers}
+    kw = dict(valid=preset.valid, test=preset.test, seed=preset.split_seed, scans=preset.scans)
+    parts = {n: split_cohort(df, n, **kw) for n in numbers}
     for o in parts.values():
         if not (o.split==score).any():
             raise ValueError(f"score: the preset has no {score!r} scans; there are {', '.join(sorted(o.split.unique()))}")
@@ -170,7 +153,7 @@ def run_study(
     wanted = wanted_runs(study, preset, seeds, score, recipe, there.keep_cohort(parts))
     missing = [o for o,found in zip(wanted, there.find([run for _,run in wanted])) if found is None]
     gpu = torch.cuda.is_available()
-    kw = dict(store=str(Path(store or there.path/'slices').resolve()), out=str(out), threads=torch.get_num_threads() if gpu else 1)
+    kw = dict(store=Path(store or there.path/'slices').resolve(), out=out, threads=torch.get_num_threads() if gpu else 1)
     if missing: SliceStore(kw['store'], recipe).prepare(df[df.split!='test'])
     once = {name_of(run):(k, run) for k,run in missing}.values() # rows can share a run
     jobs = {_label(k, run): dict(run=run, df=parts[run['labeled']], **kw) for k,run in once}
@@ -192,23 +175,25 @@ def report_study(
                          "give the scans to make them (--data, or set FASTMISEG_DATA)")
     found,score = [(k, o) for (k,_),o in zip(wanted, runs)],runs[0]['score']
     scores = study_scores(found, there.scores())
-    named = preset.name!='cpu'
-    study = study.titled(f'{study.title}, preset {preset.name}') if named else study
-    stem = there.path/'_'.join([study.name, *([preset.name] if named else []), *([] if score=='test' else [score])])
+    if preset.name!='cpu': study = replace(study, title=f'{study.title}, preset {preset.name}')
     table,parts = study_table(scores, study),there.parts(min(runs, key=lambda o: o['labeled'])['split'])
     minutes = sum({o['id']:o['seconds'] for o in runs}.values())/60
-    text = [f'# {study.title}', '', *([f'    {command}', ''] if command else []), *protocol(preset, study.rows, found, parts),
-            f'- {len(found)} runs, {minutes:.0f} minutes of one process in all.', '', table_text(table), '', legend(table, study), '']
-    write_text(stem.with_suffix('.md'), '\n'.join(text))
-    write_text(stem.with_suffix('.csv'), table.to_csv(index=False))
-    plot_study(scores, study, stem.with_suffix('.png'), study_curves(found) if study.curve else None)
-    scores.attrs['report'] = str(stem.with_suffix('.md'))
+    text = [f'# {study.title}', '', *([f'    {command}', ''] if command else []),
+            *protocol(preset, study.rows, found, parts),
+            f'- {len(found)} runs, {minutes:.0f} minutes of one process in all.', '',
+            table_text(table), '', legend(table, study), '']
+    file = '_'.join([study.name, *{preset.name}-{'cpu'}, *{score}-{'test'}])
+    md,csv,png = (there.path/f'{file}.{o}' for o in ('md','csv','png'))
+    write_text(md, '\n'.join(text))
+    write_text(csv, table.to_csv(index=False))
+    plot_study(scores, study, png, study_curves(found) if study.curve else None)
+    scores.attrs['report'] = str(md)
     return scores
 
 # %% ../../nbs/55_study.run.ipynb #fa67ff75
 def compare_study(
     study:str,         # name or file, as for `find_study`
-    data=None,         # folder or CSV of scans; default: $FASTMISEG_DATA; without, the report is written from the runs in `out`
+    data=None,         # folder or CSV of scans; default: $FASTMISEG_DATA; without, the runs in `out` are reported
     out='studies',     # folder of the evidence and the results
     preset:str='cpu',  # one of `presets`
     seeds:int=3,
@@ -223,9 +208,12 @@ def compare_study(
     "Run a study, or write its report again"
     if preset not in presets: raise ValueError(f"preset: {preset!r} is none of {', '.join(presets)}")
     plan,data = find_study(study),data or os.environ.get('FASTMISEG_DATA')
-    told = dict(preset=preset if preset!='cpu' else None, seeds=seeds if seeds!=3 else None, score=score,
-                rows=rows and ';'.join(rows), layout=layout, epochs=epochs, n_iters=n_iters, **own)
-    command = command_line(study, **told)
+    told = dict(preset=preset, seeds=seeds, score=score, rows=rows and ';'.join(rows), layout=layout,
+                epochs=epochs, n_iters=n_iters, **own)
+    command = ['fastmiseg-compare', study, '--data', 'DATA']
+    for k,v in told.items():
+        if v is not None and v!=dict(preset='cpu', seeds=3).get(k): command += [f"--{k.replace('_', '-')}", v]
+    command = shlex.join(map(str, command))
     if rows: plan = plan.only(rows)
     def given(**changes): return {k:o for k,o in changes.items() if o is not None}
     settings = replace(presets[preset].settings, **given(epochs=epochs, n_iters=n_iters))

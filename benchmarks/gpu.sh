@@ -35,7 +35,7 @@ if [ -n "$DRY" ]; then
 else
     # trainings, whose pace alone is measured first, beside the tests, which take no times
     if [ -n "$BESIDE" ]; then
-        part train $((${TRAIN:-150}+30)) env SECONDS_TO_TRAIN=${TRAIN:-150} $PYTHON benchmarks/gpu_train.py &
+        part train $((${TRAIN:-150}+30)) env SECONDS_TO_TRAIN=${TRAIN:-150} SHARE=.7 $PYTHON benchmarks/gpu_train.py &
         sleep ${PACE:-25}
     fi
     part right ${RIGHT:-110} $PYTHON -m pytest -q -m cuda tests/test_cuda.py -k "test_ $NEEDS_SCANS" -p no:cacheprovider -p gpu_failures --tb=short --maxfail=40 ${XDIST--n 10}

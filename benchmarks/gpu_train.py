@@ -1,7 +1,7 @@
 """Trainings at the paper's size, several in processes of their own on the one device; curves and scores as they go (a part of `gpu.sh`).
 
 Slices from FASTMISEG_SLICES (see gpu_slices.py), else discs on noise. SECONDS_TO_TRAIN (none): a short run of each method says how many steps are
-made in that time, the same for all; a training that is still not done then stops, and is scored as it is. Another call goes on from checkpoints.
+made in that time, the same for all; a training that is still not done then stops, and is scored as it is. A training that the machine lost goes on from its checkpoint in another call.
 STEPS (6000, or what SECONDS_TO_TRAIN allows), METHODS (names, separated by commas; all), PROCESSES (4), SEED (0).
 """
 import json, os, subprocess, sys, time, traceback
@@ -24,6 +24,7 @@ STEPS = int(os.environ.get('STEPS', 8 if DRY else 6000))
 SEED = int(os.environ.get('SEED', 0))
 PROCESSES = int(os.environ.get('PROCESSES', 1 if DRY else 4))
 LIMIT = float(os.environ.get('SECONDS_TO_TRAIN', 0))
+SHARE = float(os.environ.get('SHARE', 1)) # of the device that is theirs
 UNTIL = float(os.environ.get('UNTIL', 'inf')) # seconds since 1970
 EPOCH = min(STEPS, 4 if DRY else 300)
 WIDTH = 4 if DRY else 16
@@ -153,7 +154,7 @@ def main():
                 for k,(busy,ms) in paces.items(): add('train', table='Pace alone', method=k, busy_ms=round(busy, 2), ms=round(ms, 2))
                 slow = [k for k in paces if paces[k][0]>60] # the mutual information of before would leave no time for the others
                 names = [k for k in names if k not in slow] or names
-                STEPS = steps_for(begun+LIMIT-time.time()-12, {k:paces[k] for k in names})
+                STEPS = steps_for(SHARE*(begun+LIMIT-time.time()-8), {k:paces[k] for k in names})
                 print(f'pace {paces}, left out {slow}, {STEPS} steps', flush=True)
             except Exception:
                 traceback.print_exc()

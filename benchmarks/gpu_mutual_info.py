@@ -1,9 +1,9 @@
 """The local information loss on a CUDA device: is it right, what does each way to it cost, which launches are best.
 
-    python benchmarks/gpu_mutual_info.py                        # everything, about two minutes
+    python benchmarks/gpu_mutual_info.py                        # everything, about a minute (--seconds)
     python benchmarks/gpu_mutual_info.py --device cpu --tiny    # a trial of the script itself
 
-Prints errors against float64, times of the kernels for several ways to launch them, and last a table, which also goes to --out.
+Prints errors against float64, times of the kernels for several ways to launch them, and a table; all of it goes to --out too, as it is found.
 Times are of CUDA events, the median of repeats in alternation.
 """
 import argparse, os, subprocess, sys, time
@@ -18,13 +18,15 @@ parser.add_argument('--tiny', action='store_true', default=bool(os.environ.get('
 parser.add_argument('--out', default=str(Path(os.environ.get('OUT', '.'))/'gpu_mutual_info.md'), help='file for the table')
 parser.add_argument('--processes', type=int, default=12, help='compile kernels in this many at once')
 parser.add_argument('--compile', type=int, help=argparse.SUPPRESS)
+parser.add_argument('--seconds', type=float, default=50, help='the search for the best launches ends then')
 parser.add_argument('--skip-sweep', action='store_true', help='no search for the best launches')
 args = parser.parse_args()
+STOP = time.time() + args.seconds
 if args.device == 'cpu': os.environ['TRITON_INTERPRET'] = '1' # before triton is imported
 
 import torch
 import torch.nn.functional as F
-from fastmiseg import pair_kernels, pair_sums
+from fastmiseg import pair_kernels, pair_products, pair_sums
 from fastmiseg.mutual_info import local_mi_loss
 from fastmiseg.projectors import LocalProjector
 
@@ -75,7 +77,9 @@ def fft_gradient(G, x, y, weight, bias, w, needs):
     return *[torch.einsum('nskhw,skc->nchw', a, weight).to(x.dtype) for a in z], gw, sum(a.sum((0, 3, 4)) for a in z)
 
 WAYS = {'kernels': (pair_kernels.cuda_pair_sums, pair_kernels.cuda_pair_sums_backward),
-        'torch': (pair_sums.sums, pair_sums.sums_backward),
+        'one half': (pair_kernels.cuda_pair_sums, pair_kernels.cuda_pair_sums_backward),
+        'products': (pair_products.sums, pair_products.sums_backward),
+        'loop': (pair_sums.sums, pair_sums.sums_backward),
         'fft (cost only)': (fft_sums, fft_gradient)}
 
 class Sums(torch.autograd.Function):
@@ -84,11 +88,11 @@ class Sums(torch.autograd.Function):
     def forward(ctx, x, y, weight, bias, w):
         ctx.save_for_backward(x, y, weight, bias)
         ctx.w, ctx.way = w, Sums.way
-        with torch.autocast(DEVICE, enabled=False): return WAYS[ctx.way][0](x, y, weight, bias, w).flatten(1, 2)
+        with pair_sums._plain_float32(x): return WAYS[ctx.way][0](x, y, weight, bias, w).flatten(1, 2)
     @staticmethod
     def backward(ctx, G):
         G = G.view(len(G), *ctx.w, *G.shape[2:])
-        with torch.autocast(DEVICE, enabled=False): grads = WAYS[ctx.way][1](G, *ctx.saved_tensors, ctx.w, ctx.needs_input_grad[:4])
+        with pair_sums._plain_float32(G): grads = WAYS[ctx.way][1](G, *ctx.saved_tensors, ctx.w, ctx.needs_input_grad[:4])
         return *[g if g is None else g.to(o.dtype) for g, o in zip(grads, ctx.saved_tensors)], None
 
 def textbook(head, f, g, size):
@@ -109,14 +113,15 @@ def case(n_in, shape, size, dtype=f32, batch=BATCH, scale=1., seed=0):
     proj = LocalProjector(n_in, K, S)
     with torch.no_grad():
         for p in proj.parameters(): p *= scale
-    f, g = [o.to(DEVICE, dtype).requires_grad_() for o in (f, g)]
+    layout = torch.contiguous_format if dtype == f32 else torch.channels_last # as a network in 16 bits has it
+    f, g = [o.to(DEVICE, dtype, memory_format=layout).requires_grad_() for o in (f, g)]
     return proj.to(DEVICE), f, g, size
 
 def loss_of(name, proj, f, g, size):
     if name == 'textbook': return textbook(proj.head, f, g, size)
     if name == 'projector': return proj.loss(f, g, size)
     from fastmiseg.mutual_info import _mi_loss
-    Sums.way = name
+    Sums.way, pair_kernels.split_16_bit = name, name != 'one half' # the backward pass follows before the next call
     return _mi_loss(Sums.apply(f, g, proj.head.weight.view(S, K, -1), proj.head.bias.view(S, K), (size, size)), True, None)
 
 def gradients(name, proj, f, g, size):
@@ -140,15 +145,15 @@ def tf32(allowed):
 def errors():
     say('Relative errors against float64 on the CPU: loss (absolute), gradients of both features and of the head')
     from copy import deepcopy
-    names, worst = ['kernels', 'torch', 'projector', 'textbook'], 0
+    names, worst = ['kernels', 'products', 'loop', 'textbook', 'projector'], 0
     shapes = [dict(o, shape=tuple(n//4 + 3 for n in o['shape'])) if not args.tiny else o for o in STAGES.values()]
     for o, scale in product(shapes, (.003, .1, 1, 30)):
         for dtype, mode in ((f32, ''), (f32, 'TF32 allowed'), (f16, 'autocast'), (bf16, 'autocast')):
             if not CUDA and (dtype != f32 or mode): continue
             proj, f, g, size = case(**o, dtype=dtype, batch=2, scale=scale)
             twin = deepcopy(proj).double().cpu()
-            ref = gradients('torch', twin, *[x.detach().double().cpu().requires_grad_() for x in (f, g)], size)
-            for name in names if not mode else names[:1] + names[2:3]:
+            ref = gradients('loop', twin, *[x.detach().double().cpu().requires_grad_() for x in (f, g)], size)
+            for name in names if not mode else names[-1:] if mode.startswith('TF32') else ('kernels', 'one half', 'products', 'projector'):
                 with tf32(mode == 'TF32 allowed'), torch.autocast(DEVICE, dtype) if mode == 'autocast' else nullcontext():
                     out = gradients(name, proj, f, g, size)
                 e = [abs(out[0].item() - ref[0].item()), *map(far, out[1:], ref[1:])]
@@ -182,15 +187,14 @@ def events(f, repeats):
 def sweep_list():
     "(stage, exact, options of one kernel)"
     out = []
-    for stage, exact in product(STAGES, (True, False)):
-        big = stage == list(STAGES)[0]
+    for stage, exact in product(STAGES, (True,)):
         for BX, warps, stages in ((32, 4, 2), (32, 4, 1), (16, 4, 3), (16, 4, 1), (32, 8, 2), (64, 4, 2), (64, 8, 2)): out.append((stage, exact, 'sums', dict(BX=BX, num_warps=warps, num_stages=stages)))
         for T in (1024, 4096): out.append((stage, exact, 'sums', dict(T=T)))
         for BX, warps, stages, rows, piece in ((128, 4, 2, 3, 16), (128, 4, 3, 3, 16), (64, 4, 2, 3, 16), (64, 2, 2, 3, 16), (128, 8, 2, 3, 16), (256, 8, 2, 3, 16), (256, 4, 2, 3, 16),
                                                (128, 4, 1, 3, 16), (128, 4, 2, 6, 16), (64, 4, 2, 6, 16), (128, 4, 2, 3, 32)):
             out.append((stage, exact, 'gradient', dict(BX=BX, num_warps=warps, num_stages=stages, ROWS=rows, MP=32 if rows == 3 else 64, PIECE=piece)))
-        if exact or not big: out += [(stage, exact, 'head', dict(BP=BP, num_warps=w)) for BP, w in ((128, 4), (64, 4), (32, 4), (32, 1), (64, 2), (32, 2), (16, 1))]
-        if exact or not big: out += [(stage, exact, 'line', dict(BP=BP, num_warps=w)) for BP, w in ((128, 4), (64, 4), (256, 4), (256, 8), (128, 2), (64, 2))]
+        out += [(stage, exact, 'head', dict(BP=BP, num_warps=w)) for BP, w in ((128, 4), (64, 4), (32, 4), (32, 1), (64, 2), (32, 2), (16, 1))]
+        out += [(stage, exact, 'line', dict(BP=BP, num_warps=w)) for BP, w in ((128, 4), (64, 4), (256, 4), (256, 8), (128, 2), (64, 2))]
     return out[:3] + out[-3:] if args.tiny else out
 
 def one_kernel(stage, exact, kernel, opts, repeats):
@@ -199,7 +203,7 @@ def one_kernel(stage, exact, kernel, opts, repeats):
     before = dict(pair_kernels.launch_options[kernel])
     pair_kernels.launch_options[kernel].update(opts)
     try:
-        proj, f, g, size = case(**o, dtype=f32 if exact else bf16)
+        proj, f, g, size = case(**o, dtype=bf16 if CUDA else f32)
         with torch.no_grad():
             head = proj.head.weight.view(S, K, -1).float(), proj.head.bias.view(S, K).float()
             (x, y), head, shape, _ = pair_kernels._prepared(f, g, *head, (size, size))
@@ -218,27 +222,27 @@ def one_kernel(stage, exact, kernel, opts, repeats):
 
 def sweep():
     jobs = sweep_list()
+    if time.time() > STOP - 15: return say('No time for a search of the best launches')
     if CUDA:
         start = time.time()
         procs = [subprocess.Popen([sys.executable, __file__, '--compile', str(i), '--processes', str(args.processes), '--out', args.out]) for i in range(args.processes)]
         for p in procs:
-            try: p.wait(max(1, 45 - (time.time() - start)))
+            try: p.wait(max(1, STOP - 10 - time.time()))
             except subprocess.TimeoutExpired: p.kill()
         print(f'compiled in {time.time() - start:.0f} s', flush=True)
     say('Milliseconds of one kernel (with what little is launched beside it)')
-    stop = time.time() + 25
     for stage, exact, kernel, opts in jobs:
-        if time.time() > stop: break
+        if time.time() > STOP: break
         t = one_kernel(stage, exact, kernel, opts, 3 if not CUDA else 15)
-        say(f"  {stage} {'float32' if exact else 'bf16'} {kernel:8} " + ' '.join(f'{k}={v}' for k, v in opts.items()) + (f': {t:.3f}' if isinstance(t, float) else f': {t}'))
+        say(f"  {stage} {'both halves' if exact else 'one half'} {kernel:8} " + ' '.join(f'{k}={v}' for k, v in opts.items()) + (f': {t:.3f}' if isinstance(t, float) else f': {t}'))
 
 def launches(step):
-    if not CUDA: return '', []
+    if not CUDA: return '', 0, []
     from torch.profiler import profile, ProfilerActivity
     with profile(activities=[ProfilerActivity.CUDA]) as prof: step(); torch.cuda.synchronize()
     found = [e for e in prof.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.name.startswith(('Memset', 'Memcpy'))]
-    top = sorted(prof.key_averages(), key=lambda e: -e.device_time_total)[:9]
-    return len(found), [f'{e.device_time_total/1e3:.3f} ms ×{e.count} {e.key[:70]}' for e in top]
+    top = sorted(prof.key_averages(), key=lambda e: -e.device_time_total)[:14]
+    return len(found), sum(e.device_time_total for e in found)/1e3, [f'{e.device_time_total/1e3:.3f} ms ×{e.count} {e.key[:70]}' for e in top]
 
 def extra_memory(step, clear):
     if not CUDA: return ''
@@ -261,20 +265,20 @@ def steps():
                 with torch.autocast(DEVICE, dtype) if dtype != f32 else nullcontext(): loss = loss_of(name, proj, f, g, size)
                 loss.backward()
             return step
-        names = ['kernels', 'projector', 'torch', 'textbook', 'fft (cost only)']
+        names = ['kernels', *['one half']*(dtype == bf16), 'products', 'projector', 'loop', 'textbook', 'fft (cost only)']
         fns = {}
         for name in names:
             try: step_of(name)(); step_of(name)(); fns[name] = step_of(name)
             except Exception as e: rows.append(f'| {stage} | {str(dtype)[6:]} | {name} | {type(e).__name__}: {str(e)[:80]} | | | |')
         times = {name: [] for name in fns}
         for _ in range(4 if CUDA else 1):
-            for name, fn in fns.items(): times[name] += events(fn, 5 if CUDA else 1)[CUDA:]
+            for name, fn in fns.items(): times[name] += events(fn, 1 if not CUDA else 2 if name in ('loop', 'textbook') else 5)[CUDA:]
         for name, fn in fns.items():
-            n, top = launches(fn)
-            busy = sum(float(t.split()[0]) for t in top)
+            n, busy, top = launches(fn)
             rows.append(f"| {stage} | {str(dtype)[6:]} | {name} | {median(times[name]):.2f} | {busy:.2f} | {n} | {extra_memory(fn, clear)} |")
+            say(rows[-1])
             total[dtype, name] = total.get((dtype, name), 0) + median(times[name])
-            if name == 'kernels': tops += [f'  {stage} {str(dtype)[6:]}: {t}' for t in top]
+            if name in ('kernels', 'products'): tops += [f'  {stage} {str(dtype)[6:]} {name}: {t}' for t in top]
         if CUDA:
             graph, fn = torch.cuda.CUDAGraph(), fns.get('kernels')
             try:
@@ -285,7 +289,7 @@ def steps():
                 with torch.cuda.graph(graph): fn()
                 rows.append(f"| {stage} | {str(dtype)[6:]} | kernels, as a CUDA graph | {median(events(graph.replay, 20)):.2f} | | | |")
             except Exception as e: rows.append(f'| {stage} | {str(dtype)[6:]} | kernels, as a CUDA graph | {type(e).__name__}: {str(e)[:80]} | | | |')
-    say('Where the time of the kernels goes')
+    say('Where the time goes')
     for t in tops: say(t)
     say(f'{torch.cuda.get_device_name() if CUDA else "CPU"}, torch {torch.__version__}, triton {pair_kernels.triton.__version__}; batch {BATCH}, {S} heads, K={K}; launches: {pair_kernels.launch_options}')
     short.extend([*rows, '', *[f'both stages, {str(dtype)[6:]}, {name}: {t:.2f} ms' for (dtype, name), t in total.items()]])

@@ -13,7 +13,7 @@ from math import prod
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from .pair_kernels import cuda_pair_sums, cuda_pair_sums_backward, supported
+from .pair_kernels import on_cuda
 
 # %% ../nbs/13_pair_sums.ipynb #112b24ce
 def wide(
@@ -234,7 +234,7 @@ def sums_backward(
 
 # %% ../nbs/13_pair_sums.ipynb #601de8e0
 def _way(x, y, weight, w):
-    return (cuda_pair_sums, cuda_pair_sums_backward) if supported(x, y, weight, w) else (sums, sums_backward)
+    return on_cuda(x, y, weight, w) or (sums, sums_backward)
 
 class PairSums(torch.autograd.Function):
     "`sums` and `sums_backward`, or what stands for them on a device, as one differentiable function"

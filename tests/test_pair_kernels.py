@@ -1,7 +1,6 @@
 "The Triton kernels against a double loop in float64: on a GPU as they are, elsewhere in Triton's interpreter"
-import os, subprocess, sys
+import os
 from itertools import product
-from pathlib import Path
 import pytest, torch
 
 CUDA = torch.cuda.is_available()
@@ -87,3 +86,52 @@ def test_precision_from_uniform_to_one_hot(scale):
     def whole(x, y, weight, bias): return x, y, torch.cat([weight, bias[..., None]], -1) # alone, the biases' is a sum that cancels
     ours = whole(*cuda_pair_sums_backward(G_, *inputs, w, (True,)*4))
     for a, b in zip(ours, whole(*grads)): assert far(a, b) < 1e-4
+
+def test_one_half_of_16_bits(monkeypatch):
+    "The fast way for features of 16 bits: as precise as these"
+    monkeypatch.setattr(pair_kernels, 'split_16_bit', False)
+    check(problem((2, 9, 7), 3, 2, 4, dtype=torch.bfloat16), (3, 3), 2e-3, 2e-2)
+    monkeypatch.undo()
+    check(problem((2, 9, 7), 3, 2, 4, dtype=torch.bfloat16), (3, 3), 1e-6, 5e-3) # gradients come in 16 bits
+
+def test_what_is_not_wanted_is_not_made():
+    x, y, weight, bias = problem((2, 9, 7), 3, 2, 4)
+    G = torch.randn(2, 3, 3, 4, 4, dtype=f64, device=device)
+    whole = cuda_pair_sums_backward(G, x, y, weight, bias, (3, 3), (True,)*4)
+    for needs in product((True, False), repeat=4):
+        for a, b, need in zip(cuda_pair_sums_backward(G, x, y, weight, bias, (3, 3), needs), whole, needs):
+            assert (a is not None) == need and (a is None or torch.equal(a, b))
+
+def test_unknown_implementation(monkeypatch):
+    monkeypatch.setattr(pair_kernels, 'implementation', 'fast')
+    x = torch.ones(1, 1, 3, 4, 4)
+    with pytest.raises(ValueError, match="FASTMISEG_PAIR_SUMS: expected 'triton', 'torch' or 'loop', got 'fast'"):
+        pair_kernels.on_cuda(x, x, None, (3, 3))
+
+@pytest.mark.cuda
+@needs_gpu
+@pytest.mark.parametrize('how', ['triton', 'torch', 'loop'])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, f32])
+@pytest.mark.parametrize('size', [3, 7])
+def test_loss_on_the_device(how, dtype, size, monkeypatch):
+    "Value and gradients against float64 on the CPU, TF32 allowed all around, and without waiting for the device"
+    from fastmiseg.projectors import LocalProjector
+    monkeypatch.setattr(pair_kernels, 'implementation', how)
+    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', True)
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', True)
+    torch.manual_seed(0)
+    proj = LocalProjector(16)
+    f, g = [o.to(dtype).contiguous(memory_format=torch.channels_last) for o in torch.randn(2, 3, 16, 40, 37)]
+    def run(device, dtype):
+        net, xs = proj.to(device, dtype), [o.to(device, dtype if device == 'cpu' else o.dtype).requires_grad_() for o in (f, g)]
+        waiting = torch.cuda.get_sync_debug_mode()
+        if device == 'cuda': net.loss(*xs, size).backward() # libraries load here
+        for o in (*xs, *net.parameters()): o.grad = None
+        if device == 'cuda': torch.cuda.set_sync_debug_mode('error')
+        try: (loss := net.loss(*xs, size)).backward()
+        finally: torch.cuda.set_sync_debug_mode(waiting)
+        return [loss.detach(), *[o.grad.clone() for o in (*xs, *net.parameters())]]
+    got, want = run('cuda', f32), run('cpu', f64)
+    assert far(got[0], want[0]) < 1e-5
+    for a, b in zip(got[1:3], want[1:3]): assert a.dtype == dtype and far(a, b) < (2e-5 if dtype == f32 else 5e-3)
+    for a, b in zip(got[3:], want[3:]): assert far(a, b) < 1e-4

@@ -11,12 +11,12 @@ import numpy as np, pandas as pd, torch
 from fastai.basics import Callback, CancelFitException, set_seed
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
 from fastmiseg.callback.mireg import MIRegCallback
+from fastmiseg.callback.pseudo import PseudoLabelCallback
 from fastmiseg.callback.resume import ResumeCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.learner import miseg_learner
 from fastmiseg.metrics import VolumeDice
 from fastmiseg.surface import VolumeHD95
-from fastmiseg.transforms import RandomFlips, RandomLight, RandomShifts
 from gpu import DEVICE, DRY, OUT, add
 from gpu_slices import Discs, Packed, loaders
 
@@ -29,14 +29,13 @@ UNTIL = float(os.environ.get('UNTIL', 'inf')) # seconds since 1970
 EPOCH = min(STEPS, 4 if DRY else 300)
 WIDTH = 4 if DRY else 16
 
-_small = dict(global_weight=.0003, local_weight=.1)
 METHODS = { # callbacks, T
-    'labels only':         (lambda: [], None),
-    'Mean Teacher':        (lambda: [EMATeacherCallback(weight=5.)], None),
-    'the paper':           (lambda: [MIRegCallback()], None),
-    'recommended':         (lambda: [MIRegCallback(**_small, consistency_weight=0.), EMATeacherCallback(weight=5.)], RandomFlips()+RandomLight(.5)+RandomShifts(.5)),
+    'labels only':             (lambda: [], None),
+    'Mean Teacher':            (lambda: [EMATeacherCallback(weight=5.)], None),
+    'the paper':               (lambda: [MIRegCallback()], None),
+    'pseudo-labels + teacher': (lambda: [PseudoLabelCallback(), EMATeacherCallback(.99)], None),
 }
-if DRY: METHODS = {'recommended': METHODS['recommended']}
+if DRY: METHODS = {k:METHODS[k] for k in ('pseudo-labels + teacher',)}
 
 def schedule(lr, div=400., warm=.1):
     "Linear warm-up and a cosine, as in the paper"

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import psutil
 
-# %% ../../nbs/03_scans.intact.ipynb #480b13b3
+# %% ../../nbs/03_scans.intact.ipynb #b8963bd3
 _kinds = {stat.S_IFDIR:'a folder', stat.S_IFIFO:'a named pipe (FIFO)', stat.S_IFSOCK:'a socket',
           stat.S_IFCHR:'a device', stat.S_IFBLK:'a device'}
 
@@ -29,7 +29,7 @@ def check_regular(
         raise ValueError(f'is {_kinds.get(kind, "something else")}, not a regular file, and was not opened: '
                          'put the file itself there')
 
-# %% ../../nbs/03_scans.intact.ipynb #e66000bd
+# %% ../../nbs/03_scans.intact.ipynb #f5510ddb
 def free_memory()->int:
     "Bytes that this process may still take: of the machine, of its control group, of its own limit"
     found = [psutil.virtual_memory().available, *_group_memory('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory.current', 'inactive_file'),

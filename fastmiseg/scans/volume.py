@@ -180,7 +180,7 @@ def _check_path(path):
     except ValueError as e: raise VolumeError(f'{path}: {e}') from None
     if not os.access(path, os.R_OK): raise VolumeError(f'{path}: cannot be opened (Permission denied)')
 
-# %% ../../nbs/04_scans.volume.ipynb #9590bcd6
+# %% ../../nbs/04_scans.volume.ipynb #c04dea79
 def choose_volume(
     path,        # A scan
     series=None, # As for `read_volume`
@@ -333,7 +333,7 @@ def check_same_geometry(
 
 def _round(o): return tuple(round(i,6) for i in o)
 
-# %% ../../nbs/04_scans.volume.ipynb #2588dc6c
+# %% ../../nbs/04_scans.volume.ipynb #504d8fac
 def read_labels(
     path # A mask
 )->Volume: # With its values as they are stored, but whole

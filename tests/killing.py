@@ -10,6 +10,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.vision.core import TensorImage, TensorMask
 from fastmiseg.callback.baselines import ConsistencyCallback, EntropyMinCallback
 from fastmiseg.callback.resume import ResumeCallback
+from fastmiseg.callback.state import checkpoints, load_state
 from fastmiseg.callback.teacher import EMATeacherCallback
 from toy import SemiSupCallback, UNet, disc, learner, loaders, quiet, small_mireg
 
@@ -91,7 +92,7 @@ def kill_and_call_again(method, root, rng):
         os.kill(pid, signal.SIGKILL)
         os.close(r)
         if finish(pid)!=-signal.SIGKILL: return (cut/'out.txt').read_text()
-        for f in (cut/'ckpt').glob('*.pt'): torch.load(f, weights_only=True)
+        for f in checkpoints(cut/'ckpt'): load_state(f)
     pid,_ = child(method, cut)
     if finish(pid): return (cut/'out.txt').read_text()
 

@@ -1,5 +1,5 @@
 "Two processes on the CPU, started by `accelerate launch`, do what one does with the batch of both"
-import os, socket, subprocess, sys
+import os, re, socket, subprocess, sys
 from pathlib import Path
 import pytest, torch
 
@@ -63,10 +63,14 @@ def test_interrupted_and_gone_on(results, kind):
     assert not torch.equal(a['random']['torch'], b['random']['torch'])
 
 def test_folders_that_do_not_fit_are_refused(results):
+    "By all processes, with the same words"
     for r in results[:2]:
-        apart,alone = r['refused']
-        assert 'the processes find different checkpoints' in apart and '00-00002-000000.pt, none' in apart
+        apart,alone,used,other = r['refused']
+        assert 'the processes find different checkpoints' in apart and re.search(r'\(\d{6}\.pt, none\)', apart)
         assert 'was written by a training in 1 processes, here are 2' in alone
+        assert re.search(r'paired0: is in use by process \d+ on ', used)
+        assert 'lr: 0.0004 at 0%' in other and 'here 4e-05 at 0%' in other
+    assert results[0]['refused'][2:]==results[1]['refused'][2:]
 
 def test_methods_that_mix_images(results):
     "Random boxes and pairs of images are those of one process with the double batch"

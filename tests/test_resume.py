@@ -1,14 +1,19 @@
 "Trainings that are killed with SIGKILL, again and again, and called again: the same weights to the bit"
-import itertools, os, subprocess, sys
+import itertools, json, os, re, shutil, signal, subprocess, sys
 from pathlib import Path
-import pytest, torch
-from fastai.basics import Callback, set_seed, store_attr
+import pandas as pd, pytest, torch
+from fastai.basics import Callback, CancelFitException, CrossEntropyLossFlat, SGD, set_seed, store_attr
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.callback.training import GradientAccumulation
 from fastmiseg.callback.baselines import ConsistencyCallback
+from fastmiseg.callback.method import sigmoid_rampup
+from fastmiseg.callback.plan import items_in_words
 from fastmiseg.callback.resume import ResumeCallback
+from fastmiseg.callback.state import checkpoints, load_state, save_state
 from fastmiseg.callback.teacher import EMATeacherCallback
+from fastmiseg.lock import only_one
+from fastmiseg.transforms import RandomFlips, RandomShifts
 from toy import learner, loaders, quiet, small_mireg
 from killing import EPOCHS, METHODS, Noise, plain_loaders, steps
 
@@ -52,13 +57,14 @@ def test_log_is_whole(killed):
 def test_half_written_file_is_not_taken(tmp_path):
     learn = quiet(learner(tmp_path))
     learn.fit(1, 1e-2, cbs=ResumeCallback(tmp_path/'c', every=1, keep=3))
-    good = sorted((tmp_path/'c').iterdir())
+    good = checkpoints(tmp_path/'c')
     whole = good[-1].read_bytes()
-    (tmp_path/'c'/'00-00009-000000.tmp').write_bytes(whole)         # was being written
+    half = tmp_path/'c'/'.0123456789ab-000099.pt'
     for cut in (0, 10, len(whole)//2, len(whole)-1):                # a disk that lied
+        half.write_bytes(whole)                                     # was being written
         good[-1].write_bytes(whole[:cut])
         with pytest.warns(UserWarning, match='is damaged'): quiet(learn:=learner(tmp_path, seed=1)).fit(1, 1e-2, cbs=ResumeCallback(tmp_path/'c', every=1, keep=3))
-    assert torch.load(good[-1], weights_only=True)['over']
+        assert load_state(good[-1])['over'] and not half.exists()
 
 def test_progress_bar_of_a_later_epoch(tmp_path):
     "fastai's bar in a terminal, which has a clock that starts with its first step"
@@ -142,7 +148,7 @@ def test_gradients_across_epochs_and_fits(tmp_path, stop):
         learn = quiet(learner(tmp_path, seed=seed, dls=loaders(n_iters=5)))
         mine = [mi:=small_mireg(), teacher:=EMATeacherCallback(decay=.9), GradientAccumulation(4), ResumeCallback(tmp_path/path, every=100), *cbs]
         for n in (1,2): learn.fit_one_cycle(n, 1e-2, cbs=mine)
-        return dict(model=learn.model.state_dict(), heads=mi.projectors.state_dict(), teacher=teacher.average)
+        return dict(model=learn.model.state_dict(), heads=mi.projectors.state_dict(), teacher=teacher.average.tensors)
     same(attempts(fit, 'a'), attempts(fit, 'b', Stop(*stop)))
 
 def test_validation_is_no_fit(tmp_path):
@@ -163,7 +169,7 @@ def test_validation_is_no_fit(tmp_path):
     learn = make(5, 'b'); learn.fit(2, 1e-2); ask(learn); same(whole, learn.model.state_dict()) # is passed over
     same(whole, run(6, 'b', []))
     learn = make(7, 'b'); learn.fit(2, 1e-2); learn.validate(); learn.fit(1, 1e-2)  # the second fit is the second, whatever was asked between
-    assert sorted(o.name for o in (tmp_path/'b').iterdir())[-1]=='01-00001-000000.pt'
+    assert (last:=load_state(checkpoints(tmp_path/'b')[-1]))['fit']==1 and last['over'] and last['done']==1
 
 def test_what_constructors_take_is_taken_from_them(tmp_path):
     "Unless the training has changed it"
@@ -175,11 +181,11 @@ def test_what_constructors_take_is_taken_from_them(tmp_path):
     def fit(cbs, stop=None):
         quiet(learner(tmp_path)).fit(3, 1e-2, cbs=[*cbs, ResumeCallback(tmp_path/'c', every=1), *([stop] if stop else [])])
         return cbs
-    kinds = lambda n: [Mine(n), Heir(limit=n), EarlyStoppingCallback(patience=10*n), GradientAccumulation(4 if n==1 else 2)]
+    kinds = lambda n: [Mine(n), Heir(limit=n), EarlyStoppingCallback(patience=10*n)]
     with pytest.raises(KeyboardInterrupt): fit(kinds(1), Stop(7))
-    a,b,early,acc = fit(kinds(2))
+    a,b,early = fit(kinds(2))
     assert (a.limit, a.n, a.middle)==(b.limit, b.n, b.middle)==(2, 12, 6.)
-    assert (early.patience, acc.n_acc)==(20, 2) and early.best<float('inf')
+    assert early.patience==20 and early.best<float('inf')
 
 def test_log_of_a_training_that_stopped_early(tmp_path):
     def fit(seed):
@@ -188,18 +194,334 @@ def test_log_of_a_training_that_stopped_early(tmp_path):
     log = fit(0)
     assert 2<len(log.splitlines())<5 and fit(1)==log
 
-def test_other_training_is_refused(tmp_path):
-    quiet(learner(tmp_path)).fit(1, cbs=[small_mireg(), ResumeCallback(tmp_path/'c')])
-    with pytest.raises(ValueError, match='was written by a training with MIRegCallback, here is ConsistencyCallback'):
-        quiet(learner(tmp_path)).fit(1, cbs=[ConsistencyCallback(), ResumeCallback(tmp_path/'c')])
-    with pytest.raises(ValueError, match='belongs to another training'): quiet(learner(tmp_path)).fit(2, cbs=[small_mireg(), ResumeCallback(tmp_path/'c')])
+# under other settings
+
+def plan(path, cbs=None, lr=1e-3, epochs=2, stop=None, change=False, every=1, dls=None, fit='fit', width=2, **kw):
+    "Train under settings that can be changed one by one"
+    learn = quiet(learner(path, dls=dls() if dls else None, width=width, **kw))
+    cbs = [small_mireg(), EMATeacherCallback(decay=.9)] if cbs is None else cbs()
+    resume = ResumeCallback(path/'c', every=every, change=change)
+    getattr(learn, fit)(epochs, lr, cbs=[*cbs, resume, *([stop] if stop else [])])
+    return learn,cbs
+
+mireg = lambda **kw: lambda: [small_mireg(**kw), EMATeacherCallback(decay=.9)]
+def with_weight(w): return CrossEntropyLossFlat(axis=1, weight=torch.tensor([1.,w]))
+
+OTHER = {
+    'rate': (dict(lr=1e-5), [r'lr: 0\.001, here 1e-05']),
+    'schedule': (dict(fit='fit_one_cycle'), ['lr: 0.001, here 4e-05 at 0%, ', 'mom: 0.9, here 0.95 at 0%, ']),
+    'epochs': (dict(epochs=3), ['epochs: 2, here 3']),
+    'batches': (dict(dls=lambda: loaders(n_iters=6)), ['batches: 4, here 6']),
+    'batch size': (dict(dls=lambda: loaders(bs=3)), ['batch size: 2, here 3']),
+    'unlabelled batch size': (dict(dls=lambda: loaders(unlabeled_bs=4)), ['unlabelled batch size: 3, here 4']),
+    'seed of the draws': (dict(dls=lambda: loaders(seed=5)), ['seed of the draws: 0, here 5']),
+    'unlabelled images': (dict(dls=lambda: loaders(n=21)), [r'unlabelled images: 11 from 9 to 19 \(\w+\), here 12 from 9 to 20 \(\w+\)']),
+    'weight': (dict(cbs=mireg(global_weight=.2)), ['MIRegCallback, weight of global_mi: 0.1, here 0.2']),
+    'schedule of a weight': (dict(cbs=mireg(consistency_weight=sigmoid_rampup(5., .8))),
+                             [r'weight of consistency: 5, here sigmoid_rampup\(5\.0, 0\.8\): 0\.033.* at 0%, .*5 at 100%']),
+    'clusters': (dict(cbs=mireg(n_clusters=4)), ['MIRegCallback, n_clusters: {Conv5: 3, Upconv3: 3}, here {Conv5: 4, Upconv3: 4}']),
+    'decay': (dict(cbs=lambda: [small_mireg(), EMATeacherCallback(decay=.8)]), ['EMATeacherCallback, decay: 0.9, here 0.8']),
+    'T': (dict(cbs=mireg(T=RandomFlips((-1,))+RandomShifts(.5))), [r'T: RandomFlips\(axes=\(-2, -1\), p=0\.5\), here _Pools\(.*RandomShifts\(most=0\.5\)']),
+    'method': (dict(cbs=lambda: [ConsistencyCallback()]), ['methods: MIRegCallback, EMATeacherCallback, here ConsistencyCallback']),
+    'no method': (dict(cbs=list), ['methods: MIRegCallback, EMATeacherCallback, here none']),
+    'weight decay': (dict(wd=.1), ['wd: 0.01, here 0.1']),
+    'optimiser': (dict(opt_func=SGD), ['optimizer: .*adam_step, here .*sgd_step']),
+    'accumulation': (dict(cbs=lambda: [*mireg()(), GradientAccumulation(4)]), [r'GradientAccumulation: nothing, here \{n_acc: 4\}']),
+    'loss': (dict(loss_func=with_weight(2.)), [r'loss function: CrossEntropyLossFlat\(.*, here CrossEntropyLossFlat\(.*weight=\(1, 2\)']),
+}
+
+@pytest.fixture(scope='module')
+def interrupted(tmp_path_factory):
+    "A run that was interrupted in the middle of its first epoch"
+    path = tmp_path_factory.mktemp('other')
+    with pytest.raises(KeyboardInterrupt): plan(path, stop=Stop(2))
+    return path/'c'
+
+def copied(run, path):
+    shutil.copytree(run, path/'c')
+    return path
+
+def one_line(texts): return [t.replace('{', r'\{').replace('}', r'\}') if '\\' not in t else t for t in texts]
+
+@pytest.mark.parametrize('what', OTHER)
+def test_other_settings_are_refused_with_both_values(interrupted, tmp_path, what):
+    kw,texts = OTHER[what]
+    path = copied(interrupted, tmp_path)
+    before = {f.name: f.read_bytes() for f in (path/'c').iterdir()}
+    with pytest.raises(ValueError, match=r'000002\.pt was written by a training with other settings:') as e: plan(path, **kw)
+    for text in one_line(texts): e.match(text)
+    e.match('change=True')
+    assert {f.name: f.read_bytes() for f in (path/'c').iterdir()}==before
+
+@pytest.mark.parametrize('what', OTHER)
+def test_other_settings_on_purpose(interrupted, tmp_path, what):
+    "Goes on with the new ones, says so, and a run so changed is resumed to the bit"
+    kw,texts = OTHER[what]
+    results = []
+    for name,stop in (('a',None), ('b',Stop(2))):
+        path = copied(interrupted, tmp_path/name)
+        if stop:
+            with pytest.warns(UserWarning), pytest.raises(KeyboardInterrupt): plan(path, change=True, stop=stop, **kw)
+            learn,_ = plan(path, seed=3, **kw)                                    # the settings are the run's by now
+        else:
+            with pytest.warns(UserWarning, match='goes on from .*000002.pt under other settings:') as w: learn,_ = plan(path, change=True, **kw)
+            said = '\n'.join(str(o.message) for o in w)
+            for text in one_line(texts): assert re.search(text, said), said
+        results.append(dict(model=learn.model.state_dict(), steps=learn.train_iter, lrs=list(learn.recorder.lrs)))
+    same(*results)
+    new = dict(epochs=2, batches=4)
+    if what in ('epochs','batches'): new[what] = {'epochs':3, 'batches':6}[what]
+    begun = 2 if what=='batches' else 0                                           # the epoch that was interrupted begins anew
+    assert results[0]['steps']==begun+new['epochs']*new['batches']
+    if what=='rate': assert results[0]['lrs'][2:]==[1e-5]*6
+
+def test_changed_rate_keeps_what_the_optimiser_has_learnt(interrupted, tmp_path):
+    path,seen = copied(interrupted, tmp_path),[]
+    class Look(Callback):
+        order = 99
+        def before_train(self): seen.append((self.opt.hypers[-1]['lr'], max(s.get('step', 0) for s in self.opt.state.values())))
+    with pytest.warns(UserWarning): plan(path, cbs=lambda: [*mireg()(), Look()], lr=1e-5, change=True)
+    assert seen[0]==(1e-5, 2)
+
+def test_another_network_is_refused_in_any_case(interrupted, tmp_path):
+    path = copied(interrupted, tmp_path)
+    for change in (False, True):
+        with pytest.raises(ValueError, match=r'UNet, \d+ parameters \(\w+\), here UNet, \d+ parameters'): plan(path, width=3, change=change)
+    with pytest.raises(ValueError, match='has the weights of another network'): plan(path, width=3, change=True)
+
+def test_training_on(tmp_path):
+    "More epochs for a training that is over, or stopped early; the schedule is the new one at the place of the old"
+    whole,_ = plan(tmp_path, fit='fit_one_cycle')
+    learn,_ = plan(tmp_path, fit='fit_one_cycle', seed=1)
+    same(whole.model.state_dict(), learn.model.state_dict())
+    with pytest.raises(ValueError, match='epochs: 2, here 4'): plan(tmp_path, fit='fit_one_cycle', epochs=4)
+    with pytest.warns(UserWarning, match='epochs: 2, here 4'): learn,_ = plan(tmp_path, fit='fit_one_cycle', epochs=4, change=True)
+    fresh,_ = plan(tmp_path/'fresh', fit='fit_one_cycle', epochs=4)
+    assert learn.recorder.lrs[:8]==whole.recorder.lrs and learn.recorder.lrs[8:]==pytest.approx(fresh.recorder.lrs[8:])
+    assert len(learn.recorder.values)==4 and learn.recorder.values[:2]==whole.recorder.values
+    with pytest.raises(ValueError, match='3 epochs are fewer than the 4 that .* has begun; ask for 4 or more'): plan(tmp_path, fit='fit_one_cycle', epochs=3, change=True)
+
+@pytest.mark.parametrize('when', ['after_batch','after_epoch'])
+def test_training_on_after_an_early_end(tmp_path, when):
+    "Begins with the first epoch that is not done"
+    class End(Callback):
+        order = 70
+        def _end(self):
+            if self.epoch==1 and self.training==(when=='after_batch'): raise CancelFitException()
+        def after_batch(self):
+            if when=='after_batch' and self.training: self._end()
+        def after_epoch(self):
+            if when=='after_epoch': self._end()
+    seen = []
+    class Epochs(Callback):
+        def before_epoch(self): seen.append(self.epoch)
+    plan(tmp_path, cbs=lambda: [*mireg()(), End()], epochs=5)
+    with pytest.warns(UserWarning, match='epochs: 5, here 4'): learn,_ = plan(tmp_path, cbs=lambda: [*mireg()(), Epochs()], epochs=4, change=True)
+    assert seen==([1,2,3] if when=='after_batch' else [2,3])
+    assert len(learn.recorder.values)==4
+
+def test_settings_of_a_fit_that_is_over(tmp_path):
+    "Each fit of a callback has its own plan, and is compared with it"
+    def tune(base_lr, stop=None):
+        learn = quiet(learner(tmp_path, splitter=lambda m: [list(m.Conv1.parameters()), [p for n,p in m.named_parameters() if not n.startswith('Conv1.')]]))
+        learn.fine_tune(2, base_lr, cbs=[small_mireg(), ResumeCallback(tmp_path/'c', every=1), *([stop] if stop else [])])
+    with pytest.raises(KeyboardInterrupt): tune(1e-2, Stop(6))
+    with pytest.raises(ValueError, match='lr: .*, here '): tune(1e-3)
+    tune(1e-2)
+
+def test_log_with_other_columns(interrupted, tmp_path):
+    path = copied(interrupted, tmp_path)
+    plan(path)
+    with pytest.warns(UserWarning, match='the log begins anew, its columns were .*global_mi'): learn,_ = plan(path, cbs=lambda: [ConsistencyCallback()], epochs=3, change=True)
+    assert len(learn.recorder.values)==1 and len(learn.recorder.values[0])==len(learn.recorder.metric_names)-2
+
+def test_data_of_the_same_number_are_told_apart():
+    "By names, order, or what they hold; nothing is read for it"
+    for a,b in ((['a','b'],['a','c']), (['a','b','c'],['b','a','c']), (pd.DataFrame({'f':[1,2]}), pd.DataFrame({'f':[1,3]})),
+                ([torch.zeros(3)],[torch.ones(3)]), ([('a',0)],[('a',1)]), (range(3), range(1,4))):
+        assert items_in_words(a)!=items_in_words(b) and items_in_words(a)==items_in_words(type(a)(a) if isinstance(a, list) else a)
+    class Lazy:
+        def __len__(self): return 7
+        def __getitem__(self, i): raise AssertionError('is not to be read')
+    assert items_in_words(Lazy())=='7'
+    class Thing: pass
+    assert items_in_words([Thing()])==items_in_words([Thing()])
+
+@pytest.mark.parametrize('at', [3, 6])
+def test_interrupted_fit_is_called_again_with_the_same_callback(tmp_path, at):
+    "In the learner's constructor, as in a notebook whose cell is run again"
+    whole,_ = plan(tmp_path/'whole')
+    resume = ResumeCallback(tmp_path/'c', every=1)
+    learn = quiet(learner(tmp_path, cbs=[resume]))
+    with pytest.raises(KeyboardInterrupt): learn.fit(2, 1e-3, cbs=[*mireg()(), Stop(at)])
+    with pytest.raises(ValueError, match='lr: 0.001, here 1'): learn.fit(2, 1., cbs=mireg()())
+    learn.fit(2, 1e-3, cbs=mireg()())
+    assert learn.train_iter==8
+    same(whole.model.state_dict(), learn.model.state_dict())
+    learn.fit(1, 1e-3, cbs=mireg()())                                 # the second fit
+    assert load_state(checkpoints(tmp_path/'c')[-1])['fit']==1
+
+# damage
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp('finished')
+    plan(path, epochs=1)
+    return path/'c'
+
+def test_every_damage_of_the_same_size_is_seen(finished, tmp_path):
+    "Single bits and stretches, all over the file"
+    path = copied(finished, tmp_path)
+    last = checkpoints(path/'c')[-1]
+    whole = last.read_bytes()
+    places = [i*len(whole)//97 for i in range(97)] + [len(whole)-1]
+    for k,i in enumerate(places):
+        broken = bytearray(whole)
+        broken[i:i+1+k%3*40] = bytes(o^(1<<k%8) for o in broken[i:i+1+k%3*40])
+        last.write_bytes(broken)
+        with pytest.raises(ValueError, match=r'\d+\.pt: is damaged, its contents do not have the checksum'): load_state(last)
+
+def test_last_intact_checkpoint_is_taken_and_said(finished, tmp_path):
+    path = copied(finished, tmp_path)
+    before,last = checkpoints(path/'c')
+    raw = bytearray(last.read_bytes())
+    raw[len(raw)//2] ^= 1
+    last.write_bytes(raw)
+    with pytest.warns(UserWarning, match=f'{last.name}: is damaged.*The last intact checkpoint is taken, .*{before.name}'): plan(path, epochs=1)
+    for f in checkpoints(path/'c'): f.write_bytes(f.read_bytes()[:-1]+b'x')
+    with pytest.raises(ValueError, match='There is no intact checkpoint in .*delete the folder to begin anew'): plan(path, epochs=1)
+
+def test_file_without_checksum_is_damaged(tmp_path):
+    torch.save(dict(fit=0), tmp_path/'000001.pt')
+    with pytest.raises(ValueError, match='is damaged'): load_state(tmp_path/'000001.pt')
+
+def test_pipe_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path/'000001.pt')
+    with pytest.raises(ValueError, match='000001.pt: is not a regular file, and was not opened'): load_state(tmp_path/'000001.pt')
+
+# two at a time
+
+TRAIN = """
+import sys, time; sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from fastai.basics import Callback
+from test_resume import *
+class Wait(Callback):
+    order = 99
+    def after_batch(self):
+        if self.training and self.train_iter==2: print('ready', flush=True); time.sleep(120)
+torch.set_num_threads(1)
+dls = loaders(num_workers=int(sys.argv[3]))
+quiet(learner(sys.argv[2], dls=dls)).fit(2, 1e-3, cbs=[small_mireg(), EMATeacherCallback(decay=.9), ResumeCallback(Path(sys.argv[2])/'c', every=1), Wait()])
+"""
+
+def started(path, code=TRAIN, workers=0):
+    "A training in a process of its own, at its second step"
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, str(Path(__file__).parent), str(path), str(workers)],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS':'1'})
+    for line in p.stdout:
+        if line.strip()=='ready': return p
+    raise AssertionError(p.stderr.read())
+
+def test_second_training_is_told_and_a_killed_one_does_not_block(tmp_path):
+    "With worker processes, which outlive a training that is killed"
+    p = started(tmp_path, workers=2)
+    try:
+        note = json.loads((tmp_path/'c'/'in-use').read_text())
+        assert note['process']==p.pid
+        before = sorted(f.name for f in (tmp_path/'c').iterdir())
+        with pytest.raises(ValueError, match=rf"ResumeCallback: .*c: is in use by process {p.pid} on .*, since \d.*; wait for it, stop it, or choose another folder"): plan(tmp_path)
+        assert sorted(f.name for f in (tmp_path/'c').iterdir())==before
+    finally:
+        p.kill()
+        p.wait()
+    assert (tmp_path/'c'/'in-use').exists()                          # what a killed one leaves is no lock
+    learn,_ = plan(tmp_path)
+    assert learn.train_iter==8 and not (tmp_path/'c'/'in-use').exists()
+
+def test_lock_is_given_back_however_a_fit_ends(tmp_path):
+    class Bomb(Callback):
+        order = 99
+        def __init__(self, e): self.e = e
+        def after_batch(self):
+            if self.training: raise self.e
+    for e in (KeyboardInterrupt(), RuntimeError('boom'), ValueError('boom')):
+        with pytest.raises(type(e)): plan(tmp_path, cbs=lambda: [*mireg()(), Bomb(e)])
+        assert not (tmp_path/'c'/'in-use').exists()
+        with only_one(tmp_path/'c'): pass
+    with only_one(tmp_path/'c'):
+        with pytest.raises(ValueError, match=f'is in use by process {os.getpid()}'): plan(tmp_path)
+    with pytest.raises(ValueError, match='other settings'): plan(tmp_path, lr=1.)
+    plan(tmp_path)
+
+def test_lock_and_forks(tmp_path):
+    "A forked process neither keeps a lock nor gives it back"
+    if not hasattr(os, 'fork'): pytest.skip('needs os.fork')
+    held = only_one(tmp_path)
+    held.__enter__()
+    r,w = os.pipe()
+    if not (pid:=os.fork()):
+        os.close(w)
+        try: held.__exit__(None, None, None)
+        finally:
+            os.read(r, 1)
+            os._exit(0)
+    os.close(r)
+    assert (tmp_path/'in-use').exists()
+    with pytest.raises(ValueError, match='is in use by process'): only_one(tmp_path).__enter__()
+    held.__exit__(None, None, None)
+    with only_one(tmp_path): pass                                    # while the fork lives
+    os.close(w)
+    os.waitpid(pid, 0)
+
+# Ctrl-C while a checkpoint is written, and disks that are full
+
+WRITING = TRAIN.replace("class Wait(Callback):", """import fastmiseg.files as files
+def slow(f, n=itertools.count(1)):
+    if next(n)==3:
+        print('ready', flush=True)
+        try: time.sleep(120)
+        finally:
+            if sys.argv[4:]: print('cleaning', flush=True); time.sleep(120)
+    return fsync(f)
+fsync,os.fsync = os.fsync,slow
+class Wait(Callback):""").replace("self.train_iter==2", "False")
+
+@pytest.mark.parametrize('slow_cleaning', [False, True])
+def test_interrupted_while_a_checkpoint_is_written(tmp_path, slow_cleaning):
+    "The ones before are whole; a second Ctrl-C ends it at once, whatever is being cleaned up"
+    code = WRITING.replace('sys.argv[4:]', str(slow_cleaning))
+    p = started(tmp_path, code)
+    p.send_signal(signal.SIGINT)
+    if slow_cleaning:
+        assert p.stdout.readline().strip()=='cleaning'
+        p.send_signal(signal.SIGINT)
+    assert 'KeyboardInterrupt' in p.communicate(timeout=60)[1] and p.returncode!=0
+    files = checkpoints(tmp_path/'c')
+    assert files and [load_state(f)['number'] for f in files]==list(range(1, len(files)+1))
+    assert not (tmp_path/'c'/'in-use').exists() and not list((tmp_path/'c').glob('.*'))
+    learn,_ = plan(tmp_path)
+    assert learn.train_iter==8
+
+def test_full_disk_is_said_with_the_files_name(tmp_path):
+    resource = pytest.importorskip('resource')
+    plan(tmp_path, epochs=1)
+    size = checkpoints(tmp_path/'c')[-1].stat().st_size
+    before = {f.name: f.read_bytes() for f in (tmp_path/'c').iterdir()}
+    soft,hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size//2, hard))       # as a disk that has no room for the second half
+    try:
+        with pytest.raises(OSError, match=r'c/\d+\.pt: cannot be written \(File too large; \d+ MB are free there\); the checkpoints before it are whole: make room and start the training again'):
+            with pytest.warns(UserWarning): plan(tmp_path, epochs=2, change=True)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {f.name: f.read_bytes() for f in (tmp_path/'c').iterdir()}==before
 
 def test_last_good_checkpoint_survives_a_nan(tmp_path):
     class Breaks(ConsistencyCallback):
         def penalty(self, v): return super().penalty(v)*(float('nan') if v.pct>.5 else 1.)
     with pytest.raises(FloatingPointError, match=r'consistency is nan at step 3 \(epoch 0, batch 3\).*labelled: .*unlabelled: '):
         quiet(learner(tmp_path)).fit(1, 1e-2, cbs=[Breaks(), ResumeCallback(tmp_path/'c', every=1)])
-    last = torch.load(sorted((tmp_path/'c').iterdir())[-1], weights_only=True)
+    last = load_state(checkpoints(tmp_path/'c')[-1])
     assert (last['train_iter'], last['iter'])==(3,3) and all(o.isfinite().all() for o in last['model'].values())
 
 def test_lr_find_is_no_training(tmp_path):
@@ -207,4 +529,4 @@ def test_lr_find_is_no_training(tmp_path):
     learn.lr_find(num_it=6, show_plot=False)
     assert not (tmp_path/'c').exists()
     learn.fit(1)
-    assert len(list((tmp_path/'c').iterdir()))==1
+    assert [load_state(f)['over'] for f in checkpoints(tmp_path/'c')]==[False,True]

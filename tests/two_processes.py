@@ -1,5 +1,6 @@
 "One of several gloo processes on the CPU (or the only one, with the batch of all): trains, and writes what it has in the end"
 import os, sys, warnings; warnings.filterwarnings('ignore')
+from contextlib import nullcontext
 import torch, torch.distributed as dist
 from torch import nn
 from fastai.basics import Callback, Datasets, defaults, set_seed
@@ -8,6 +9,8 @@ from fastai.vision.core import TensorImage, TensorMask
 from fastmiseg.callback.baselines import ConsistencyCallback
 from fastmiseg.callback.pseudo import PseudoLabelCallback
 from fastmiseg.callback.resume import ResumeCallback
+from fastmiseg.callback.state import checkpoints, load_state, save_state
+from fastmiseg.lock import only_one
 from fastmiseg.callback.method import SemiSupCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.processes import processes
@@ -86,18 +89,26 @@ def resume(kind, path, rank, stops):
                 log=dict(values=torch.tensor(list(learn.recorder.values[-1]))))
 
 def refused(path, rank):
-    "A folder that is not shared, and one written by another number of processes"
+    "A folder that is not shared, one written by another number of processes, one where another training is, other settings"
     res = []
+    def fit(folder, lr=None):
+        learn = quiet(learner(path, net=Noisy, dls=loaders(bs=2, unlabeled_bs=4, n_iters=4)))
+        with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit_one_cycle(2, lr or 1e-2, cbs=[small_mireg(), EMATeacherCallback(decay=.5), ResumeCallback(folder)])
     for folder in (f'{path}/paired0' if rank else f'{path}/empty', f'{path}/alone'):
         if folder.endswith('alone') and not rank:
             os.makedirs(folder)
-            o = torch.load(f'{path}/paired0/00-00002-000000.pt', weights_only=True)
-            torch.save({**o, 'ranks':[]}, f'{folder}/00-00002-000000.pt')
+            o = load_state(last:=checkpoints(f'{path}/paired0')[-1])
+            save_state({**o, 'ranks':o['ranks'][:1]}, f'{folder}/{last.name}')
         dist.barrier()
-        learn = quiet(learner(path, net=Noisy))
-        try:
-            with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, cbs=[small_mireg(), EMATeacherCallback(decay=.5), ResumeCallback(folder)])
+        try: fit(folder)
         except ValueError as e: res.append(str(e))
+    with only_one(f'{path}/paired0') if not rank else nullcontext(): # held by the process that would write, in another open file
+        dist.barrier()
+        try: fit(f'{path}/paired0')
+        except ValueError as e: res.append(str(e))
+        dist.barrier()
+    try: fit(f'{path}/paired0', 1e-3)
+    except ValueError as e: res.append(str(e))
     return res
 
 if __name__=='__main__':

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/24_callback.install.ipynb #08c9dee4
+from contextlib import ExitStack
 from functools import wraps
 
 from fastai.basics import *
@@ -25,7 +26,7 @@ def _always_undo(fit):
     @wraps(fit)
     def _fit(self, *args, **kwargs):
         if not self._grab_cbs(PairedBatchCallback): self.add_cb(PairedBatchCallback()) # a learner made without it
-        self._in_fit = True
+        self._in_fit = ExitStack() # what callbacks enter here is left when the fit ends
         try: return fit(self, *args, **kwargs)
         except ValueError as e:
             if _one_image not in str(e): raise
@@ -33,7 +34,8 @@ def _always_undo(fit):
                              "give the loaders a batch size of at least 2, or larger images") from e
         finally:
             for cb in self._grab_cbs(PairedBatchCallback): cb.undo()
-            for k in ('_in_fit','_first_epoch'): vars(self).pop(k, None)
+            vars(self).pop('_in_fit').close()
+            vars(self).pop('_first_epoch', None)
     _fit._undoes = True
     return _fit
 

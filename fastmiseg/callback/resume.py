@@ -5,174 +5,309 @@
 # %% auto #0
 __all__ = ['ResumeCallback']
 
-# %% ../../nbs/31_callback.resume.ipynb #8ee21d2e
-import inspect, pickle, re, shutil, zipfile
-
-import torch, torch.distributed as dist
+# %% ../../nbs/31_callback.resume.ipynb #dff715ec
 from fastai.basics import *
 from fastai.callback.schedule import LRFinder
 
 from .method import SemiSupCallback
 from .paired import PairedBatchCallback
-from .stream import random_states, restore_random_states, state_of, restore_state
+from .place import RestOfEpoch, find_images, loader_state
+from .plan import differences, plan_of, schedules
+from .state import (checkpoints, given_arguments, newest_state, notes_of, plain, save_state, set_notes,
+                                      unchanged_arguments)
+from .stream import random_states, restore_random_states
 from ..data import PairedDL
-from ..processes import processes
+from ..files import is_temporary
+from ..lock import FolderInUse, only_one
+from ..processes import gather, processes
 
-# %% ../../nbs/31_callback.resume.ipynb #312f07a5
-def _plain(o, tensors=True):
-    "`o` as `torch.load(weights_only=True)` gives it back; a `TypeError` if there is no such thing"
-    if tensors and isinstance(o, Tensor): return o.detach().as_subclass(Tensor).cpu()
-    if o is None or type(o) in (bool,int,float,str): return o
-    if isinstance(o, np.generic): return o.item()
-    if isinstance(o, dict) and all(type(k) in (str,int) for k in o): return {k:_plain(v, tensors) for k,v in o.items()}
-    if isinstance(o, (list,tuple,L)):
-        o = list(o)
-        if tensors and len(o)>1 and all(isinstance(t, Tensor) and t.ndim==0 for t in o): return {'stacked': _plain(torch.stack(o))}
-        return [_plain(v, tensors) for v in o]
-    raise TypeError(f'{type(o).__name__} cannot be kept')
+# %% ../../nbs/31_callback.resume.ipynb #94e4352d
+def _names(methods): return [type(o).__name__ for o in methods]
 
-def _notes(o, but=(), tensors=True):
-    "The attributes of an object that can be kept"
-    res = {}
-    for k,v in vars(o).items():
-        if k not in but:
-            try: res[k] = _plain(v, tensors)
-            except TypeError: pass
-    return res
+def _shapes(o):
+    "Shapes of all tensors in plain data"
+    if isinstance(o, Tensor): return tuple(o.shape)
+    if isinstance(o, dict): return {k: _shapes(v) for k,v in o.items()}
+    return [_shapes(v) for v in o] if isinstance(o, (list,tuple)) else None
 
-def _set_notes(o, notes):
-    for k,v in notes.items(): setattr(o, k, list(v['stacked'].unbind()) if isinstance(v, dict) and v.keys()=={'stacked'} else v)
+def _what_fits(old, old_names, new, names):
+    "The state for other methods: what those of the same name and shapes had learnt; the others' stays as it is"
+    rest,methods = list(zip(old_names, old['methods'])),[]
+    for name,state in zip(names, new['methods']):
+        fits = [o for o in rest if o[0]==name and _shapes(o[1])==_shapes(state)]
+        methods.append(fits[0][1] if fits else state)
+        if fits: rest = [o for o in rest if o is not fits[0]]
+    projectors = lambda states: [_shapes(o['projectors']) for o in states if 'projectors' in o]
+    same = projectors(old['methods'])==projectors(new['methods'])
+    return {**old, 'methods': methods, 'heads': (old if same else new)['heads']}
 
-def _note_arguments(o):
-    "Remember what the constructor was given, at the first sight of an object"
-    if '_given' in vars(o): return
-    names = {n for c in type(o).__mro__ if '__init__' in vars(c) for n in inspect.signature(c.__init__).parameters}
-    vars(o)['_given'] = _notes(o, set(vars(o))-names, tensors=False)
-
-def _unchanged(o):
-    "Names of the constructor's arguments that are as they were given"
-    given = vars(o).get('_given', {})
-    return {k for k,v in _notes(o, set(vars(o))-set(given), tensors=False).items() if v==given[k]}
-
-# %% ../../nbs/31_callback.resume.ipynb #81648b6e
-def _write(state, path):
-    tmp = path.with_suffix('.tmp')
-    try:
-        with open(tmp, 'wb') as f:
-            torch.save(state, f)
-            f.flush(); os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as e:
-        tmp.unlink(missing_ok=True)
-        if not isinstance(e, OSError) and not re.search('inline_container|StreamWriter|write', str(e)): raise # torch has a RuntimeError for a full disk
-        free = shutil.disk_usage(path.parent).free>>20
-        raise OSError(f"ResumeCallback: {path} cannot be written ({free} MB are free there; {str(e).splitlines()[0]}); the checkpoints before it are whole: make room, and call the training again") from e
-    if os.name=='posix':
-        folder = os.open(path.parent, os.O_RDONLY)
-        try: os.fsync(folder)
-        finally: os.close(folder)
-
-def _newest(folder):
-    "The last complete checkpoint, and its file"
-    for f in sorted(folder.glob('*.pt'), reverse=True):
-        try: return torch.load(f, map_location='cpu', weights_only=True),f
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
-            warn(f"ResumeCallback: {f} is damaged ({type(e).__name__}), trying the one before")
-    return None,None
-
-# %% ../../nbs/31_callback.resume.ipynb #fbab8a23
-class _Rest(GetAttr):
-    "A loader that has its first `n` batches behind it"
-    _default = 'dl'
-    def __init__(self, dl, n, then): self.dl,self.n,self.then = dl,n,then # then: called before batch n is read
-    def __len__(self): return len(self.dl)
-    def __iter__(self):
-        it = iter(self.dl)
-        if not isinstance(self.dl, PairedDL):
-            for _ in range(self.n): next(it)
-        self.then()
-        yield from it
-
-# %% ../../nbs/31_callback.resume.ipynb #e9570f4a
-def _rng(dl): return getattr(getattr(dl, 'dl', dl), 'rng', None) # a `DistributedDL` has another loader inside
-
-def _of_all(o):
-    "What each of the processes has for `o`"
-    res = [o]*processes()[1]
-    if len(res)>1: dist.all_gather_object(res, o)
-    return res
+_not_notes = {'start_epoch','metric_names','_given','__stored_args__'} # of what a new learner says itself
 
 class ResumeCallback(Callback):
     "Go on where a training was interrupted"
     order = 90 # after all that changes anything
     def __init__(self,
-        path,        # folder of the checkpoints; one for each training, and shared by all its processes. Delete it to begin anew
-        every=100,   # steps between checkpoints; there is also one after each epoch
-        keep:int=2   # how many checkpoints to keep
+        path,             # folder of the checkpoints of one training, shared by its processes; delete it to begin anew
+        every:int=100,    # steps between checkpoints; there is also one after each epoch
+        keep:int=2,       # how many checkpoints to keep
+        change:bool=False # go on with a run under other settings, on purpose; False: they are an error
     ):
         if every<1 or keep<1: raise ValueError(f"every={every}, keep={keep}: both must be at least 1")
         super().__init__()
-        self.path,self.every,self.keep,self._fits,self._state = Path(path),every,keep,0,None
+        self.path,self.every,self.keep,self.change = Path(path),every,keep,change
+        self._plans = [] # of all fits so far
+        self._scheduled = set() # hyper-parameters that one of them moves
+        self._on = False
+        self._saved = self._number = 0 # step and number of the last checkpoint
 
-    # at the beginning of a fit: is it the one that was interrupted?
+    # when a fit begins
     def before_fit(self):
-        self._on = hasattr(self.learn, '_in_fit') and not any(isinstance(cb, LRFinder) for cb in self.learn.cbs) # `validate` begins like a fit
+        finds = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+        self._on = hasattr(self.learn, '_in_fit') and not finds # `validate` begins like a fit
         if not self._on: return
-        self._fit,self._fits,self._lines,self._state,self._over,self._ahead,self._saved = self._fits,self._fits+1,[],None,False,0,0
-        self._begin,self._stepped = None,False
-        for o,_ in self._foreign(): _note_arguments(o)
-        self.path.mkdir(parents=True, exist_ok=True)
-        state,file = _newest(self.path)
-        if len(found:=set(_of_all(file.name if file else 'none')))>1:
-            raise ValueError(f"ResumeCallback: the processes find different checkpoints in {self.path} ({', '.join(sorted(found))}); give a folder that all machines share")
+        self._begin()
+        state,file = self._find()
         if state is None or state['fit']<self._fit: return
-        here = [self.n_epoch, len(self.dls.train), sum(p.numel() for p in get_model(self.model).parameters())] if state['fit']==self._fit else state['plan']
-        if state['plan']!=here:
-            raise ValueError(f"ResumeCallback: {file} belongs to another training ({'{} epochs of {} batches, {} parameters'.format(*state['plan'])}; "
-                             f"here {'{}, {} and {}'.format(*here)}); give this one another path, or delete the folder")
-        if state['fit']==self._fit:
-            if state['names']!=self._names():
-                raise ValueError(f"ResumeCallback: {file} was written by a training with {', '.join(state['names']) or 'no regulariser'}, "
-                                 f"here is {', '.join(self._names()) or 'none'}; call it with the same, or delete the folder")
-            (rank,world),others = processes(),state['ranks']
-            if len(others)+1!=world:
-                raise ValueError(f"ResumeCallback: {file} was written by a training in {len(others)+1} processes, here are {world}; start as many, or delete the folder")
-            if rank: state.update({**others[rank-1], 'ours': state['ours'] and {**state['ours'], **others[rank-1]['ours']}})
-            self._load(state)
-            for line in state['lines']: self.learn.logger(line)
-            self._lines,self._saved = state['lines'],state['train_iter']
-            if state['epoch'] and getattr(getattr(self.learn, 'progress', None), 'mbar', None): self.learn.progress.mbar.update(0) # its clock starts with its first step
-            if state['iter']: self._state = state
-            else: self._find(self.dls.train, state)
-            if not state['over']: self.learn._first_epoch = state['epoch']
-        if state['over'] or state['fit']>self._fit:
-            self._over = True
-            print(f"ResumeCallback: this training is finished, {file.name} in {self.path} holds its result; another one needs another path")
-            raise CancelFitException()
+        changed = self._check(state, file)
+        if state['fit']>self._fit: self._pass_over(file)
+        self._load(state, changed)
+        self._place(state, changed)
+        if state['over'] and not (changed and self.n_epoch>state['done']): self._pass_over(file)
 
-    def _ours(self): return next((cb for cb in self.learn.cbs if isinstance(cb, PairedBatchCallback) and cb.heads and cb.attached()), None)
+    @property
+    def _fit(self): return len(self._plans)-1
+
+    def _begin(self):
+        "Nothing is behind this fit yet"
+        for o,_ in self._foreign(): given_arguments(o)
+        self._plans.append(plan_of(self.learn, moved=self._scheduled))
+        self._scheduled.update(schedules(self.learn))
+        self._lines,self._saved,self._done = [],0,0 # log, step of the last checkpoint, epochs
+        self._columns = list(self.recorder.metric_names) if hasattr(self.learn, 'recorder') else [] # of the log
+        self._interrupted,self._ahead = None,0 # the state within an epoch from which to go on, and its batch
+        self._epoch_begin,self._stepped,self._passed,self._finished = None,False,False,False
+        self.learn._in_fit.callback(self._forget_unfinished)
+
+    def _forget_unfinished(self):
+        "A fit that was interrupted, or refused, is called again, and is no earlier one"
+        if not self._finished: self._plans.pop()
+
+    # find
+    def _find(self):
+        "The last intact checkpoint and its file, or None"
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        state,file = newest_state(self.path)
+        self._number = state['number'] if state else 0
+        found = set(gather(file.name if file else 'none'))
+        if len(found)==1: return state,file
+        raise ValueError(f"ResumeCallback: the processes find different checkpoints in {self.path} "
+                         f"({', '.join(sorted(found))}); give a folder that all machines share")
+
+    def _lock(self):
+        "Nobody else trains in the folder until this fit ends, however it ends"
+        said = None
+        if not processes()[0]:
+            try: self.learn._in_fit.enter_context(only_one(self.path))
+            except FolderInUse as e: said = f'ResumeCallback: {e}'
+            else:
+                for f in self.path.iterdir():
+                    if is_temporary(f.name): f.unlink() # a process was killed while it wrote
+        said = gather(said)[0]
+        if said: raise FolderInUse(said)
+
+    # check
+    def _check(self, state, file):
+        "An error where the checkpoint is another training's; returns the settings that are changed on purpose"
+        world = processes()[1]
+        if len(state['ranks'])!=world:
+            raise ValueError(f"ResumeCallback: {file} was written by a training in {len(state['ranks'])} processes, "
+                             f"here are {world}; start as many, or delete the folder")
+        changed = differences(state['plans'][self._fit], self._plans[self._fit])
+        if not changed: return changed
+        said = ''.join(f'\n  {k}: {v}' for k,v in changed.items())
+        if not self.change:
+            raise ValueError(f"ResumeCallback: {file} was written by a training with other settings:{said}\n"
+                             "Start it with the settings of before; give this one another path; or go on under the new "
+                             "settings: ResumeCallback(..., change=True)")
+        self._check_change(state, file, changed)
+        warn(f"ResumeCallback: goes on from {file} under other settings:{said}")
+        return changed
+
+    def _check_change(self, state, file, changed):
+        "An error where going on is not possible"
+        if 'network' in changed:
+            raise ValueError(f"ResumeCallback: {file} has the weights of another network ({changed['network']}); "
+                             "give this one another path")
+        behind = state['done'] + (state['iter']>0)
+        if state['fit']==self._fit and self.n_epoch<behind:
+            raise ValueError(f"ResumeCallback: {self.n_epoch} epochs are fewer than the {behind} that {file} has "
+                             f"begun; ask for {behind} or more")
+
+    def _pass_over(self, file):
+        "The fit has been made before"
+        self._passed = True
+        print(f"ResumeCallback: this training is finished, {file.name} in {self.path} holds its result; "
+              "another one needs another path")
+        raise CancelFitException()
+
+    # load
+    def _load(self, state, changed):
+        "What lasts longer than an epoch"
+        state.update(state['ranks'][processes()[0]])
+        if state['columns']!=self._columns: self._drop_log(state)
+        get_model(self.model).load_state_dict(state['model'])
+        self._load_optimizer(state['opt'], changed)
+        if state['ours']: self._load_methods({**state['ours'], **state['draws']}, state['names'], changed)
+        if state['scaler'] and hasattr(self.learn, 'scaler'): self.learn.scaler.load_state_dict(state['scaler'])
+        self._load_gradients(state['grads'])
+        self.learn.train_iter,self.learn.pct_train = state['train_iter'],state['pct_train']
+        self._load_notes(state['notes'])
+
+    def _drop_log(self, state):
+        warn(f"ResumeCallback: the log begins anew, its columns were {', '.join(state['columns'])}")
+        state['lines'] = []
+        for notes in state['notes'].get('Recorder', []): notes['values'] = []
+
+    def _load_optimizer(self, state, changed):
+        if changed.keys() & {'optimizer','parameters in groups'}: return # another one begins anew
+        here = [dict(h) for h in self.opt.hypers]
+        self.opt.load_state_dict(self._to_device(state))
+        for k in here[0]:
+            if k in changed: self.opt.set_hyper(k, [h[k] for h in here])
+
+    def _load_methods(self, state, names, changed):
+        ours = self._ours()
+        if ours is None: return
+        state = self._to_device(state)
+        if changed: state = _what_fits(state, names, ours.state_dict(), _names(ours.attached()))
+        if changed.keys() & {'unlabelled images','unlabelled batch size'}: state['stream'] = None # begins anew
+        ours.load_state_dict(state)
+
+    def _load_gradients(self, grads):
+        for n,p in self._params().items():
+            if n not in grads: p.grad = None
+            elif grads[n] is None: p.grad = torch.zeros_like(p) # a step has just been made
+            elif grads[n].shape==p.shape: p.grad = grads[n].to(p.device)
+
+    def _load_notes(self, notes):
+        notes = {k: list(v) for k,v in notes.items()}
+        for o,*_ in self._noted():
+            if notes.get(n:=type(o).__name__): set_notes(o, notes[n].pop(0))
+
+    # place
+    def _place(self, state, changed):
+        "The epoch and the batch from which the fit goes on"
+        self._saved,self._done = state['train_iter'],state['done']
+        self._show_log(state)
+        self.learn._first_epoch = self._done
+        dl,begin = self.dls.train,state['epoch_begin']
+        if 'epochs' in changed: state['pct_train'] = (self._done + state['iter']/len(dl))/self.n_epoch
+        if not state['iter']: find_images(dl, state['loader_epoch'], 0, state['loader'], state['random'])
+        elif 'batches' not in changed: self._interrupted = state
+        else: find_images(dl, state['loader_epoch'], 0, begin['loader'], begin['all']) # the epoch begins anew
+
+    def _show_log(self, state):
+        self._lines = state['lines']
+        for line in self._lines: self.learn.logger(line)
+        bar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
+        if self._done and bar: bar.update(0) # its clock starts with its first step
+
+    def before_train(self):
+        if not self._on: return
+        state,self._interrupted = self._interrupted,None
+        if state is None: self._epoch_begin = dict(loader=loader_state(self.dl), all=random_states())
+        else: self._go_on(state)
+
+    def _go_on(self, state):
+        "From the middle of an epoch"
+        dl,begin = self.dl,state['epoch_begin']
+        self._epoch_begin,self._ahead,self.learn.pct_train = begin,state['iter'],state['pct_train']
+        self._load_notes(state['notes'])
+        find_images(dl, state['loader_epoch'], self._ahead, begin['loader'], begin['all'])
+        self.learn.dl = RestOfEpoch(dl, self._ahead, lambda: restore_random_states(state['random']))
+
+    def before_batch(self):
+        if not self.training or not self._on: return
+        self._stepped = False
+        self.learn.iter += self._ahead
+
+    def after_train(self): self._ahead = 0
+
+    # save
+    def after_step(self): self._stepped = True # otherwise gradients are being gathered
+
+    def after_batch(self):
+        due = self.train_iter-self._saved>=self.every
+        if self.training and self._on and self._stepped and due: self._save(self.iter+1)
+
+    def after_epoch(self):
+        if not self._on: return
+        self._done = self.epoch+1
+        self._save()
+
+    def after_fit(self):
+        if not self._on: return
+        self._finished = True
+        if self._passed: return
+        if not self.training: # else it was stopped within an epoch
+            self._done = max(self._done, min(self.epoch+1, self.n_epoch))
+        self._save(over=True)
+
+    def _save(self, i=0, over=False):
+        "Write a checkpoint from which batch `i` comes next"
+        self._saved = self.train_iter
+        if len(self._values())>len(self._lines): self._lines = self._lines + [plain(self.recorder.log)]
+        for cb in self.learn.cbs:
+            if isinstance(cb, SemiSupCallback): cb.step_aside() # a teacher that stands in for the student
+        model = self._finite_weights()
+        ours = (cb:=self._ours()) and cb.state_dict()
+        ranks = gather(plain(self._of_this_process(ours)))
+        self._number += 1
+        if processes()[0]: return
+        dl,scaler = self.dls.train,getattr(self.learn, 'scaler', None)
+        state = dict(number=self._number, fit=self._fit, done=self._done, iter=i, over=over, plans=self._plans,
+            train_iter=self.train_iter, pct_train=self.pct_train, lines=self._lines, columns=self._columns,
+            model=model, opt=plain(self.opt.state_dict()), scaler=scaler and scaler.state_dict(),
+            grads=self._gradients(), ranks=ranks, names=_names(cb.attached()) if cb else [],
+            ours=ours and {k: ours[k] for k in ('heads','methods')},
+            loader_epoch=dl.epoch-(i>0) if isinstance(dl, PairedDL) else self._done)
+        save_state(state, self.path/f'{self._number:06d}.pt')
+        for f in checkpoints(self.path)[:-self.keep]: f.unlink()
+
+    def _of_this_process(self, ours):
+        notes = {}
+        for o,but,tensors in self._noted(): notes.setdefault(type(o).__name__, []).append(notes_of(o, but, tensors))
+        return dict(notes=notes, epoch_begin=self._epoch_begin, random=random_states(),
+                    loader=loader_state(self.dls.train), draws=ours and {k: ours[k] for k in ('generator','stream')})
+
+    def _finite_weights(self):
+        state = get_model(self.model).state_dict()
+        if torch.stack([o.isfinite().all() for o in state.values()]).all(): return state
+        raise FloatingPointError(f"ResumeCallback: after step {self.train_iter} the network has weights that are NaN "
+                                 f"or infinite; no checkpoint was written, those in {self.path} are older")
+
+    def _gradients(self):
+        "What was gathered since the last step; None where a gradient is only to be there"
+        return {n: None if self._stepped else p.grad for n,p in self._params().items() if p.grad is not None}
+
+    # what belongs to a training
+    def _ours(self):
+        "The `PairedBatchCallback`, where methods are attached"
+        paired = (cb for cb in self.learn.cbs if isinstance(cb, PairedBatchCallback))
+        return next((cb for cb in paired if cb.heads and cb.attached()), None)
+
     def _params(self):
         "Whatever is trained, with its name"
-        heads = (ours:=self._ours()) and {f'projectors.{i}':p for i,p in enumerate(ours.heads.params)}
-        return {**dict(get_model(self.model).named_parameters()), **(heads or {})}
-    def _names(self): return [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, SemiSupCallback)]
-    def _device(self, o): return to_device(o, next(self.model.parameters()).device)
-
-    def _load(self, s):
-        "What lasts longer than an epoch"
-        get_model(self.model).load_state_dict(s['model'])
-        self.opt.load_state_dict(self._device(s['opt']))
-        if s['ours']: self._ours().load_state_dict(self._device(s['ours'])) # a fit that is over has no stream
-        if s['scaler']: self.learn.scaler.load_state_dict(s['scaler'])
-        grads = s['grads']
-        for n,p in self._params().items(): p.grad = None if n not in grads else torch.zeros_like(p) if grads[n] is None else grads[n].to(p.device)
-        self.learn.train_iter,self.learn.pct_train = s['train_iter'],s['pct_train']
-        self._load_notes(s)
+        ours = self._ours()
+        heads = {f'projectors.{i}':p for i,p in enumerate(ours.heads.params)} if ours else {}
+        return {**dict(get_model(self.model).named_parameters()), **heads}
 
     def _foreign(self):
         "Callbacks and metrics that are not ours, and whether their tensors are kept"
         for cb in self.learn.cbs:
-            if not isinstance(cb, (SemiSupCallback, PairedBatchCallback, ResumeCallback)): yield cb, isinstance(cb, Recorder)
+            ours = isinstance(cb, (SemiSupCallback, PairedBatchCallback, ResumeCallback))
+            if not ours: yield cb, isinstance(cb, Recorder)
         if hasattr(self.learn, 'recorder'): yield self.recorder.smooth_loss, True
         for m in self.learn.metrics: yield m, True
 
@@ -180,65 +315,9 @@ class ResumeCallback(Callback):
         "Callbacks and metrics, what of them is not to be kept, and whether their tensors are"
         for cb in self.learn.cbs:
             if isinstance(cb, SemiSupCallback): yield cb, set(vars(cb))-{'_sums','_count'}, True
-        for o,tensors in self._foreign(): yield o, {'start_epoch','_given','__stored_args__'} | _unchanged(o), tensors
+        for o,tensors in self._foreign():
+            yield o, _not_notes | unchanged_arguments(o), tensors
 
-    def _load_notes(self, s):
-        notes = {k:list(v) for k,v in s['notes'].items()}
-        for o,*_ in self._noted():
-            if notes.get(n:=type(o).__name__): _set_notes(o, notes[n].pop(0))
+    def _values(self): return self.recorder.values if hasattr(self.learn, 'recorder') else []
+    def _to_device(self, o): return to_device(o, next(self.model.parameters()).device)
 
-    def _find(self, dl, s):
-        "Bring the loader and the random numbers to the beginning of the epoch"
-        begin = s['begin'] if s['iter'] else dict(loader=s['loader'], all=s['random'])
-        if isinstance(dl, PairedDL): dl.epoch,dl.first = s['loader_epoch'],s['iter']
-        elif _rng(dl): restore_state(_rng(dl), begin['loader'])
-        restore_random_states(begin['all'])
-
-    # within the first epoch: find the batch
-    def before_train(self):
-        if not self._on: return
-        dl,s,self._state = self.dl,self._state,None
-        if s is None: self._begin = dict(loader=_rng(dl) and state_of(_rng(dl)), all=random_states())
-        else:
-            self._begin,self._ahead,self.learn.pct_train = s['begin'],s['iter'],s['pct_train']
-            self._load_notes(s)
-            self._find(dl, s)
-            self.learn.dl = _Rest(dl, s['iter'], lambda: restore_random_states(s['random']))
-
-    def before_batch(self):
-        if self.training and self._on: self._stepped = False; self.learn.iter += self._ahead
-    def after_train(self): self._ahead = 0
-
-    # saving
-    def after_step(self): self._stepped = True # otherwise gradients are being gathered
-    def after_batch(self):
-        if self.training and self._on and self._stepped and self.train_iter-self._saved>=self.every: self._save(self.epoch, self.iter+1)
-
-    def after_epoch(self):
-        if self._on: self._save(self.epoch+1, 0)
-
-    def after_fit(self):
-        if self._on and not self._over: self._save(self.n_epoch, 0, over=True)
-
-    def _save(self, epoch, i, over=False):
-        self._saved = self.train_iter
-        if hasattr(self.learn, 'recorder') and len(self.recorder.values)>len(self._lines): self._lines = self._lines + [_plain(self.recorder.log)]
-        for cb in self.learn.cbs:
-            if isinstance(cb, SemiSupCallback): cb.step_aside()
-        ours,dl = self._ours(),self.dls.train
-        ours = ours and ours.state_dict()
-        model = get_model(self.model).state_dict()
-        if not torch.stack([o.isfinite().all() for o in model.values()]).all():
-            raise FloatingPointError(f"ResumeCallback: after step {self.train_iter} the network has weights that are no numbers; no checkpoint was written, those in {self.path} are older")
-        notes = {}
-        for o,but,tensors in self._noted(): notes.setdefault(type(o).__name__, []).append(_notes(o, but, tensors))
-        own = dict(notes=notes, begin=self._begin, random=random_states(), loader=_rng(dl) and state_of(_rng(dl)))
-        others = _of_all(_plain({**own, 'ours': ours and {k:ours[k] for k in ('generator','stream')}}))[1:] if processes()[1]>1 else []
-        if processes()[0]: return
-        state = dict(**own, ranks=others, fit=self._fit, epoch=epoch, iter=i, over=over, train_iter=self.train_iter, pct_train=self.pct_train, lines=self._lines,
-            plan=[self.n_epoch, len(dl), sum(p.numel() for p in get_model(self.model).parameters())],
-            model=model, grads={n: None if self._stepped else p.grad for n,p in self._params().items() if p.grad is not None},
-            opt=_plain(self.opt.state_dict()), ours=ours, scaler=getattr(self.learn, 'scaler', None) and _plain(self.learn.scaler.state_dict()),
-            names=self._names(), loader_epoch=dl.epoch-(i>0) if isinstance(dl, PairedDL) else None)
-        _write(_plain(state), self.path/f'{self._fit:02d}-{epoch:05d}-{i:06d}.pt')
-        for f in sorted(self.path.glob('*.pt'))[:-self.keep]: f.unlink()

@@ -19,7 +19,8 @@ import SimpleITK as sitk
 from fastcore.basics import patch
 from scipy.ndimage import gaussian_filter1d
 
-from .volume import Volume, VolumeError, check_same_geometry, class_indices, collect_warnings, read_labels, read_volume
+from ..files import read_json
+from .volume import Volume, VolumeError, _classes, check_same_geometry, collect_warnings, read_volume
 
 # %% ../../nbs/08_scans.recipe.ipynb #8cdc363e
 def _warp(a, scale, shift, size, nearest=False, fill=0):
@@ -87,15 +88,30 @@ class Placement:
         "Voxels on the grid of the slices"
         return _warp(self._planes(a), self.scale, self.shift, self.size, nearest)
 
+    @property
+    def share(self):
+        "The share of the scan's field of view that the slices hold, 0..1"
+        res = 1.
+        for s,o,n,k in zip(self.scale, self.shift, self.size, self.order[1:]):
+            h = self.shape[k]
+            res *= max(0., min(h-.5, o+(n-.5)*s)-max(-.5, o-.5*s))/h
+        return min(1., res)
+
+    def beyond(self,
+        a # (z,y,x) on the scan's grid, such as a mask
+    )->np.ndarray: # the same, 0 wherever the slices are
+        "What lies outside of the slices"
+        a = a.copy()
+        held = [(-.5<=(k:=(np.arange(self.shape[i])-o)/s)) & (k<=n-.5)
+                for s,o,n,i in zip(self.scale, self.shift, self.size, self.order[1:])]
+        self._planes(a)[:,held[0][:,None]&held[1]] = 0
+        return a
+
     def covers(self,
         a     # (z,y,x) on the scan's grid, such as a mask
     )->bool:
         "Do the slices hold everything in `a` that is not 0?"
-        a = self._planes(a)!=0
-        for i,(s,o,n) in enumerate(zip(self.scale, self.shift, self.size)):
-            at = np.flatnonzero(a.any(axis=(0,2-i)))
-            if len(at) and ((at[0]-o)/s < -.5 or (at[-1]-o)/s > n-.5): return False
-        return True
+        return not self.beyond(a).any()
 
     def inverse(self,
         pred        # (n,H,W), or (n,K,H,W) for K classes; integers: nearest neighbour, floats: linear
@@ -124,6 +140,51 @@ class Placement:
 # %% ../../nbs/08_scans.recipe.ipynb #619d9719
 _training = ('crop','rotate','flip','jitter') # settings the prepared slices do not depend on
 
+def _real(v):
+    if isinstance(v, (bool,str)) or not abs(float(v))<1e30: raise ValueError
+    return float(v)
+
+def _whole(v):
+    if isinstance(v, (bool,str)) or int(v)!=v: raise ValueError
+    return int(v)
+
+def _word(v):
+    if not isinstance(v, str): raise ValueError
+    return v
+
+def _pair(f):
+    def convert(v):
+        if isinstance(v, (str,dict)): raise ValueError
+        return tuple(f(o) for o in (v if np.iterable(v) else (v,v)))
+    return convert
+
+def _names(v):
+    if isinstance(v, str): raise ValueError # its letters would become the classes
+    return tuple(str(o) for o in v)
+
+def _mapping(v): return {int(_word(a)) if isinstance(a, str) else _whole(a):_whole(b) for a,b in v.items()}
+def _axis(v): return v if v=='auto' else _whole(v)
+
+_convert = dict(spacing=_pair(_real), size=_pair(_whole), fit=_word, percentiles=_pair(_real), window=_pair(_real), per=_word, axis=_axis,
+                orientation=_word, channels=_whole, classes=_names, labels=_mapping, crop=_pair(_whole), rotate=_real, flip=_word, jitter=_real)
+_expected = dict(
+    spacing     = 'two positive numbers of mm (0.001 to 1000), or None',
+    size        = "two positive numbers of pixels (at most 8192), or (only with fit='crop') None",
+    fit         = "'crop', or 'resize' without a spacing, which it would not keep",
+    percentiles = '(lower, upper) within 0 and 100',
+    window      = '(lower, upper), or None',
+    per         = "'scan' or 'subject'",
+    axis        = "0, 1, 2 or 'auto'",
+    orientation = "one letter each of L/R, P/A and S/I, as in 'LPS', or None",
+    channels    = 'at least 1 and at most 64',
+    classes     = '1 to 256 names, background first, each once and at most 200 printable characters long',
+    labels      = 'a class for each whole number in the masks; a class is a position in `classes`, from 0 on',
+    crop        = '(h,w) no larger than `size`, or None',
+    rotate      = 'degrees in 0..180',
+    flip        = "'h', 'v', 'hv' or ''",
+    jitter      = 'a strength in 0..1')
+_optional = ('spacing','size','window','orientation','labels','crop')
+
 @dataclass(frozen=True, repr=False)
 class Recipe:
     "How a scan becomes slices for a network"
@@ -144,57 +205,69 @@ class Recipe:
     jitter: float = 0.               # Training: strength of brightness, contrast and gamma changes, 0..1
 
     def __post_init__(self):
-        def put(k, f):
-            if (v := getattr(self, k)) is not None: object.__setattr__(self, k, f(v))
-        pair = lambda f: lambda v: tuple(map(f, v if np.iterable(v) else (v,v)))
-        for k in ('spacing','percentiles','window'): put(k, pair(float))
-        for k in ('rotate','jitter'): put(k, float)
-        for k in ('size','crop'): put(k, pair(int))
-        put('classes', lambda v: tuple(map(str, v)))
-        put('labels', lambda v: {int(a):int(b) for a,b in v.items()})
-        for k,(ok,want) in self._checks().items():
-            if not ok: raise ValueError(f'Recipe: {k}={getattr(self, k)!r}, expected {want}')
+        for k,convert in _convert.items():
+            v = getattr(self, k)
+            if v is None and k in _optional: continue
+            try: object.__setattr__(self, k, convert(v))
+            except (TypeError, ValueError, OverflowError, AttributeError): self._refuse(k)
+        for k,ok in self._checks().items():
+            if not ok: self._refuse(k)
+
+    def _refuse(self, k):
+        said = repr(getattr(self, k))
+        raise ValueError(f'Recipe: {k}={said if len(said)<200 else said[:200]+"..."}, expected {_expected[k]}')
 
     def _checks(self):
-        positive = lambda v: v is None or (len(v)==2 and min(v)>0)
+        between = lambda v, lo, hi: v is None or (len(v)==2 and lo<=min(v) and max(v)<=hi)
         rising = lambda v, lo, hi: len(v)==2 and lo<=v[0]<v[1]<=hi
         world = [_axes[o][0] for o in self.orientation or 'LPS' if o in _axes]
+        c,values = self.classes,self.labels or {}
         return dict(
-            spacing     = (positive(self.spacing), 'two positive numbers of mm, or None'),
-            size        = (positive(self.size) and (self.size or self.fit!='resize'), "two positive numbers of pixels, or (only with fit='crop') None"),
-            fit         = (self.fit in ('crop','resize') and not (self.fit=='resize' and self.spacing), "'crop', or 'resize' without a spacing, which it would not keep"),
-            percentiles = (rising(self.percentiles, 0, 100), '(lower, upper) within 0 and 100'),
-            window      = (self.window is None or rising(self.window, -np.inf, np.inf), '(lower, upper), or None'),
-            per         = (self.per in ('scan','subject'), "'scan' or 'subject'"),
-            axis        = (self.axis in (0,1,2,'auto'), "0, 1, 2 or 'auto'"),
-            orientation = (sorted(world)==[0,1,2] and len(self.orientation or 'LPS')==3, "one letter each of L/R, P/A and S/I, as in 'LPS', or None"),
-            channels    = (self.channels>=1, 'at least 1'),
-            classes     = (1<=len(self.classes)<=256, '1 to 256 names, background first'),
-            labels      = (set((self.labels or {}).values())<=set(range(len(self.classes))), f'values in 0..{len(self.classes)-1}, the positions in `classes`'),
-            crop        = (positive(self.crop) and not (self.crop and self.size and any(c>s for c,s in zip(self.crop, self.size))), '(h,w) no larger than `size`, or None'),
-            rotate      = (0<=self.rotate<=180, 'degrees in 0..180'),
-            flip        = (self.flip in ('','h','v','hv'), "'h', 'v', 'hv' or ''"),
-            jitter      = (0<=self.jitter<=1, 'a strength in 0..1'))
+            spacing     = between(self.spacing, 1e-3, 1e3),
+            size        = between(self.size, 1, 8192) and (self.size or self.fit!='resize'),
+            fit         = self.fit in ('crop','resize') and not (self.fit=='resize' and self.spacing),
+            percentiles = rising(self.percentiles, 0, 100),
+            window      = self.window is None or rising(self.window, -np.inf, np.inf),
+            per         = self.per in ('scan','subject'),
+            axis        = self.axis in (0,1,2,'auto'),
+            orientation = sorted(world)==[0,1,2] and len(self.orientation or 'LPS')==3,
+            channels    = 1<=self.channels<=64,
+            classes     = 1<=len(c)<=256 and len(set(c))==len(c) and all(o.isprintable() and 0<len(o)<=200 for o in c),
+            labels      = set(values.values())<=set(range(len(c))) and all(abs(o)<2**31 for o in values),
+            crop        = between(self.crop, 1, 8192) and not (self.crop and self.size and any(c>s for c,s in zip(self.crop, self.size))),
+            rotate      = 0<=self.rotate<=180,
+            flip        = self.flip in ('','h','v','hv'),
+            jitter      = 0<=self.jitter<=1)
 
     def __repr__(self): return f'Recipe({", ".join(f"{f.name}={v!r}" for f in fields(self) if (v := getattr(self, f.name))!=f.default)})'
     def __hash__(self): return hash(repr(self))
     def to_dict(self): return asdict(self)
     @classmethod
-    def from_dict(cls, d): return cls(**d)
+    def from_dict(cls, d):
+        if not isinstance(d, dict): raise ValueError(f'Recipe: expected names and values, got {type(d).__name__}')
+        known = [f.name for f in fields(cls)]
+        if odd := [k for k in d if k not in known]: raise ValueError(f'Recipe: there is no {odd[0]!r}; there are {", ".join(known)}')
+        return cls(**d)
 
     @property
     def key(self):
         "What prepared slices depend on, as text; the settings for training are not in it"
         return json.dumps({k:v for k,v in self.to_dict().items() if k not in _training}, sort_keys=True)
 
+    @property
+    def stored(self):
+        "The value that mask files have for each class; where several became one class, the smallest"
+        labels = {0:0, **self.labels} if self.labels else {i:i for i in range(len(self.classes))}
+        return [min((v for v,k in labels.items() if k==c), default=c) for c in range(len(self.classes))]
+
 # %% ../../nbs/08_scans.recipe.ipynb #cd456424
-def _along(h, s, spacing, size, fit):
+def _along(h, s, spacing, size, fit, whole):
     "Scale, shift and size along an axis of `h` pixels, `s` mm each"
     if fit=='resize': return h/size, (h/size-1)/2, size
     scale = spacing/s if spacing else 1.
     if abs(scale-1)<1e-4: scale = 1.
     n = max(1, round(h/scale))              # pixels that the field of view fills
-    size = size or n
+    size = max(size, n) if size and whole else size or n
     return scale, (h-1)/2 - scale*((n-1)/2 + int((size-n)/2)), size
 
 # %% ../../nbs/08_scans.recipe.ipynb #b8fc8263
@@ -206,14 +279,15 @@ def _slice_axis(shape, spacing):
 
 @patch
 def place(self:Recipe,
-    vol:Volume # The scan; only its shape and geometry matter
+    vol:Volume,      # The scan; only its shape and geometry matter
+    whole:bool=False # Make the slices as large as the field of view, where that is larger than `size`?
 )->Placement:
     "Where the slices of a scan lie"
     order,flip = _canonical(vol.direction, self.orientation) if self.orientation else ((0,1,2), (False,)*3)
     shape,spacing = [vol.shape[o] for o in order],[vol.spacing[o] for o in order]
     k = _slice_axis(shape, spacing) if self.axis=='auto' else self.axis
     i = [k, *(o for o in range(3) if o!=k)]
-    scale,shift,size = zip(*[_along(shape[o], spacing[o], self.spacing and self.spacing[j], self.size and self.size[j], self.fit)
+    scale,shift,size = zip(*[_along(shape[o], spacing[o], self.spacing and self.spacing[j], self.size and self.size[j], self.fit, whole)
                              for j,o in enumerate(i[1:])])
     floats = lambda v: tuple(map(float, v))
     return Placement(tuple(map(int, vol.shape)), floats(vol.spacing), floats(vol.origin), floats(vol.direction),
@@ -247,10 +321,11 @@ def limits(self:Recipe,
 @patch
 def slices(self:Recipe,
     vol:Volume, # The scan
-    limits=None # [(lo, hi)] of each channel, where more than this scan decides
+    limits=None, # [(lo, hi)] of each channel, where more than this scan decides
+    where:Placement=None # From `place`, where it is not the usual one
 )->tuple:       # float32 (n,C,H,W) in 0..1, and their `Placement`
     "The slices of a scan, and where they lie"
-    where,a = self.place(vol),_channels(vol, self.channels)
+    where,a = where or self.place(vol),_channels(vol, self.channels)
     out = np.empty((where.n, self.channels, *where.size), np.float32)
     for c,(lo,hi) in enumerate(limits or self.limits(vol)):
         v = np.clip(a[c].astype(np.result_type(a.dtype, np.float32)), lo, hi)
@@ -268,7 +343,7 @@ def masks(self:Recipe,
     a = vol.array
     if a.ndim!=3: raise VolumeError(f'{vol.path or "the mask"}: the mask has shape {a.shape}, expected one value per voxel')
     check_same_geometry(replace(where.volume(np.broadcast_to(np.uint8(0), where.shape)), path=image), vol)
-    return where.forward(class_indices(a, vol.path or 'the mask', self.classes, self.labels), nearest=True)
+    return where.forward(_classes(a, vol.path or 'the mask', self.classes, self.labels), nearest=True)
 
 # %% ../../nbs/08_scans.recipe.ipynb #894c5d7c
 @patch(cls_method=True)
@@ -303,7 +378,7 @@ def _look(r, labelled):
     "What `Recipe.auto` wants to know about one scan"
     v = read_volume(r.image, channels=True)
     order,_ = _canonical(v.direction, 'LPS')
-    m = read_labels(r.mask).array if labelled else np.zeros(v.shape, np.uint8)
+    m = read_volume(r.mask).array if labelled else np.zeros(v.shape, np.uint8)
     inside = v.array[0][m!=0] if m.shape==v.shape else m[:0]
     return dict(shape=[v.shape[i] for i in order], spacing=[v.spacing[i] for i in order], channels=len(v.array), low=float(v.array.min()),
                 values={0, *pd.unique(m.ravel()).tolist()}, inside=inside[::max(1, len(inside)//10000)])
@@ -352,9 +427,9 @@ def named(cls:Recipe,
     if isinstance(recipe, Recipe): return recipe
     if recipe=='auto': return cls.auto(df)
     if recipe in _presets: return getattr(cls, recipe)()
-    try: d = json.loads(Path(recipe).read_text(encoding='utf-8'))
-    except OSError:
+    try: d = read_json(recipe)
+    except (OSError, TypeError):
         raise ValueError(f"recipe: {recipe!r} is neither 'auto', one of {', '.join(_presets)}, nor a file") from None
-    except ValueError as e: raise ValueError(f'recipe: {recipe} is not JSON ({e})') from None
-    try: return cls.from_dict(d.get('recipe', d))
-    except (TypeError, ValueError, AttributeError) as e: raise ValueError(f'recipe: {recipe} cannot be used ({e})') from None
+    except ValueError as e: raise ValueError(f'recipe: {e}') from None
+    try: return cls.from_dict(d.get('recipe', d) if isinstance(d, dict) else d)
+    except ValueError as e: raise ValueError(f'recipe: {recipe} cannot be used ({e})') from None

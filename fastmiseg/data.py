@@ -20,6 +20,7 @@ from fastai.vision.data import get_grid
 from fastai.losses import CrossEntropyLossFlat
 from plum import dispatch
 
+from .scans.cohort import check_split
 from .scans.recipe import Recipe
 from .scans.store import SliceStore
 from .augment import Augment
@@ -368,6 +369,7 @@ def _check_split(df):
             raise ValueError(f"df: no scan has split {need!r}, found {have.to_dict()}; ask split_cohort for at least one subject with a mask")
     bare = df[df['split'].isin(['labeled','valid']) & df['mask'].isna()]
     if len(bare): raise ValueError(f"df: {len(bare)} scans are labeled or valid but have no mask, the first is {bare.scan.iloc[0]!r}; make their split 'unlabeled'")
+    check_split(df)
 
 class MISegDataLoaders(DataLoaders):
     "Paired training loader and validation loader"
@@ -394,6 +396,7 @@ class MISegDataLoaders(DataLoaders):
         _check_split(df)
         used = df[df['split'].isin(['labeled','unlabeled','valid'])]
         store = SliceStore(store, recipe).prepare(used, workers=workers, skip_bad=skip_bad)
+        if num_workers: store.verify() # once, here: else every worker of every epoch would
         if recipe.size is None:
             sizes = {tuple(store.where(s).size) for s in store.scans.scan}
             if len(sizes)>1: raise ValueError(f"recipe: slices come in {len(sizes)} sizes, e.g. {sorted(sizes)[:3]}; give the Recipe a `size`")

@@ -7,6 +7,7 @@ import numpy as np, pandas as pd, pytest
 import SimpleITK as sitk
 
 import fastmiseg.scans.store as S
+from fastmiseg.files import is_temporary, temporary_name
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.store import SliceStore
 from fastmiseg.scans.volume import Volume, VolumeError, VolumeWarning, read_volume, write_volume, scan_files
@@ -28,7 +29,7 @@ def make(root, n=6, ext='.nii.gz', shape=(4,24,28), split=True):
 
 def go(store, df, r=recipe, workers=2, **kw): return SliceStore(store, r).prepare(df, workers=workers, progress=False, **kw)
 def entries(store): return {o.name:o.stat().st_mtime_ns for o in store.dir.iterdir() if o.name.endswith(('.npy','.json')) and o.name!='index.json'}
-def leftovers(store): return [o.name for o in store.dir.iterdir() if o.name.endswith('.tmp')]
+def leftovers(store): return [o.name for o in store.dir.iterdir() if is_temporary(o.name)]
 def same(a, b):
     assert a.scans.drop(columns='split', errors='ignore').equals(b.scans.drop(columns='split', errors='ignore'))
     for r in a.scans.itertuples():
@@ -74,7 +75,7 @@ def test_a_killed_worker_loses_only_the_scan_in_hand(tmp_path, monkeypatch):
     monkeypatch.undo()
     before = entries(store)
     same(go(tmp_path/'a', df), go(tmp_path/'b', df))
-    assert before.items()<=entries(store).items() and len(entries(store))==len(before)+3
+    assert before.items()<=entries(store).items() and len(entries(store))==len(before)+4
 
 slow = '''
 import sys, time, pandas as pd, fastmiseg.scans.store as S
@@ -154,7 +155,7 @@ def test_a_full_disk_keeps_what_is_prepared(tmp_path):
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, old)
     store = SliceStore(tmp_path/'a', recipe)
     before = entries(store)
-    assert len(before)==4*3 and not leftovers(store)
+    assert len(before)==4*4 and not leftovers(store)
     store.prepare(df, progress=False)
     assert before.items()<=entries(store).items() and len(entries(store))==len(before)+2
 
@@ -184,11 +185,11 @@ def test_changed_files_are_noticed(tmp_path):
     v = read_volume(df.image[0])
     write_volume(v.like(v.array[:,::-1]), df.image[0])
     new = go(tmp_path/'a', df)
-    assert len(entries(new))==len(before)+3 and new.image('s0', 0).shape==(1,32,32)
+    assert len(entries(new))==len(before)+4 and new.image('s0', 0).shape==(1,32,32)
     same(new, go(tmp_path/'b', df))
     m = read_volume(df['mask'][1])
     write_volume(m.like(m.array[:,::-1]), df['mask'][1])
-    assert len(entries(go(tmp_path/'a', df)))==len(before)+4
+    assert len(entries(go(tmp_path/'a', df)))==len(before)+6
     os.remove(df.image[1])
     with pytest.raises(VolumeError, match='(?s)1 of 6 scans cannot be used.*s1: .*s1.nii.gz: does not exist'): go(tmp_path/'a', df)
 
@@ -232,10 +233,10 @@ def test_damage_in_the_store_is_repaired(tmp_path):
             bad = SliceStore(store.path, recipe); bad.__dict__.update(pickle.loads(pickle.dumps(store)).__dict__)
             with pytest.raises(VolumeError, match='gone or damaged .*call `prepare` again'): [bad.image(s, 0) for s in df.scan]
         same(go(tmp_path/'a', df), go(tmp_path/'b', df))
-    old = store.dir/'.0.tmp'; old.write_text(''); os.utime(old, (0,0))
-    (store.dir/'.1.tmp').write_text('')
+    old = temporary_name(store.dir/'0.npy'); old.write_text(''); os.utime(old, (0,0))
+    young = temporary_name(store.dir/'1.npy'); young.write_text('')
     go(tmp_path/'a', df)
-    assert leftovers(store)==['.1.tmp']                                 # somebody may be writing the young one
+    assert leftovers(store)==[young.name]                                 # somebody may be writing the young one
 
 def test_a_file_that_changes_while_it_is_prepared(tmp_path, monkeypatch):
     df = make(tmp_path, 2)

@@ -6,30 +6,39 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['load_cohort', 'find_duplicates', 'split_cohort', 'save_cohort', 'check_cohort']
+__all__ = ['CohortWarning', 'load_cohort', 'related', 'voxel_digest', 'find_duplicates', 'split_cohort', 'check_split',
+           'check_images_apart', 'advice', 'save_cohort', 'check_cohort', 'CohortError']
 
 # %% ../../nbs/06_scans.cohort.ipynb #1b8ce810
-import hashlib, json, os, warnings
+import hashlib, json, os, re, warnings
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np, pandas as pd
 
-from .readers import CohortError, layouts, _note
+from ..files import write_text
 from .intact import check_regular, extension
+from .readers import CohortError, layouts, subject_of
+from .standards import read_bids, read_nnunet # enter their layouts
+from .table import note
 from .volume import VolumeError, choose_volume, collect_warnings, read_scan, read_size, read_volume, summarise_warnings
 
 # %% ../../nbs/06_scans.cohort.ipynb #d83d963e
-__all__ = ['CohortError', 'load_cohort', 'split_cohort', 'save_cohort', 'check_cohort', 'find_duplicates']
+_all_ = ['CohortError']
+
+class CohortWarning(UserWarning): "Something about a cohort that may make results look better than they are"
 
 # %% ../../nbs/06_scans.cohort.ipynb #156654e9
 def load_cohort(
     root,          # Folder, CSV file or DataFrame
-    layout=None,   # 'msd', 'acdc', 'promise12', 'mmwhs', 'folder', 'dicom' or 'csv'; recognised and printed if not given
+    layout=None,   # 'bids', 'nnunet', 'msd', 'acdc', 'promise12', 'mmwhs', 'folder', 'dicom' or 'csv'; recognised and printed if not given
     classes=None,  # Names of the classes, background first, where the layout doesn't know them
     labels=None,   # Stored mask value -> class index, where they differ
     form=None,     # 'qform' or 'sform': which one to take of NIfTI files in which they differ
-    **options      # Of the layout's reader, like `subject=` of `read_folder`
+    subject=None,  # Whose scan is it? A regular expression (its first group, or what it matches) or a function, for a scan's name; by default as the layout knows it
+    straddle=False,# Allow a column `split` that has one subject in several parts?
+    **options      # Of the layout's reader, like `suffix=` of `read_bids`
 )->pd.DataFrame:   # One row per scan: `subject`, `scan`, `image`, `mask` (`None`: unlabelled) and what else the reader knows
     "The scans below `root`"
     if layout is not None and layout not in layouts: raise CohortError(f'layout={layout!r}: is none of {", ".join(layouts)}')
@@ -47,11 +56,26 @@ def load_cohort(
     except TypeError as e:
         if 'argument' not in str(e): raise
         raise CohortError(f'{", ".join(options)}: the reader for {layout!r} does not take this ({e})') from None
+    df = _people(df, subject, straddle)
     if classes is not None: df.attrs['classes'] = tuple(classes)
     if labels is not None: df.attrs['labels'] = dict(labels)
     if form is not None:
         for k in ('image','mask'): df[k] = [choose_volume(o, form=form) if o and extension(o) in ('.nii','.nii.gz') else o for o in df[k]]
     if said: print(f'{layout}: {_describe(df)}')
+    return df
+
+def _people(df, subject, straddle):
+    "Whose scans they are, checked"
+    alone = df.attrs.pop('alone', False)
+    if subject is not None: df['subject'] = pd.Series(map(subject_of(subject), df.scan), df.index, dtype=object)
+    elif alone and (found := related(df.scan)):
+        pattern,(a,b),n = found
+        warnings.warn(CohortWarning(f'{n} of {len(df)} scans may belong to fewer subjects than scans, for example {a} and {b}, but each is taken to be a person of its own: '
+            f'a split would put one person in two parts. If so, give subject={pattern!r} (a regular expression for the subject in a scan\'s name, or a function); if not, subject=str'), stacklevel=3)
+    if straddle: df.attrs['straddle'] = True
+    if 'split' in df:
+        df['split'] = pd.Series([_part(s, v) for s,v in zip(df.scan, df['split'])], df.index, dtype=object)
+        check_split(df)
     return df
 
 def _inside(root):
@@ -64,10 +88,36 @@ def _describe(df):
     classes = df.attrs.get('classes')
     return f'{len(df)} scans of {df.subject.nunique()} subjects, {has.sum()} with masks ({df.subject[has].nunique()} subjects)'+(f'; classes {", ".join(classes)}' if classes else '')
 
+# %% ../../nbs/06_scans.cohort.ipynb #1b2c3d4e
+_stems = (r'^(.+)[_\-. ][^_\-. ]+$',      # anna_ct1, anna_ct2
+          r'^([^_\-. ]+)[_\-. ].+$',       # anna_2020-01-02, anna_2021-05-03
+          r'^(.*\d)[A-Za-z]$',             # p01a, p01b
+          r'^(.*[^\W\d_])\d+$',            # anna1, anna2
+          r'^[^_\-. ]+[_\-. ](.+)$')       # ct1_anna, ct2_anna
+
+def related(
+    names # of scans
+): # a pattern for the part that some share, two names that do, and how many do; None if nothing suggests it
+    "Do several scans seem to belong to one person?"
+    names = list(names)
+    for pattern in _stems:
+        groups = {}
+        for s in names: groups.setdefault(m[1].casefold() if (m := re.match(pattern, s)) else s.casefold(), []).append(s)
+        several = [g for g in groups.values() if len(g)>1]
+        n = sum(map(len, several))
+        # all in one group: a name for the whole cohort; large groups: sites or studies
+        if several and len(groups)>1 and n/len(several)<=12: return pattern, sorted(several[0])[:2], n
+
 # %% ../../nbs/06_scans.cohort.ipynb #ee9c4449
-def _content(path):
-    a = read_volume(path, channels=True, nan_to_zero=True).array
-    return hashlib.blake2b(np.ascontiguousarray(a, np.float64), digest_size=16).hexdigest()
+def voxel_digest(
+    a # voxels, (z,y,x) or (c,z,y,x)
+)->str:
+    "The same for the same voxels, whatever their type, file or compression"
+    h = hashlib.sha256(str(a.shape[-3:]).encode())
+    h.update(np.ascontiguousarray(a, np.float32))
+    return h.hexdigest()[:32]
+
+def _content(path): return voxel_digest(read_volume(path, channels=True, nan_to_zero=True).array)
 
 def find_duplicates(
     df:pd.DataFrame # A cohort
@@ -159,6 +209,53 @@ def _number(name, v, total):
     if isinstance(v,(float,np.floating)) and 0<=v<=1: return max(round(v*total), v>0)
     raise CohortError(f'{name}={v!r}: expected a number of subjects, or a fraction between 0.0 and 1.0')
 
+# %% ../../nbs/06_scans.cohort.ipynb #4e5f6071
+_parts = dict(labeled='training', unlabeled='training', valid='validation', test='test')
+
+def _part(scan, v):
+    "A value of the column `split` as people write it"
+    if isinstance(v, str) and (known := v.strip().lower()) in _parts: return known
+    raise CohortError(f'split: that of the scan {scan!r} is {v!r}, expected one of {", ".join(_parts)}')
+
+def _apart(df, key, what):
+    "Error if one of `key` is in several parts"
+    if df.attrs.get('straddle') or 'split' not in df: return
+    where = {}
+    for k,s,v in zip(key, df.scan, df['split']):
+        if k is not None and v in _parts: where.setdefault(k, {}).setdefault(_parts[v], []).append(s)
+    if bad := [(k,o) for k,o in where.items() if len(o)>1]:
+        k,parts = bad[0]
+        raise CohortError(f'split: {len(bad)} {what(k, len(bad))}: {", ".join(f"{p} ({chr(44).join(o[:3])})" for p,o in parts.items())}: scores would look better than they are. '
+                          'Put all of them in one part, or allow it with load_cohort(..., straddle=True)')
+
+def check_split(
+    df:pd.DataFrame # A cohort
+):
+    "Raise a `CohortError` if a subject, or a file, is in several of training, validation and test"
+    _apart(df, [None if pd.isna(o) else str(o) for o in df.subject], lambda k,n: f'subject{"s are" if n>1 else " is"} in several parts, for example {k}')
+    _apart(df, [os.path.realpath(o) if isinstance(o, (str,os.PathLike)) else None for o in df.image], lambda k,n: f'image{"s are" if n>1 else " is"} in several parts, for example {k}')
+
+def check_images_apart(
+    df:pd.DataFrame, # A cohort
+    digests:dict     # scan -> `voxel_digest`
+):
+    "Raise a `CohortError` if one image, under whatever names, is in several of training, validation and test"
+    _apart(df, [digests.get(s) for s in df.scan], lambda k,n: f'image{"s are" if n>1 else " is"} there under several names, in several parts')
+
+def advice(
+    df:pd.DataFrame # A cohort with a column `split`
+): # a sentence, or None
+    "What to know before a training: is anything unlabelled, is everything annotated?"
+    if 'split' not in df or not (df['split']=='labeled').any(): return None
+    unlabeled = df['split']=='unlabeled'
+    if not unlabeled.any():
+        return ("no scan is unlabeled, so a semi-supervised method has nothing to learn from: take the method 'partial' (training on the labeled scans alone), "
+                "or label fewer scans (`labeled` of split_cohort)")
+    if 'mask' in df and df['mask'].notna().all():
+        return (f"every scan has a mask; those of the {unlabeled.sum()} unlabeled scans are not used: right for a study, but to use all of them, "
+                "take the method 'full'")
+    return None
+
 # %% ../../nbs/06_scans.cohort.ipynb #be483d62
 def save_cohort(
     df:pd.DataFrame, # A cohort, split or not
@@ -172,16 +269,23 @@ def save_cohort(
     def _rel(o):
         if o is None or pd.isna(o): return None
         o = Path(os.path.abspath(o))
-        return str(o.relative_to(base)) if o.is_relative_to(base) else str(o)
+        return o.relative_to(base).as_posix() if o.is_relative_to(base) else str(o)
     out = df.assign(image=df.image.map(_rel), mask=[_rel(o) for o in df['mask']])
-    note = json.dumps({k:df.attrs.get(k) for k in ('layout','classes','labels','channels')})
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        tmp.write_text(f'{_note}{note}\n{out.to_csv(index=False)}', encoding='utf-8')
-        os.replace(tmp, path)
-    except OSError as e: raise CohortError(f'{path}: cannot be written ({e.strerror})') from None
-    finally: tmp.unlink(missing_ok=True)
+    said = json.dumps({k:df.attrs.get(k) for k in ('layout','classes','labels','channels','straddle') if k!='straddle' or k in df.attrs})
+    _check_writable(out, path)
+    write_text(path, f'{note}{said}\n{out.to_csv(index=False)}')
     return path
+
+def _check_writable(df, path):
+    "Names that would not come back from a CSV file"
+    for col in ('scan','subject','image','mask'):
+        for o in df[col]:
+            if o is None or pd.isna(o): continue
+            o = str(o)
+            bad = 'is empty' if not o else 'begins or ends with a blank' if o!=o.strip() else 'holds a line break or another control character' if not o.isprintable() and any(ord(c)<32 or c in '\x7f\x85\u2028\u2029' for c in o) else None
+            try: o.encode('utf-8')
+            except UnicodeEncodeError: bad = 'is not valid UTF-8'
+            if bad: raise CohortError(f'{path}: cannot hold the {col} {ascii(o)}, whose name {bad}; rename it')
 
 # %% ../../nbs/06_scans.cohort.ipynb #44f2d510
 def _check(task):

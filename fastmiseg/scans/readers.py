@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['layouts', 'CohortError', 'cohort_frame', 'Layout', 'layout', 'read_msd', 'read_acdc', 'read_promise12', 'read_mmwhs',
-           'read_folder', 'read_dicom', 'read_csv']
+__all__ = ['layouts', 'CohortError', 'cohort_frame', 'walk', 'scans_in', 'stem', 'Layout', 'layout', 'read_msd', 'read_acdc',
+           'read_promise12', 'read_mmwhs', 'subject_of', 'read_folder', 'read_dicom', 'read_csv']
 
 # %% ../../nbs/05_scans.readers.ipynb #baef2bba
-import json, os, re, warnings
+import json, os, re, unicodedata, warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,8 @@ import pandas as pd
 
 from .dicom import has_images
 from .intact import extension
+from .table import find_file, read_table
 from .volume import choose_volume
-
-# %% ../../nbs/05_scans.readers.ipynb #e6429fca
-__all__ = ['CohortError', 'cohort_frame', 'layouts']
 
 # %% ../../nbs/05_scans.readers.ipynb #82855282
 class CohortError(ValueError): "A cohort that cannot be used; the message names the folder, file or argument, and what to do"
@@ -33,22 +31,23 @@ def cohort_frame(
     layout=None,    # Where it came from
     classes=None,   # Names of the classes, background first
     labels=None,    # Stored mask value -> class index, if they differ
-    channels=1      # Channels per image
+    channels=1,     # Channels per image
+    alone=False     # Was every scan taken to be a subject of its own, for want of knowing better?
 )->pd.DataFrame:
     "A cohort from its rows; a scan's name must be unique"
     first = ['subject','scan','image','mask']
-    df = pd.DataFrame(rows, dtype=object)
+    df = pd.DataFrame(rows, columns=None if rows else first, dtype=object)
     df = df[first+[o for o in df if o not in first]].where(df.notna(), None)
     twice = df[df.scan.duplicated(keep=False)]
     if len(twice):
         name = twice.scan.iloc[0]
         raise CohortError(f'{twice.scan.nunique()} scan names are there twice, for example {name!r}: {" and ".join(twice.image[twice.scan==name][:3])}; give each scan a name of its own, or remove one')
-    df.attrs.update(layout=layout, classes=None if classes is None else tuple(classes), labels=labels, channels=channels)
+    df.attrs.update(layout=layout, classes=None if classes is None else tuple(classes), labels=labels, channels=channels, **(dict(alone=True) if alone else {}))
     return df
 
 # %% ../../nbs/05_scans.readers.ipynb #b8540501
-def _walk(root, depth=5):
-    "(folder, files in it) for `root` and the folders below it, sorted"
+def walk(root, depth=5):
+    "(folder, files in it) for `root` and the folders below it, sorted; hidden ones are left out"
     todo,seen = [(Path(root),0)],set()
     while todo:
         d,level = todo.pop(0)
@@ -64,12 +63,20 @@ def _is(f):
     try: return f()
     except OSError: return False # a link that leads nowhere or in circles
 
-def _scans(root, depth=5): return [f for _,files in _walk(root,depth) for f in files if extension(f)]
-def _stem(path): return Path(path).name[:-len(extension(path))] if extension(path) else Path(path).name
+def scans_in(root, depth=5):
+    "Files that hold scans below `root`, sorted"
+    return [f for _,files in walk(root,depth) for f in files if extension(f)]
+
+def stem(
+    path # of a scan
+)->str:
+    "Its name without folder and ending; accents composed in one way, so that names of images and masks can be compared"
+    name = unicodedata.normalize('NFC', Path(path).name)
+    return name[:-len(extension(name))] if extension(name) else name
 
 def _matches(root, pattern):
     "(match of the name without extension, path) for scans below `root`"
-    return [(m,f) for f in _scans(root) if (m := re.fullmatch(pattern, _stem(f), re.I))]
+    return [(m,f) for f in scans_in(root) if (m := re.fullmatch(pattern, stem(f), re.I))]
 
 # %% ../../nbs/05_scans.readers.ipynb #af59fb5e
 @dataclass(frozen=True)
@@ -85,11 +92,15 @@ layouts = {}
 def layout(
     name,    # Its name
     expects, # What is looked for, for messages
-    matches  # `Path` -> bool
+    matches, # `Path` -> bool
+    first=False # Is it asked before those that are there?
 ):
     "Decorator that enters a reader in `layouts`"
     def _enter(read):
-        layouts[name] = Layout(name, expects, matches, read)
+        rest = dict(layouts)
+        if first: layouts.clear()
+        layouts.update({name:Layout(name, expects, matches, read)})
+        if first: layouts.update(rest)
         return read
     return _enter
 
@@ -105,10 +116,10 @@ def read_msd(root:Path)->pd.DataFrame:
     except FileNotFoundError: raise CohortError(f'{file}: does not exist; expected {layouts["msd"].expects}. Put it there, or name another `layout`') from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise CohortError(f'{file}: cannot be used ({type(e).__name__}: {e}); expected `labels` like {{"0": "background", "1": "spleen"}}') from None
-    masks = [(_stem(o),o) for o in _scans(root/'labelsTr',0)]
+    masks = [(stem(o),o) for o in scans_in(root/'labelsTr',0)]
     hippocampus = info.get('name')=='Hippocampus'
     def subject(s): return f'subject_{(int(m[1])+1)//2:03d}' if hippocampus and (m := re.search(r'(\d+)$',s)) else s
-    return _pair([(_stem(o), o) for d in ('imagesTr','imagesTs') for o in _scans(root/d,0)], masks, subject, root, 'msd', channels=channels,
+    return _pair([(stem(o), o) for d in ('imagesTr','imagesTs') for o in scans_in(root/d,0)], masks, subject, root, 'msd', channels=channels,
         classes=[names[i] for i in stored], labels=None if stored==list(range(len(stored))) else {o:i for i,o in enumerate(stored)})
 
 # %% ../../nbs/05_scans.readers.ipynb #e481fa2c
@@ -176,14 +187,19 @@ def _one(root, names): return next((root/o for o in names if (root/o).is_dir()),
 
 def _cut(name, ends): return next((name[:-len(o)] for o in ends if o and name.endswith(o)), name)
 
-def _subject(how):
-    if how is None or callable(how): return how or str
-    pattern = re.compile(how)
-    def _f(s):
+def subject_of(
+    how # a regular expression (its first group, or what it matches, is the subject), a function, or None
+)->Callable: # from a scan's name to its subject
+    "Whose scan is it, by its name"
+    if how is None or callable(how): return lambda s: str((how or str)(s))
+    try: pattern = re.compile(how)
+    except (re.error,TypeError) as e: raise CohortError(f'subject={how!r}: is not a regular expression ({e})') from None
+    def find(s):
         m = pattern.search(s)
-        if not m: raise CohortError(f'subject={how!r}: does not match the scan {s!r}; give a regular expression that matches every scan, or a function')
-        return m[1] if pattern.groups else m[0]
-    return _f
+        found = m and (m[1] if pattern.groups else m[0])
+        if not found: raise CohortError(f'subject={how!r}: does not match the scan {s!r}; give a regular expression that matches every scan, or a function')
+        return found
+    return find
 
 def _has_dicom(files):
     for f in [o for o in files if o.name!='DICOMDIR'][:3]:
@@ -194,9 +210,9 @@ def _has_dicom(files):
         if magic==b'DICM': return True
     return False
 
-def _is_dicom(root): return any(_has_dicom(files) for _,files in _walk(root))
+def _is_dicom(root): return any(_has_dicom(files) for _,files in walk(root))
 
-def _is_folder(root): return bool(_one(root,_image_dirs) and _scans(_one(root,_image_dirs),3)) or any(_stem(f).endswith(_mask_ends) for f in _scans(root)) and not _is_dicom(root)
+def _is_folder(root): return bool(_one(root,_image_dirs) and scans_in(_one(root,_image_dirs),3)) or any(stem(f).endswith(_mask_ends) for f in scans_in(root)) and not _is_dicom(root)
 
 @layout('folder', 'a folder `images` (and `masks`) with scans, or files like `a_image.nii.gz` and `a_mask.nii.gz`', _is_folder)
 def read_folder(root:Path,
@@ -211,17 +227,17 @@ def read_folder(root:Path,
     for o in (images,masks):
         if o and not (root/o).is_dir(): raise CohortError(f'{root/o}: is not a folder; expected the one with the {"images" if o==images else "masks"}')
     idir,mdir = (root/o if o else _one(root,names) for o,names in ((images,_image_dirs),(masks,_mask_dirs)))
-    def name(f, base): return '_'.join([*f.parent.relative_to(base).parts, _stem(f)])
+    def name(f, base): return '_'.join([*(unicodedata.normalize('NFC', o) for o in f.parent.relative_to(base).parts), stem(f)])
     if idir:
-        ii = [(name(f,idir),f) for f in _scans(idir)]
-        mm = [(_cut(name(f,mdir),mends),f) for f in (_scans(mdir) if mdir else []) if not mask_suffix or _stem(f).endswith(mask_suffix)]
+        ii = [(name(f,idir),f) for f in scans_in(idir)]
+        mm = [(_cut(name(f,mdir),mends),f) for f in (scans_in(mdir) if mdir else []) if not mask_suffix or stem(f).endswith(mask_suffix)]
     else:
-        ff = [(name(f,root),f) for f in _scans(root)]
+        ff = [(name(f,root),f) for f in scans_in(root)]
         ii,mm = [o for o in ff if not o[0].endswith(mends)],[(_cut(s,mends),f) for s,f in ff if s.endswith(mends)]
     ii = [(_cut(s,iends),f) for s,f in ii if not image_suffix or s.endswith(image_suffix)]
     names = {s for s,_ in ii}
     mm = [(s if s in names else _cut(s,iends),f) for s,f in mm] # the mask of a_image may be called a_seg or a_image_seg
-    return _pair(ii, mm, _subject(subject), root, 'folder')
+    return _pair(ii, mm, subject_of(subject), root, 'folder', alone=subject is None)
 
 # %% ../../nbs/05_scans.readers.ipynb #44c87e97
 @layout('dicom', 'folders of DICOM files, one series each', _is_dicom)
@@ -231,7 +247,7 @@ def read_dicom(root:Path,
     phase=None    # Which volume, where a series holds several (phases, echoes): a number from 0
 )->pd.DataFrame:
     "Folders of DICOM series, with masks as NIfTI files"
-    found = list(_walk(root))
+    found = list(walk(root))
     folders = [d for d,files in found if _has_dicom([f for f in files if not extension(f)]) and has_images(d)]
     masks = [f for _,files in found for f in files if extension(f)]
     def parts(d): return [o for i,o in enumerate(d.relative_to(root).parts) if i or o.lower() not in _image_dirs] or [d.name]
@@ -239,36 +255,39 @@ def read_dicom(root:Path,
     rows = []
     for d in folders:
         name = '_'.join(parts(d))
-        mm = [f for f in masks if _cut(_stem(f),_mask_ends)==name] or [f for f in masks if f.parent==d] or [f for f in masks if f.parent==d.parent and beside[d.parent]==1 and d!=root]
+        mm = [f for f in masks if _cut(stem(f),_mask_ends)==name] or [f for f in masks if f.parent==d] or [f for f in masks if f.parent==d.parent and beside[d.parent]==1 and d!=root]
         if len(mm)>1: raise CohortError(f'{d}: has {len(mm)} masks: {_some(o.name for o in mm)}; keep one, or call it {name}.nii.gz')
-        rows.append(dict(subject=_subject(subject)(name) if subject else parts(d)[0], scan=name, image=choose_volume(d, series, phase), mask=str(mm[0]) if mm else None))
+        rows.append(dict(subject=subject_of(subject)(name) if subject else parts(d)[0], scan=name, image=choose_volume(d, series, phase), mask=str(mm[0]) if mm else None))
     if not rows: raise CohortError(f'{root}: holds no scans; expected {layouts["dicom"].expects}')
     used = {o['mask'] for o in rows}
-    if masks and used=={None}: raise CohortError(f'{root}: no mask belongs to a series; series are called {_some(o["scan"] for o in rows)}, masks {_some(_stem(o) for o in masks)}; rename them')
+    if masks and used=={None}: raise CohortError(f'{root}: no mask belongs to a series; series are called {_some(o["scan"] for o in rows)}, masks {_some(stem(o) for o in masks)}; rename them')
     return cohort_frame(sorted(rows, key=lambda o: o['scan']), 'dicom')
 
 # %% ../../nbs/05_scans.readers.ipynb #4af897b2
-_note = '# fastmiseg '
-
 @layout('csv', 'a file .csv with a column `image`', lambda root: root.suffix.lower()=='.csv')
 def read_csv(root)->pd.DataFrame: # Path of the file, or a DataFrame
     "Scans listed in a table"
     if isinstance(root, pd.DataFrame): df,base,attrs,root = root.copy(),Path(),dict(root.attrs),'the DataFrame'
     else:
         base = root.parent
-        try:
-            with open(root, encoding='utf-8-sig') as f: first = f.readline()
-            attrs = json.loads(first[len(_note):]) if first.startswith(_note) else {}
-            df = pd.read_csv(root, dtype=str, keep_default_na=False, na_values=[''], skiprows=int(first.startswith(_note)), encoding='utf-8-sig', sep=None if not attrs and ';' in first else ',', engine='python')
-        except (OSError, ValueError) as e: raise CohortError(f'{root}: cannot be read as a table ({e})') from None
-        df = df.drop(columns=[o for o in df if str(o).startswith('Unnamed:')])
+        try: df,attrs = read_table(root)
+        except ValueError as e: raise CohortError(f'{root}: {e}') from None
     if 'image' not in df: raise CohortError(f'{root}: has no column `image`, only {_some(df.columns,8)}; expected image, and mask, subject, scan if there are')
-    df = df.astype(object)
+    if not len(df): raise CohortError(f'{root}: has no rows below its header')
+    df,alone = df.astype(object),'subject' not in df
     if df.image.isna().any(): raise CohortError(f'{root}: row {int(df.image.isna().to_numpy().argmax())+1} has no image')
-    df['image'] = [str(base/o) for o in df.image]
-    df['mask'] = [str(base/o) if isinstance(o,(str,Path)) else None for o in df['mask']] if 'mask' in df else None
-    if 'scan' not in df: df['scan'] = [_stem(o) for o in df.image]
+    try:
+        df['image'] = [find_file(base, o) for o in df.image]
+        df['mask'] = [find_file(base, o) if isinstance(o,(str,Path)) else None for o in df['mask']] if 'mask' in df else None
+    except ValueError as e: raise CohortError(f'{root}: {e}') from None
+    if 'scan' not in df: df['scan'] = [stem(o) for o in df.image]
     if 'subject' not in df: df['subject'] = df.scan
-    for o in ('scan','subject'): df[o] = [s if pd.isna(i) else str(i) for i,s in zip(df[o], df.image.map(_stem) if o=='scan' else df.scan)]
-    labels = {int(k):v for k,v in attrs['labels'].items()} if attrs.get('labels') else None
-    return cohort_frame(df.to_dict('records'), attrs.get('layout') or 'csv', attrs.get('classes'), labels, attrs.get('channels',1))
+    for o in ('scan','subject'): df[o] = [s if pd.isna(i) else str(i) for i,s in zip(df[o], df.image.map(stem) if o=='scan' else df.scan)]
+    try:
+        labels = {int(k):int(v) for k,v in attrs['labels'].items()} if attrs.get('labels') else None
+        classes = None if attrs.get('classes') is None else tuple(map(str, attrs['classes']))
+        channels = int(attrs.get('channels') or 1)
+    except (ValueError, TypeError, AttributeError): raise CohortError(f'{root}: its first line is not what was written; delete that line') from None
+    res = cohort_frame(df.to_dict('records'), str(attrs.get('layout') or 'csv'), classes, labels, channels, alone)
+    if attrs.get('straddle'): res.attrs['straddle'] = True
+    return res

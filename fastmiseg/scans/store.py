@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ['SliceStore']
 
 # %% ../../nbs/09_scans.store.ipynb #116e301e
-import hashlib, json, multiprocessing, os, re, signal, sys, threading, time, uuid, warnings
+import hashlib, json, multiprocessing, os, signal, sys, threading, time, warnings, zlib
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -20,8 +20,11 @@ import SimpleITK as sitk
 from fastcore.basics import num_cpus, patch
 from fastprogress.fastprogress import progress_bar
 
+from ..files import WriteError, is_temporary, parse_json, quick_sum, whole_file
 from .recipe import Placement, Recipe
-from .volume import VolumeError, VolumeWarning, collect_warnings, read_labels, read_volume, scan_files, split_choice, tell_warnings
+from .profile import scan_profile, summarise_profiles
+from .cohort import advice, check_images_apart, voxel_digest
+from .volume import VolumeError, VolumeWarning, collect_warnings, read_volume, scan_files, split_choice, _tell
 
 # %% ../../nbs/09_scans.store.ipynb #412cb793
 def _stat(files):
@@ -42,41 +45,65 @@ def _fingerprint(path):
 
 # %% ../../nbs/09_scans.store.ipynb #47a28abd
 _steps = np.float32(65535)
-_version = 2 # of the files; goes up when the same scan and recipe give other slices than before
+_version = 3 # of the files; goes up when the same scan and recipe give other slices than before
 
-class _Unwritable(OSError): "The store cannot be written: no scan is to blame, and going on is useless"
+class _Unwritable(WriteError): "The store cannot be written: no scan is to blame, and going on is useless"
 
 def _write(path, put):
-    tmp = path.with_name(f'.{uuid.uuid4().hex}.tmp')
     try:
-        with open(tmp, 'wb') as f: put(f)
-        size = tmp.stat().st_size
-        os.replace(tmp, path)
-        return size
-    except OSError as e:
-        raise _Unwritable(e.errno, f'the slice store cannot be written ({e.strerror}): make room or choose another folder, and prepare again; what is prepared so far is kept', str(path.parent)) from None
-    finally:
-        if tmp.exists(): tmp.unlink()
+        with whole_file(path) as tmp:
+            with open(tmp, 'wb') as f: put(f)
+    except WriteError as e:
+        raise _Unwritable(f'the slice store cannot be written ({e}): make room or choose another folder, and prepare again; what is prepared so far is kept') from None
+
+def _seal(about):
+    "As JSON, with a checksum of itself in a second line"
+    text = json.dumps(about, sort_keys=True)
+    return f'{text}\n{zlib.crc32(text.encode())}\n'.encode()
+
+def _unseal(path):
+    "What `_seal` made; None where it is not there or not whole"
+    try:
+        text,said,_ = path.read_text(encoding='utf-8').split('\n')
+        return parse_json(text, most=1<<30) if said==str(zlib.crc32(text.encode())) else None
+    except (OSError, ValueError): return None
+
+def _save(dir, key, a, about):
+    "An array, and then what is known about it: where that is, all is there"
+    path = dir/f'{key}.npy'
+    _write(path, lambda f: np.save(f, a))
+    about = dict(about, bytes=path.stat().st_size, sum=quick_sum(path))
+    _write(dir/f'{key}.json', lambda f: f.write(_seal(about)))
+    return about
 
 def _digest(*parts): return hashlib.blake2b('|'.join(parts).encode(), digest_size=12).hexdigest()
-def _image_key(content, siblings): return _digest('image', content, *sorted(siblings))
-def _mask_key(image_key, content): return _digest('mask', image_key, content)
+def _image_key(content, siblings): return _digest('image', content, *sorted(siblings))+'.image'
+def _mask_key(image_key, content): return _digest('mask', image_key, content)+'.mask'
 
 # %% ../../nbs/09_scans.store.ipynb #ed662b56
 def _prepare_image(dir, key, recipe, vol, limits):
     x,where = recipe.slices(vol, limits)
-    size = _write(dir/f'{key}.image.npy', lambda f: np.save(f, np.rint(x*_steps).astype(np.uint16)))
-    about = dict(n=where.n, bytes=size, where=where.to_dict())
-    _write(dir/f'{key}.json', lambda f: f.write(json.dumps(about).encode())) # last: says that all is there
-    return about
+    return _save(dir, key, np.rint(x*_steps).astype(np.uint16),
+                 dict(n=where.n, where=where.to_dict(), share=where.share, voxels=voxel_digest(vol.array), profile=scan_profile(vol, where)))
 
 def _prepare_mask(dir, key, recipe, path, where, image):
-    vol = read_labels(path)
+    vol = read_volume(path)
     y = recipe.masks(vol, where, image)
-    about = dict(bytes=_write(dir/f'{key}.mask.npy', lambda f: np.save(f, y)))
-    if not vol.array.any(): about['odd'] = 'the mask is empty: background only'
-    elif not where.covers(vol.array): about['odd'] = f'slices of {where.size[0]}x{where.size[1]} pixels cut off a part of what the mask shows: give the Recipe a larger `size`'
-    return about
+    about,total = {},int(np.count_nonzero(vol.array))
+    lost = int(np.count_nonzero(where.beyond(vol.array)))
+    if not total: about['odd'] = 'the mask is empty: background only'
+    elif lost: about['odd'] = (f'slices of {where.size[0]}x{where.size[1]} pixels cut off a part of what the mask shows '
+                               f'({lost/total:.1%}): give the Recipe a larger `size`')
+    return _save(dir, key, y, dict(about, total=total, lost=lost))
+
+_known = dict(image=('n','bytes','sum','share','voxels','profile'), mask=('bytes','sum','total','lost'))
+
+def _entry(about, kind): return {k:about[k] for k in _known[kind]}
+
+def _whole(dir, key):
+    "What is known about prepared slices, if they are there"
+    about = _unseal(dir/f'{key}.json')
+    return about if about and _size(dir/f'{key}.npy')==about['bytes'] else None
 
 # %% ../../nbs/09_scans.store.ipynb #8414f652
 def _prepare(job):
@@ -96,16 +123,15 @@ def _prepare(job):
             if (image,mask) in problems: continue
             try:
                 key = _image_key(prints[image][1], [prints[i][1] for i in siblings])
-                try: about = json.loads((dir/f'{key}.json').read_text())
-                except (OSError, ValueError): about = None
-                if not about or _size(dir/f'{key}.image.npy')!=about['bytes']:
+                if not (about := _whole(dir, key)):
                     limits = recipe.limits(*_usable(read, recipe, siblings)) if len(siblings)>1 else None
                     about = _prepare_image(dir, key, recipe, read(image), limits)
-                entries[key] = {k:about[k] for k in ('n','bytes')}
+                entries[key] = _entry(about, 'image')
                 if not mask: continue
                 prints[mask] = _fingerprint(mask)
                 mkey = _mask_key(key, prints[mask][1])
-                entries[mkey] = about = _prepare_mask(dir, mkey, recipe, mask, Placement.from_dict(about['where']), image)
+                about = _whole(dir, mkey) or _prepare_mask(dir, mkey, recipe, mask, Placement.from_dict(about['where']), image)
+                entries[mkey] = _entry(about, 'mask')
                 if 'odd' in about: odd.append(VolumeWarning(mask, about['odd']))
             except _Unwritable: raise
             except VolumeError as e: problems[image,mask] = str(e)
@@ -183,13 +209,15 @@ class _Index:
         self.path = dir/'index.json'
         self.files,self.entries = self._read()
     def _read(self):
-        try: d = json.loads(self.path.read_text()); return d['files'],d['entries']
-        except (OSError, ValueError, KeyError, TypeError): return {},{}
+        try: d = _unseal(self.path); return d['files'],d['entries']
+        except (KeyError, TypeError): return {},{}
     def add(self, files, entries):
         if not (files or entries): return
         f,e = self._read()                       # another process may have added to it
         self.files,self.entries = {**f, **self.files, **files},{**e, **self.entries, **entries}
-        _write(self.path, lambda o: o.write(json.dumps(dict(files=self.files, entries=self.entries)).encode()))
+        try: _write(self.path, lambda o: o.write(_seal(dict(files=self.files, entries=self.entries))))
+        except _Unwritable:
+            if os.access(self.path.parent, os.W_OK): raise # else a store for reading: it only takes longer to find what is there
     def content(self, path):
         "Hash of a scan if it looks as it did, else None"
         seen,h = self.files.get(path, (None,None))
@@ -205,7 +233,7 @@ class SliceStore:
     ):
         self.path,self.recipe = Path(path),recipe
         self.dir = self.path/_digest(str(_version), recipe.key)
-        self.scans,self.problems,self._keys,self._open = None,None,{},{}
+        self.scans,self.problems,self.summary,self._keys,self._open,self._verified = None,None,{},{},{},set()
 
     def prepare(self,
         df,             # Cohort: `subject`, `scan`, `image`, and where there are any `mask` and `split`
@@ -219,16 +247,22 @@ class SliceStore:
         for r in rows: groups.setdefault(str(r['subject' if self.recipe.per=='subject' else 'scan']), []).append(r)
         keys,problems = self._lookup(groups, index),{}
         if jobs := [(self.dir, self.recipe, [(r['image'], r['mask']) for r in g]) for g in groups.values() if not all(r['scan'] in keys for r in g)]:
+            if progress and (said := advice(df)): print(said)
             problems = self._run(jobs, index, workers, progress)
             keys = self._lookup(groups, index)
         bad = [dict(subject=r['subject'], scan=r['scan'], image=r['image'], problem=problems.get((r['image'], r['mask']), f'{r["image"]}: it or its mask changed while it was prepared: prepare again'))
                for r in rows if r['scan'] not in keys or (r['image'], r['mask']) in problems]
         self.problems = pd.DataFrame(bad, columns=['subject','scan','image','problem'])
         if bad and (not skip_bad or len(bad)==len(rows)): raise self._error(len(rows))
-        skip = set(self.problems.scan)
-        self._keys,self._open = {k:v[:2] for k,v in keys.items() if k not in skip},{}
-        self.scans = pd.DataFrame([dict(subject=r['subject'], scan=r['scan'], split=r['split'], n=keys[r['scan']][2], image=r['image'], mask=r['mask'])
-                                   for r in rows if r['scan'] not in skip], dtype=object).astype({'n':int})
+        good = [r for r in rows if r['scan'] not in set(self.problems.scan)]
+        self._keys,self._open = {r['scan']:keys[r['scan']] for r in good},{}
+        about = lambda r, i: index.entries.get(keys[r['scan']][i]) or {}
+        self.scans = pd.DataFrame([dict(subject=r['subject'], scan=r['scan'], split=r['split'], n=about(r,0)['n'], image=r['image'], mask=r['mask'],
+                                        share=about(r,0)['share'], lost=about(r,1).get('lost'), total=about(r,1).get('total')) for r in good], dtype=object).astype({'n':int})
+        check_images_apart(df, {r['scan']:about(r,0)['voxels'] for r in good})
+        train = [r for r in good if r['split'] not in ('valid','test')]
+        self.summary = {**summarise_profiles([about(r,0)['profile'] for r in train]), **self._held(good, about)}
+        if progress and jobs: print(self._said())
         return self
 
     def image(self,
@@ -244,7 +278,16 @@ class SliceStore:
 
     def where(self, scan)->Placement:
         "Where the slices of a scan lie"
-        return Placement.from_dict(json.loads((self.dir/f'{self._key(scan, 0)}.json').read_text())['where'])
+        about = _unseal(self.dir/f'{self._key(scan, 0)}.json')
+        if not about: raise self._damaged(scan, self._key(scan, 0), 'what is said about them is not what was written')
+        return Placement.from_dict(about['where'])
+
+    def verify(self)->SliceStore:
+        "Compare all slices of this cohort with their checksums now, instead of each scan when its first slice is read"
+        for k in self._keys.values():
+            for key in k[:2]:
+                if key: self._verify(key)
+        return self
 
     def __repr__(self):
         what = 'not prepared' if self.scans is None else f'{len(self.scans)} scans, {self.scans.n.sum()} slices'
@@ -254,23 +297,19 @@ class SliceStore:
 # %% ../../nbs/09_scans.store.ipynb #212dd161
 @patch
 def _lookup(self:SliceStore, groups, index):
-    "{scan: (key of the image, key of the mask or None, number of slices)} of all that is prepared, from names, sizes and times alone"
+    "{scan: (key of the image, key of the mask or None)} of all that is prepared, from names, sizes and times alone"
     stored,keys = self._listing(),{}
-    def entry(key, end):
+    def known(key):
         about = index.entries.get(key)
-        return about if about and stored.get(f'{key}{end}')==about['bytes'] else None
+        return about and f'{key}.json' in stored and stored.get(f'{key}.npy')==about['bytes']
     for g in groups.values():
         hashes = [index.content(r['image']) for r in g]
         siblings = [h for h in hashes if h] if self.recipe.per=='subject' else []
         for r,h in zip(g, hashes):
-            if not h: continue
-            key = _image_key(h, siblings)
-            about,mkey = entry(key, '.image.npy') if f'{key}.json' in stored else None,None
-            if about and r['mask']:
-                m = index.content(r['mask'])
-                mkey = m and _mask_key(key, m)
-                if not (mkey and entry(mkey, '.mask.npy')): continue
-            if about: keys[r['scan']] = key,mkey,about['n']
+            if not h or not known(key := _image_key(h, siblings)): continue
+            m = r['mask'] and index.content(r['mask'])
+            mkey = m and _mask_key(key, m)
+            if not r['mask'] or mkey and known(mkey): keys[r['scan']] = key,mkey
     return keys
 
 @patch
@@ -281,7 +320,8 @@ def _listing(self:SliceStore):
         for o in os.scandir(self.dir):
             with suppress(FileNotFoundError): found[o.name] = o.stat() # else another process has just moved it to its place
     for k,v in found.items():
-        if k.endswith('.tmp') and time.time()-v.st_mtime>3600: (self.dir/k).unlink(missing_ok=True)
+        if is_temporary(k) and time.time()-v.st_mtime>3600:
+            with suppress(OSError): (self.dir/k).unlink(missing_ok=True)
     return {k:v.st_size for k,v in found.items()}
 
 # %% ../../nbs/09_scans.store.ipynb #a40e7e1c
@@ -289,8 +329,8 @@ def _listing(self:SliceStore):
 def _run(self:SliceStore, jobs, index, workers, progress):
     "Prepare `jobs`; what went wrong, by (image, mask)"
     try: self.dir.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise _Unwritable(e.errno, f'the slice store cannot be made ({e.strerror}): choose another folder', str(self.dir)) from None
-    _write(self.dir/'recipe.txt', lambda f: f.write(repr(self.recipe).encode()))
+    except OSError as e: raise _Unwritable(f'{self.dir}: the slice store cannot be made ({e.strerror}): choose another folder') from None
+    if not (self.dir/'recipe.txt').exists(): _write(self.dir/'recipe.txt', lambda f: f.write(repr(self.recipe).encode()))
     results = _parallel(_prepare, jobs, min(len(jobs), min(8, num_cpus()) if workers is None else workers))
     files,entries,problems,odd,saved = {},{},{},[],time.monotonic()
     try:
@@ -303,7 +343,7 @@ def _run(self:SliceStore, jobs, index, workers, progress):
                 index.add(files, entries)
                 saved = time.monotonic()
     finally: index.add(files, entries)
-    tell_warnings(self.path, 'while the scans were prepared:', odd)
+    _tell(self.path, 'while the scans were prepared:', odd)
     return problems
 
 @patch
@@ -325,9 +365,48 @@ def _key(self:SliceStore, scan, kind):
 @patch
 def _map(self:SliceStore, scan, kind):
     if (scan,kind) not in self._open:
-        path = self.dir/f'{self._key(scan, kind)}{(".image.npy", ".mask.npy")[kind]}'
-        try: a = np.asarray(np.load(path, mmap_mode='r'))
-        except (OSError, ValueError) as e: raise VolumeError(f'{path}: the prepared slices of {scan} are gone or damaged ({e}): call `prepare` again') from None
+        key = self._key(scan, kind)
+        self._verify(key, scan)
+        try: a = np.asarray(np.load(self.dir/f'{key}.npy', mmap_mode='r'))
+        except (OSError, ValueError) as e: raise self._damaged(scan, key, e) from None
         if len(self._open)>=4096: self._open.clear()           # the system limits how many files a process maps
         self._open[scan,kind] = a
     return self._open[scan,kind]
+
+@patch
+def _verify(self:SliceStore, key, scan=None):
+    "Before anything of a file is used: is it what was written? Once in a process and its workers"
+    if key in self._verified: return
+    scan = scan or next(s for s,k in self._keys.items() if key in k)
+    path,about = self.dir/f'{key}.npy',_unseal(self.dir/f'{key}.json')
+    if not about: raise self._damaged(scan, key, 'what is said about them is not what was written')
+    try: right = path.stat().st_size==about['bytes'] and quick_sum(path)==about['sum']
+    except OSError as e: raise self._damaged(scan, key, e.strerror) from None
+    if not right: raise self._damaged(scan, key, 'their checksum is another')
+    self._verified.add(key)
+
+@patch
+def _damaged(self:SliceStore, scan, key, why):
+    "The error; what is damaged is taken away, so that it is prepared again"
+    todo = 'call `prepare` again, which makes them anew'
+    for end in ('json','npy'):
+        try: (self.dir/f'{key}.{end}').unlink(missing_ok=True)
+        except OSError: todo = 'delete this file and call `prepare` again, where the store can be written'
+    return VolumeError(f'{self.dir/key}.npy: the prepared slices of {scan} are gone or damaged ({why}): {todo}')
+
+# %% ../../nbs/09_scans.store.ipynb #b2c3d4e5
+@patch
+def _held(self:SliceStore, rows, about):
+    "Shares of scans and masks that the slices hold, for `summary`"
+    share = [about(r,0)['share'] for r in rows]
+    masks = [about(r,1) for r in rows if about(r,1)]
+    total,lost = (sum(o[k] for o in masks) for k in ('total','lost'))
+    return dict(held=dict(scans=round(float(np.mean(share)), 4), least=round(float(np.min(share)), 4),
+                          masks=round(1-lost/total, 6) if total else None, cut=sum(o['lost']>0 for o in masks)))
+
+@patch
+def _said(self:SliceStore):
+    held = self.summary['held']
+    masks = '' if held['masks'] is None else f', and {held["masks"]:.2%} of what the masks show'
+    cut = f' ({held["cut"]} masks are cut)' if held['cut'] else ''
+    return f'slices hold {held["scans"]:.0%} of the field of view (at least {held["least"]:.0%} of each scan){masks}{cut}'

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from scipy.ndimage import gaussian_filter1d
 
 from ..files import read_json
-from .volume import Volume, VolumeError, _classes, check_same_geometry, collect_warnings, read_volume
+from .volume import Volume, VolumeError, check_same_geometry, class_indices, collect_warnings, read_labels, read_volume
 
 # %% ../../nbs/08_scans.recipe.ipynb #8cdc363e
 def _warp(a, scale, shift, size, nearest=False, fill=0):
@@ -343,7 +343,7 @@ def masks(self:Recipe,
     a = vol.array
     if a.ndim!=3: raise VolumeError(f'{vol.path or "the mask"}: the mask has shape {a.shape}, expected one value per voxel')
     check_same_geometry(replace(where.volume(np.broadcast_to(np.uint8(0), where.shape)), path=image), vol)
-    return where.forward(_classes(a, vol.path or 'the mask', self.classes, self.labels), nearest=True)
+    return where.forward(class_indices(a, vol.path or 'the mask', self.classes, self.labels), nearest=True)
 
 # %% ../../nbs/08_scans.recipe.ipynb #894c5d7c
 @patch(cls_method=True)
@@ -378,7 +378,7 @@ def _look(r, labelled):
     "What `Recipe.auto` wants to know about one scan"
     v = read_volume(r.image, channels=True)
     order,_ = _canonical(v.direction, 'LPS')
-    m = read_volume(r.mask).array if labelled else np.zeros(v.shape, np.uint8)
+    m = read_labels(r.mask).array if labelled else np.zeros(v.shape, np.uint8)
     inside = v.array[0][m!=0] if m.shape==v.shape else m[:0]
     return dict(shape=[v.shape[i] for i in order], spacing=[v.spacing[i] for i in order], channels=len(v.array), low=float(v.array.min()),
                 values={0, *pd.unique(m.ravel()).tolist()}, inside=inside[::max(1, len(inside)//10000)])

@@ -24,7 +24,7 @@ from ..files import WriteError, is_temporary, parse_json, quick_sum, whole_file
 from .recipe import Placement, Recipe
 from .profile import scan_profile, summarise_profiles
 from .cohort import advice, check_images_apart, voxel_digest
-from .volume import VolumeError, VolumeWarning, collect_warnings, read_volume, scan_files, split_choice, _tell
+from .volume import VolumeError, VolumeWarning, collect_warnings, read_labels, read_volume, scan_files, split_choice, tell_warnings
 
 # %% ../../nbs/09_scans.store.ipynb #412cb793
 def _stat(files):
@@ -87,7 +87,7 @@ def _prepare_image(dir, key, recipe, vol, limits):
                  dict(n=where.n, where=where.to_dict(), share=where.share, voxels=voxel_digest(vol.array), profile=scan_profile(vol, where)))
 
 def _prepare_mask(dir, key, recipe, path, where, image):
-    vol = read_volume(path)
+    vol = read_labels(path)
     y = recipe.masks(vol, where, image)
     about,total = {},int(np.count_nonzero(vol.array))
     lost = int(np.count_nonzero(where.beyond(vol.array)))
@@ -343,7 +343,7 @@ def _run(self:SliceStore, jobs, index, workers, progress):
                 index.add(files, entries)
                 saved = time.monotonic()
     finally: index.add(files, entries)
-    _tell(self.path, 'while the scans were prepared:', odd)
+    tell_warnings(self.path, 'while the scans were prepared:', odd)
     return problems
 
 @patch

@@ -837,6 +837,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fastmiseg.scans.dicom._phases': ('scans.dicom.html#_phases', 'fastmiseg/scans/dicom.py'),
                                        'fastmiseg.scans.dicom._places': ('scans.dicom.html#_places', 'fastmiseg/scans/dicom.py'),
                                        'fastmiseg.scans.dicom._read_pixels': ('scans.dicom.html#_read_pixels', 'fastmiseg/scans/dicom.py'),
+                                       'fastmiseg.scans.dicom._said': ('scans.dicom.html#_said', 'fastmiseg/scans/dicom.py'),
                                        'fastmiseg.scans.dicom._scale': ('scans.dicom.html#_scale', 'fastmiseg/scans/dicom.py'),
                                        'fastmiseg.scans.dicom._small': ('scans.dicom.html#_small', 'fastmiseg/scans/dicom.py'),
                                        'fastmiseg.scans.dicom._some': ('scans.dicom.html#_some', 'fastmiseg/scans/dicom.py'),

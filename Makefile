@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA ?=
 
-.PHONY: demo test prepare bench docs clean
+.PHONY: demo test prepare bench gpu docs clean
 
 .venv/installed: settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -26,6 +26,9 @@ prepare: .venv/installed
 bench: .venv/installed
 	for f in mutual_info step network; do OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/$$f.py || exit 1; done
 	for f in data prepare metrics; do (echo "Made by \`python benchmarks/$$f.py\`" && echo && $(BIN)/python -W ignore benchmarks/$$f.py) > benchmarks/$$f.tmp && mv benchmarks/$$f.tmp benchmarks/$$f.md || exit 1; done
+
+gpu:
+	bash benchmarks/gpu.sh $(if $(OUT),"$(OUT)",gpu-results)
 
 docs: .venv/installed
 	$(BIN)/nbdev-docs

@@ -30,6 +30,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fastmiseg/average.py'),
                                    'fastmiseg.average.ModelAverage.to': ('average.html#modelaverage.to', 'fastmiseg/average.py'),
                                    'fastmiseg.average.ModelAverage.update': ('average.html#modelaverage.update', 'fastmiseg/average.py'),
+                                   'fastmiseg.average._copy': ('average.html#_copy', 'fastmiseg/average.py'),
                                    'fastmiseg.average._tensors': ('average.html#_tensors', 'fastmiseg/average.py')},
             'fastmiseg.callback.baselines': { 'fastmiseg.callback.baselines.ConsistencyCallback': ( 'callback.baselines.html#consistencycallback',
                                                                                                     'fastmiseg/callback/baselines.py'),

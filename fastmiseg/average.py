@@ -17,6 +17,12 @@ from .processes import mean_of_all, processes
 # %% ../nbs/17_average.ipynb #bc3ed8f5
 def _tensors(model): return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
+def _copy(to, of):
+    "Copy many tensors, those of one type at once"
+    for dtype in {o.dtype for o in of}:
+        pairs = [(a,b) for a,b in zip(to, of) if b.dtype==dtype]
+        torch._foreach_copy_(*map(list, zip(*pairs)))
+
 class ModelAverage:
     "An exponential moving average of a network's parameters and buffers"
     def __init__(self,
@@ -46,7 +52,7 @@ class ModelAverage:
         others = [k for k in self.tensors if k not in set(floats)]
         torch._foreach_lerp_([self.tensors[k].data for k in floats], [new[k].data for k in floats],
                              1-min(1-1/(self.steps+1), decay))
-        if others: torch._foreach_copy_([self.tensors[k] for k in others], [new[k] for k in others])
+        _copy([self.tensors[k] for k in others], [new[k] for k in others])
         self.steps += 1
 
     def __call__(self,
@@ -58,7 +64,7 @@ class ModelAverage:
         own = [self.tensors[k] for k in names]
         if self._spare is None: self._spare = [torch.empty_like(o) for o in own]
         with torch.no_grad():
-            if own: torch._foreach_copy_(self._spare, own) # a forward pass in training changes buffers
+            _copy(self._spare, own) # a forward pass in training changes buffers
             return functional_call(model, {**self.tensors, **dict(zip(names, self._spare))}, (x,))
 
     @contextmanager

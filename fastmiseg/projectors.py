@@ -31,7 +31,9 @@ class GlobalProjector(nn.Module):
         _check_features('f', f, self.head.in_features)
         f = (f.flatten(2).amax(-1) if self.pool == 'max' else f.flatten(2).float().mean(-1)).to(self.head.weight.dtype)
         with torch.autocast(f.device.type, enabled=False):
-            return self.head(f).unflatten(1, (self.n_heads, self.n_clusters)).softmax(-1)
+            if f.is_cuda: z = (f[:, None]*self.head.weight).sum(-1) + self.head.bias # a product might be in TF32
+            else: z = self.head(f)
+            return z.unflatten(1, (self.n_heads, self.n_clusters)).softmax(-1)
 
     def loss(self,
         f: torch.Tensor, # features (N,C,*map) of T(x)

@@ -85,7 +85,8 @@ def test_losses(name, how):
     got = run(DEVICE, dtype, dtype!=torch.float32)
     assert got[0].dtype==torch.float32 and got[0].device.type==DEVICE
     assert far(got[0], want[0])<1e-5
-    rounding = {torch.float32:2e-5, torch.float16:2e-3, torch.bfloat16:1e-2}[dtype] # of the gradient, which comes in the type of its input
+    # of the gradient, which comes in the type of its input; 4e-5 is what centring leaves in float32 near uniform distributions
+    rounding = {torch.float32:4e-5, torch.float16:2e-3, torch.bfloat16:1e-2}[dtype]
     for a,b in zip(got[1:], want[1:]):
         assert (a is None)==(b is None)
         if a is not None: assert a.dtype==dtype and far(a, b)<rounding

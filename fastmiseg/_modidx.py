@@ -1434,7 +1434,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastmiseg.study.run.make_runs': ('study.run.html#make_runs', 'fastmiseg/study/run.py'),
                                      'fastmiseg.study.run.report_study': ('study.run.html#report_study', 'fastmiseg/study/run.py'),
                                      'fastmiseg.study.run.run_study': ('study.run.html#run_study', 'fastmiseg/study/run.py'),
-                                     'fastmiseg.study.run.scored_part': ('study.run.html#scored_part', 'fastmiseg/study/run.py'),
+                                     'fastmiseg.study.run.scored': ('study.run.html#scored', 'fastmiseg/study/run.py'),
                                      'fastmiseg.study.run.versions': ('study.run.html#versions', 'fastmiseg/study/run.py'),
                                      'fastmiseg.study.run.wanted_runs': ('study.run.html#wanted_runs', 'fastmiseg/study/run.py')},
             'fastmiseg.surface': { 'fastmiseg.surface.VolumeASSD': ('surface.html#volumeassd', 'fastmiseg/surface.py'),

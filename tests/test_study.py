@@ -19,7 +19,7 @@ from fastmiseg.study.plans import Study, find_study, studies
 from fastmiseg.study.preset import Preset, presets, settings_of
 from fastmiseg.study.protocol import changes_of, made_with
 from fastmiseg.study.report import paired_p, study_curves, study_scores, study_table, table_text
-from fastmiseg.study.run import compare_study, make_run, report_study, run_study, scored_part, wanted_runs
+from fastmiseg.study.run import compare_study, make_run, report_study, run_study, scored, wanted_runs
 from fastmiseg.training import Settings, callbacks_of
 
 recipe = Recipe(spacing=6., size=32, classes=('background','RV','Myo','LV'), flip='hv')
@@ -39,7 +39,7 @@ def out(tmp_path_factory): return tmp_path_factory.mktemp('studies')
 
 def run(study, scans, out, rows=None, **kw):
     study = everything.get(study, study) if isinstance(study, str) else study
-    return run_study(study.only(rows) if rows else study, scans, out, **{**dict(preset=tiny, seeds=1, processes=2), **kw})
+    return run_study(study.only(rows) if rows else study, scans, out, **{**dict(preset=tiny, seeds=1, processes=0), **kw})
 
 # -- settings --------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name', list(everything))
@@ -139,7 +139,7 @@ def same_figures(first, again):
     pd.testing.assert_frame_equal(again, first, check_exact=True)
 
 def test_table1_arithmetic_and_repetition(scans, out, tmp_path):
-    scores = run('table1', scans, out, seeds=2)
+    scores = run('table1', scans, out, seeds=2, processes=2)
     check_arithmetic(scores, pd.read_csv(out/'table1.csv'), studies['table1'])
     same_figures(scores, run('table1', scans, tmp_path, ['All','Mean Teacher'], seeds=2))
 
@@ -185,7 +185,7 @@ def test_a_failed_run_is_named_and_the_others_are_kept(scans, tmp_path):
     study = Study('broken', 'broken', {'Partial supervision': dict(method='partial'),
                   'Too wide': dict(method='mireg', mireg=dict(neighborhood={'Upconv3':99,'Upconv2':7}))})
     with pytest.raises(RuntimeError, match=r'(?s)1 of 2 runs failed; call the study again to repeat them:.*Too wide, seed 0: .*neighborhood: 99 is more than the map'):
-        run(study, scans, tmp_path)
+        run(study, scans, tmp_path, processes=2)
     assert len(Evidence(tmp_path).runs())==1 and len(Evidence(tmp_path).scores().run.unique())==1
 
 def a_run(scans, out, **row):
@@ -374,7 +374,7 @@ def test_committed_tables_are_those_of_the_committed_runs(csv):
     assert given['recipe']=='hippocampus'
     study,preset = find_study(results.parent/name if '/' in name else name),presets[given.get('preset', 'cpu')]
     if 'rows' in given: study = study.only(given['rows'])
-    score = scored_part(study, preset, given.get('score'))
+    score = scored(study, preset, given.get('score'))
     there = Evidence(results)
     wanted = wanted_runs(study, preset, given.get('seeds', 3), score, Recipe.hippocampus())
     found = [(k, o) for (k,_),o in zip(wanted, there.find([o for _,o in wanted]))]
@@ -415,3 +415,18 @@ def test_committed_evidence_is_whole():
         parts = there.parts(o['split'])
         assert scanned[o['id']]==set(parts.scan[parts.split==o['score']]) and len(o['curve']['dice'])==o['settings']['epochs']
         assert parts.subject[parts.split=='labeled'].nunique()==o['labeled'] and {'versions','threads','seconds'}<=set(o)
+
+@pytest.mark.parametrize('name', ['why','teacher_or_student'])
+def test_scripts_of_the_studies(name, scans, tmp_path, monkeypatch, capsys):
+    lit = replace(tiny, settings=replace(small, jitter=.5), weights=presets['cpu-long'].weights)
+    monkeypatch.setitem(presets, 'tiny', lit)
+    (how:=tmp_path/'recipe.json').write_text(json.dumps(recipe.to_dict()))
+    more = dict(seeds=2, parts=2, n_iters=3) if name=='teacher_or_student' else dict(n_iters=25)
+    (module:=script(name)).main(data=str(scans), recipe=str(how), preset='tiny', out=str(tmp_path), **more)
+    text = (tmp_path/f'{name}.md').read_text(encoding='utf-8')
+    assert f'    python studies/{name}.py DATA --recipe ' in text and f"--preset tiny --{'seeds 2 --parts 2 --' if 'seeds' in more else ''}n-iters {more['n_iters']}" in text
+    assert text.strip() in capsys.readouterr().out
+    if name=='teacher_or_student': assert all(f'| {o} | ' in text for o in module.who) and '| 3 steps | 6 steps |' in text
+    else:
+        assert all((tmp_path/o).stat().st_size>5000 for o in ('why.png','clusters_0.01.png','clusters_0.1.png','clusters_0.1_shift.png'))
+        assert text.count('| 0.1, T shifts | ')==9+2

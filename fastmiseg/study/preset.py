@@ -39,7 +39,8 @@ def settings_of(
 )->Settings:
     "The settings of one training of a study"
     changes = {k:o for k,o in row.items() if k not in ('labeled','until')}
-    for k in {'adam','mireg'} & set(changes): changes[k] = {**getattr(preset.settings, k), **changes[k]}
+    for k,o in changes.items():
+        if isinstance(o, dict): changes[k] = {**getattr(preset.settings, k, {}), **o}
     name = changes.get('method', preset.settings.method)
     usual = methods[name].weights if name in methods else {}
     weights = {**usual, **preset.weights.get(name, {})}

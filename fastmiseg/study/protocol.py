@@ -29,8 +29,9 @@ def changes_of(
     "What a row does otherwise than other rows of its method, in words"
     s = settings_of(preset, row)
     usual = settings_of(preset, dict(method=s.method)).to_dict()
-    say = dict(one_cycle=_schedule, adam=_adam, mireg=_listed)
-    return [say[k](v) if k in say else f'{k} {v}' for k,v in s.to_dict().items() if v!=usual[k]]
+    say = dict(one_cycle=_schedule, adam=_adam)
+    def words(k, v): return say[k](v) if k in say else _listed(v) if isinstance(v, dict) else f'{k} {v}'
+    return [words(k, v) for k,v in s.to_dict().items() if v!=usual[k]]
 
 # %% ../../nbs/54_study.protocol.ipynb #1e29b3e1
 def _subjects(parts, several):

@@ -91,7 +91,7 @@ def prepare(
 def train(
     data:Annotated[str, 'Folder or CSV of scans as for fastmiseg-prepare, or a folder that fastmiseg-prepare made; not needed with --resume', dict(nargs='?', opt=False)]=None,
     out:str='run',     # Run folder to make: config.json, split.csv, log.csv, checkpoints/, model.safetensors, metrics.csv, figures/
-    resume:bool=False, # Go on with the run in OUT where it was interrupted; all settings are those of the run
+    resume:bool=False, # Go on with the run in OUT where it was interrupted; settings are those of the run, but for options that are given (--epochs 20 trains on)
     settings:str=None, # JSON or TOML file of settings; options change what stands in it
     layout:str=None,   # As for fastmiseg-prepare
     recipe:str='auto', # As for fastmiseg-prepare
@@ -108,7 +108,7 @@ def train(
         if resume and data is not None: raise ValueError('DATA: the run knows its scans; leave it out with --resume')
         if not resume and data is None: raise ValueError('DATA: missing; give a folder or CSV of scans, or --resume')
         changes = {k:o for k,o in options.items() if o is not None and o is not False}
-        if resume: scores = resume_run(out, workers)
+        if resume: scores = resume_run(out, workers, **changes)
         else: scores = train_run(data, out, settings, overwrite, workers, layout, recipe, labeled, valid, test, **changes)
         _means(scores)
         _report([f'{k}: {v}' for k,v in scores.attrs['problems'].items()])

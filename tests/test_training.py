@@ -93,3 +93,12 @@ def test_full_supervision_sees_all_masks(hearts, some):
     assert cbs==[] and getattr(learn.dls.train, 'unlabeled', None) is None
     labelled = {o.scan for o in learn.dls.train.dataset.items}
     assert labelled==set(some.scan[:5])
+
+def test_training_on(hearts, some, tmp_path):
+    "More epochs, on purpose; without saying so it is an error with both values"
+    train = lambda s, **kw: fit(s, some, hearts.recipe, hearts.root/'slices', tmp_path, workers=0, quiet=True, **kw)
+    s = replace(tiny, method='consistency', epochs=1)
+    train(s)
+    with pytest.raises(ValueError, match='epochs.*1.*2'): train(replace(s, epochs=2))
+    with pytest.warns(UserWarning, match='epochs'): learn,_ = train(replace(s, epochs=2), change=True)
+    assert len(pd.read_csv(tmp_path/'log.csv'))==2

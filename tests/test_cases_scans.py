@@ -1,4 +1,5 @@
 "Scans as hospitals have them: each kind of fault is read right, or refused in a sentence that names what was found"
+import locale
 import gzip, os, re, struct, subprocess, sys, textwrap, warnings
 from pathlib import Path
 
@@ -382,6 +383,7 @@ def test_run_lengths(tmp_path):
 @pytest.mark.parametrize('signed', [False,True])
 def test_jpeg(tmp_path, how, syntax, signed):
     a = np.random.default_rng(0).integers(-500 if signed else 0, 1500, (5,32,24)).astype('i2' if signed else 'u2')
+    before = locale.setlocale(locale.LC_ALL)
     w = sitk.ImageFileWriter()
     w.KeepOriginalImageUIDOn(); w.UseCompressionOn(); w.SetCompressor(how)
     for i,s in enumerate(a):
@@ -392,7 +394,9 @@ def test_jpeg(tmp_path, how, syntax, signed):
         ds.RescaleSlope,ds.RescaleIntercept = (2,-100) if i==2 else (1,0)
         ds.save_as(tmp_path/f'{i}.dcm')
         assert ds.file_meta.TransferSyntaxUID==syntax
+    locale.setlocale(locale.LC_ALL, before) # which ITK's encoder changes
     vol,_ = read(tmp_path)
+    assert locale.setlocale(locale.LC_ALL)==before
     a = a.astype(int); a[2] = 2*a[2]-100
     assert np.array_equal(vol.array, a) and vol.spacing[0]==5
     b = (tmp_path/'3.dcm').read_bytes()

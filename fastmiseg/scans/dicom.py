@@ -5,7 +5,7 @@
 # %% ../../nbs/04a_scans.dicom.ipynb #cbec5e87
 from __future__ import annotations
 
-import math, os, stat, tempfile, warnings
+import locale, math, os, stat, tempfile, warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -477,9 +477,11 @@ def _by_sitk(ds, index, n):
     with tempfile.TemporaryDirectory() as d:
         path = str(Path(d)/'frame.dcm')
         one.save_as(path, enforce_file_format=True)
+        before = locale.setlocale(locale.LC_ALL) # which the decoder changes for the whole process
         try: a = sitk.GetArrayFromImage(sitk.ReadImage(path, imageIO='GDCMImageIO'))
         except RuntimeError as e:
             raise ValueError(f'its compressed pixels cannot be unpacked: {str(e).splitlines()[-1][:100]}') from None
+        finally: locale.setlocale(locale.LC_ALL, before)
     return a.reshape(int(ds.Rows), int(ds.Columns))
 
 # %% ../../nbs/04a_scans.dicom.ipynb #c2ed3c30

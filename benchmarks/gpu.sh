@@ -42,7 +42,7 @@ else
     wait
 fi
 part step ${STEP:-90} $PYTHON benchmarks/gpu_step.py
-[ -e benchmarks/gpu_mutual_info.py ] && part mutual_info ${MUTUAL_INFO:-60} $PYTHON benchmarks/gpu_mutual_info.py
+[ -n "$DRY" ] || part mutual_info ${MUTUAL_INFO:-60} $PYTHON benchmarks/gpu_mutual_info.py
 part waiting ${WAITING:-60} $PYTHON benchmarks/gpu_waiting.py
 part loading ${LOADING:-30} $PYTHON benchmarks/gpu_network.py loading
 part compile ${COMPILE:-60} $PYTHON benchmarks/gpu_step.py compile

@@ -408,6 +408,7 @@ class MISegDataLoaders(DataLoaders):
         dls = block.dataloaders([r for r,_ in refs], path=path, bs=bs, unlabeled_bs=unlabeled_bs, n_iters=n_iters, val_bs=val_bs,
                                 seed=seed, num_workers=num_workers, resident=resident, device=device)
         dls.recipe,dls.store,dls.vocab,dls.c = recipe,store,list(recipe.classes),len(recipe.classes)
+        dls.training_scans = store.summary
         return dls
 
     def test_dl(self,
@@ -435,7 +436,7 @@ class MISegDataLoaders(DataLoaders):
             ds = Datasets(tls=[TfmdLists([], t(store), do_setup=False) for t in (_ReadImage,_ReadMask)], n_inp=1) if store else dl.dataset.new_empty()
             return ScanDL(ds, bs=dl.bs, num_workers=0, device=dl.device, after_item=dl.after_item, do_setup=False)
         res = type(self)(*map(empty, self.loaders), path=self.path, device=self.device)
-        for k in ('recipe','vocab','c'):
+        for k in ('recipe','vocab','c','training_scans'):
             if k in self.__dict__: setattr(res, k, getattr(self, k))
         return res
 

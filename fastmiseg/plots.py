@@ -23,7 +23,7 @@ from .show import palette, show_slice
 from .transforms import RandomFlips, normalize_of
 from .mutual_info import global_joint, local_joint, mutual_info
 from .models import _evaluating, find_stages
-from .inference import _recipe, predict_volume
+from .inference import predict_volume, recipe_of
 
 # %% ../nbs/38_plots.ipynb #930ae79d
 __all__ = ['plot_volume', 'plot_scans', 'plot_scores', 'plot_training', 'plot_clusters', 'plot_joints', 'plot_tsne']
@@ -128,12 +128,12 @@ def plot_scans(
     **kwargs     # for `predict_volume`
 )->Figure:       # a row per scan: scan, mask, prediction, errors
     "The scans with the lowest mean Dice, on the slice with the most errors"
-    recipe = _recipe(learn, recipe)
+    recipe = recipe_of(learn, recipe)
     order = scores.groupby('scan').dice.mean().sort_values(ascending=not best, kind='stable')[:n]
     rows,cells = df.set_index('scan'),[]
     for scan in order.index:
         r = rows.loc[scan]
-        pred = predict_volume(learn, r.image, recipe=recipe, **kwargs)
+        pred = predict_volume(learn, r.image, recipe=recipe, stored=False, **kwargs)
         cells.append(_planes(r.image, recipe.axis, read_mask(r['mask'], classes=recipe.classes, labels=recipe.labels), pred))
     high = [a*x.shape[1]/x.shape[2] for (x,_,_),a,_ in cells]
     fig,axs = _subplots(len(cells), 4, (8.3, 1.95*sum(high) + .35*len(cells)+.5), height_ratios=high)

@@ -21,7 +21,7 @@ from .scans.volume import Volume
 from .scans.recipe import Recipe
 from .models import _evaluating, create_unet
 from .callback.method import SemiSupCallback
-from .inference import _check_free, _recipe, predict_volume
+from .inference import check_free, predict_volume, recipe_of, training_scans
 
 # %% ../nbs/37_segmenter.ipynb #e41f357f
 __all__ = ['SegmenterError', 'Segmenter', 'export_segmenter', 'load_segmenter', 'export_onnx']
@@ -107,8 +107,8 @@ def export_segmenter(
     "Write a trained network as one safe file: under its name there is the whole file or none"
     path = Path(path)
     if path.suffix!='.safetensors': raise SegmenterError(f'{path}: the name of a segmenter ends in .safetensors')
-    _check_free([path], [], overwrite)
-    recipe,seg = _recipe(learn, recipe),isinstance(learn, Segmenter)
+    check_free([path], [], overwrite)
+    recipe,seg = recipe_of(learn, recipe),isinstance(learn, Segmenter)
     arch = learn.about['arch'] if seg else dict(getattr(learn, 'arch', {}))
     if not (arch and _to_name(arch['arch'])):
         raise SegmenterError('learn: was not made by miseg_learner with an architecture that has a name, so nobody else could build its network from a file; use learn.export, for people who trust you')
@@ -201,8 +201,8 @@ def export_onnx(
     "Write the network in ONNX: `image` (N,C,H,W) to `logits` (N,K,H,W)"
     try: import onnx
     except ImportError: raise ImportError('export_onnx needs the package onnx: pip install fastmiseg[onnx]') from None
-    path,recipe,model = Path(path),_recipe(learn, recipe),learn.model
-    _check_free([path], [], overwrite)
+    path,recipe,model = Path(path),recipe_of(learn, recipe),learn.model
+    check_free([path], [], overwrite)
     free = {0:'n', 2:'height', 3:'width'}
     x = torch.zeros(2, recipe.channels, 64, 96, device=next(model.parameters()).device)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -114,7 +114,8 @@ class Placement:
         return not self.beyond(a).any()
 
     def inverse(self,
-        pred        # (n,H,W), or (n,K,H,W) for K classes; integers: nearest neighbour, floats: linear
+        pred,       # (n,H,W), or (n,K,H,W) for K classes; integers: nearest neighbour, floats: linear
+        fill=0      # Value beyond the slices of an (n,H,W)
     )->np.ndarray:  # (z,y,x), or (K,z,y,x); beyond the slices lies background: 0, or probability 1 of class 0
         "Predictions for all slices, back on the scan's own grid"
         pred = np.asarray(pred)
@@ -123,7 +124,7 @@ class Placement:
             raise ValueError(f'pred has shape {pred.shape}, expected {want} or {want.replace(",", ", classes,", 1)}: every slice of the scan, in order')
         dtype,nearest = pred.dtype,pred.dtype.kind in 'biu'
         pred = pred.astype(np.uint8 if dtype==bool else np.float32 if dtype==np.float16 else dtype, copy=False)
-        if pred.ndim==3: return self._back(pred, nearest, 0).astype(dtype, copy=False)
+        if pred.ndim==3: return self._back(pred, nearest, fill).astype(dtype, copy=False)
         first = int(not nearest and pred.shape[1]>1)
         return np.stack([self._back(pred[:,k], nearest, first*(k==0)).astype(dtype, copy=False) for k in range(pred.shape[1])])
 
@@ -316,6 +317,25 @@ def limits(self:Recipe,
         v = np.concatenate([c.ravel() for c in cs])
         lo,hi = np.percentile(v, self.percentiles)
         out.append((float(lo), float(hi)) if lo<hi else (float(v.min()), float(v.max())))
+    return out
+
+@patch
+def local_limits(self:Recipe,
+    vol:Volume,      # The scan
+    where:Placement, # Of its slices
+    fov              # Rows and columns of a window, mm
+)->list:             # [(lo, hi)] of each channel
+    "Limits as a scan of a smaller field of view would have them: the outermost of all windows of that size"
+    if self.window: return self.limits(vol)
+    size = [max(1, round(f/where.spacing[o])) for f,o in zip(fov, where.order[1:])]
+    starts = [np.unique(np.linspace(0, max(0, n-s), 1+int(np.ceil(2*max(0, n-s)/s))).astype(int)) for n,s in zip((where.shape[o] for o in where.order[1:]), size)]
+    out = []
+    for c in _channels(vol, self.channels):
+        planes = c.transpose(where.order)
+        step = max(1, int(np.sqrt(planes[:,:size[0],:size[1]].size/200_000)))
+        found = [np.percentile(planes[:, i:i+size[0]:step, j:j+size[1]:step], self.percentiles) for i in starts[0] for j in starts[1]]
+        lo,hi = min(o[0] for o in found),max(o[1] for o in found)
+        out.append((float(lo), float(hi)) if lo<hi else (float(c.min()), float(c.max())))
     return out
 
 @patch

@@ -48,7 +48,8 @@ def _in_tiles(predict, x, bs, size):
     corners,blend = list(product(_starts(H, h), _starts(W, w))),_blend(size, x.device)
     res,total = 0.,torch.zeros(H, W, device=x.device)
     for i,j in corners: total[i:i+h,j:j+w] += blend
-    for k in range(0, len(corners), step := max(1, bs//len(x))):
+    step = max(1, bs//len(x))
+    for k in range(0, len(corners), step):
         some = corners[k:k+step]
         p = predict(torch.cat([x[...,i:i+h,j:j+w] for i,j in some]))
         if not k: res = torch.zeros(len(x), p.shape[1], H, W, device=x.device)

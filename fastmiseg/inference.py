@@ -42,21 +42,24 @@ def _blend(size, device):
     ramp = lambda n: (1-(2*(torch.arange(n, device=device)+.5)/n-1).abs()).clamp(min=1e-3)
     return ramp(size[0])[:,None]*ramp(size[1])
 
-def _in_tiles(predict, x, bs, size):
-    "Probabilities of slices (n,C,H,W) that are larger than `size`, from overlapping tiles; a few slices are on the device at a time"
+def _in_tiles(predict, x, bs, size, centred):
+    "Probabilities of slices (n,C,H,W) that are larger than `size`, from overlapping tiles; `centred`: the middle tile counts most"
     (h,w),(H,W) = size,x.shape[-2:]
     corners,blend = list(product(_starts(H, h), _starts(W, w))),_blend(size, x.device)
+    middle = ((H-h)//2, (W-w)//2)
+    if centred and middle not in corners: corners.append(middle)
+    weight = {o:blend*(100 if centred and o==middle else 1) for o in corners}
     res,total = 0.,torch.zeros(H, W, device=x.device)
-    for i,j in corners: total[i:i+h,j:j+w] += blend
+    for (i,j),b in weight.items(): total[i:i+h,j:j+w] += b
     step = max(1, bs//len(x))
     for k in range(0, len(corners), step):
         some = corners[k:k+step]
         p = predict(torch.cat([x[...,i:i+h,j:j+w] for i,j in some]))
         if not k: res = torch.zeros(len(x), p.shape[1], H, W, device=x.device)
-        for (i,j),o in zip(some, p.split(len(x))): res[...,i:i+h,j:j+w] += o*blend
+        for (i,j),o in zip(some, p.split(len(x))): res[...,i:i+h,j:j+w] += o*weight[i,j]
     return res/total
 
-def _probabilities(model, x, bs, flips, size=None):
+def _probabilities(model, x, bs, flips, size=None, centred=True):
     "Class probabilities of slices, averaged over flips: (n,C,H,W) -> (n,K,H,W) float32; in tiles of `size` where they are larger"
     device,predict,out = next(model.parameters()).device,_predictor(model, flips),[]
     tiled = size is not None and tuple(size)!=x.shape[-2:]
@@ -64,7 +67,7 @@ def _probabilities(model, x, bs, flips, size=None):
     with _evaluating(model), torch.no_grad():
         for i in range(0, len(x), step):
             o = torch.from_numpy(x[i:i+step]).to(device)
-            out.append((_in_tiles(predict, o, bs, size) if tiled else predict(o)).cpu())
+            out.append((_in_tiles(predict, o, bs, size, centred) if tiled else predict(o)).cpu())
     return torch.cat(out).numpy()
 
 def _larger(where, seen):
@@ -85,7 +88,8 @@ def _segment(model, recipe, vol, limits=None, flips=False, bs=16, seen=None):
                           "for this model; give it whole scans, or a Recipe with another `axis`")
     _check_room(where, recipe, name)
     odd = how_far(scan_profile(vol, where), seen or {}, recipe)
-    if _larger(where, seen):
+    centred = not _larger(where, seen)
+    if not centred:
         fov = [hi for _,hi in seen['fov']]
         own = [where.shape[o]*where.spacing[o] for o in where.order[1:]]
         odd.append(f'its field of view is {own[0]:.0f} x {own[1]:.0f} mm, that of the training scans at most {fov[0]:.0f} x {fov[1]:.0f} mm: '
@@ -93,7 +97,7 @@ def _segment(model, recipe, vol, limits=None, flips=False, bs=16, seen=None):
         if limits is None: limits = recipe.local_limits(vol, where, fov)
     try:
         x,where = recipe.slices(vol, limits, where)
-        p = _probabilities(model, x, bs, {True:'hv', False:''}.get(flips, flips), recipe.size)
+        p = _probabilities(model, x, bs, {True:'hv', False:''}.get(flips, flips), recipe.size, centred)
     except VolumeError: raise
     except ValueError as e: raise VolumeError(f'{name}: {e}') from None
     if p.shape[1]!=len(recipe.classes):

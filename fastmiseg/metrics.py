@@ -6,47 +6,58 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['VolumeDice', 'VolumeSensitivity', 'VolumePrecision']
+__all__ = ['count_pixels', 'VolumeMetric', 'VolumeRatio', 'VolumeDice', 'VolumeSensitivity', 'VolumePrecision']
 
 # %% ../nbs/32_metrics.ipynb #51d12bab
 import weakref
-
 from types import SimpleNamespace
 
-import numpy as np, pandas as pd, torch
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
 from fastai.learner import Metric
 
 from .processes import gather
 
 # %% ../nbs/32_metrics.ipynb #44a17b26
-def _counts(pred, y, n_classes):
-    "Pixels common to prediction and mask, in the prediction, in the mask: (N,...) x 2 -> (N,3,C-1), foreground only"
+def count_pixels(
+    pred:Tensor,   # (N,...) classes
+    y:Tensor,      # (N,...) classes
+    n_classes:int  # with the background
+)->Tensor:         # (N,3,C-1) int32
+    "Pixels of each foreground class common to prediction and mask, in the prediction, in the mask"
     size = lambda o: o.flatten(1).sum(1, dtype=torch.int32) # twice as fast as int64 on CPUs
     masks = ((pred==c, y==c) for c in range(1, n_classes))
     return torch.stack([torch.stack([size(p&t), size(p), size(t)], 1) for p,t in masks], 2)
 
 # %% ../nbs/32_metrics.ipynb #a6c83417
-_seen = [lambda: None]*2 + [None]*2 # of the last batch: its prediction and mask (weakly), and what all metrics of a learner share
+class _LastBatch:
+    "The last batch that was counted: its prediction and mask (weakly), and what was found"
+    def __init__(self): self._pred,self._mask,self._found = (lambda: None),(lambda: None),None
+    def __reduce__(self): return _LastBatch,() # weak references are not saved
 
-def _batch(learn):
-    "Winning classes (N,...) uint8 and `_counts` of the batch at hand"
-    pred, y = learn.pred, learn.y
-    if _seen[0]() is not pred or _seen[1]() is not y:
-        p, t = (o.detach().as_subclass(torch.Tensor) for o in (pred, y))
+    def count(self, pred, y):
+        "Winning classes (N,...) uint8, and their `count_pixels`; the same again if the batch is the same"
+        if self._pred() is pred and self._mask() is y: return self._found
+        p,t = (o.detach().as_subclass(Tensor) for o in (pred, y))
         if p.shape[:1]+p.shape[2:]!=t.shape:
-            raise ValueError(f'Predictions of shape {tuple(p.shape)} do not fit masks of shape {tuple(t.shape)}; expected (N,C,H,W) and (N,H,W)')
+            raise ValueError(f'Predictions of shape {tuple(p.shape)} do not fit masks of shape {tuple(t.shape)}; '
+                             'expected (N,C,H,W) and (N,H,W)')
         win = p.max(1)[1] # as argmax, whose CPU version takes ten times longer
-        _seen[:] = weakref.ref(pred), weakref.ref(y), win.byte(), _counts(win, t, p.shape[1])
-    return _seen[2:]
+        self._pred,self._mask = weakref.ref(pred),weakref.ref(y)
+        self._found = win.byte(),count_pixels(win, t, p.shape[1])
+        return self._found
 
 # %% ../nbs/32_metrics.ipynb #ae78fa93
-def _mean(v):
+def _mean_score(v):
     "(n_scans,C) -> mean over scans, then over classes, of what is defined"
     n = (~np.isnan(v)).sum(0)
     return float((np.nansum(v, 0)[n>0]/n[n>0]).mean()) if n.any() else float('nan')
 
-class _VolumeMetric(Metric):
-    "A metric of whole scans: subclasses `_measure` a batch on the device, and `_score` the slices of an epoch on the host"
+# %% ../nbs/32_metrics.ipynb #4d25dc32
+class VolumeMetric(Metric):
+    "A metric of whole scans: a subclass `measure`s a batch on the device, and `score`s the slices of an epoch on the host"
     base = None # its name, and the column in `to_frame`
     def __init__(self,
         cls=None,  # One foreground class, by number or name; by default the mean over all
@@ -55,11 +66,31 @@ class _VolumeMetric(Metric):
         self.cls, self._name = cls, name
         self.reset()
 
-    def reset(self): self._parts, self._n, self._of, self._values = [], 0, None, None
+    def measure(self,
+        learn # with a batch; see `counted`
+    )->tuple: # tensors with a row for each slice, on the device
+        "What to keep of a batch"
+        raise NotImplementedError(f'{type(self).__name__} needs a method measure(self, learn)')
+
+    def score(self,
+        where, # (slices,) which of `scan_numbers` each belongs to
+        *kept  # arrays with a row for each slice: what `measure` returned, of the whole epoch
+    ):         # (n_scans,C-1) array, nan where undefined
+        "The scores of the scans"
+        raise NotImplementedError(f'{type(self).__name__} needs a method score(self, where, *kept)')
+
+    def counted(self,
+        learn # whose `pred` (N,C,H,W) and `y` (N,H,W) are those of a batch
+    )->tuple: # winning classes (N,H,W) uint8, and counts (N,3,C-1) as from `count_pixels`
+        "What there is to know of a batch; counted once, by the first metric of the learner for all of them"
+        first = next((o for o in getattr(learn, 'metrics', ()) if isinstance(o, VolumeMetric)), self)
+        return first._last.count(learn.pred, learn.y)
+
+    def reset(self): self._parts,self._n,self.epoch,self._values,self._last = [],0,None,None,_LastBatch()
 
     def accumulate(self, learn):
-        y, dl = learn.y, learn.dl
-        index, scan, n = vars(y).get('index'), vars(y).get('scan'), len(y) # tensors have a method called `index`
+        y,dl,n = learn.y,learn.dl,len(learn.y)
+        index,scan = vars(y).get('index'),vars(y).get('scan') # tensors have a method called `index`
         split = hasattr(dl, 'n_padded') # a `DistributedDL`, with this process's share
         if index is None:
             index = self._n + torch.arange(n)
@@ -67,41 +98,45 @@ class _VolumeMetric(Metric):
                 index = index + dl.rank*dl.n_padded//dl.world_size
                 index[index>=dl.n] = -1
         self._n += n
-        self._parts.append((index, index if scan is None else scan, *self._measure(learn)))
-        if self._of is None: self._of = self._describe(learn, dl.dl if split else dl, scan is not None)
+        self._parts.append((index, index if scan is None else scan, *self.measure(learn)))
+        if self.epoch is None: self.epoch = self._describe(learn, dl.dl if split else dl, scan is not None)
 
     def _describe(self, learn, dl, known):
-        "Names of classes and scans, spacings of scans"
-        C, vocab = learn.pred.shape[1], getattr(learn.dls, 'vocab', None)
-        names = [str(o) for o in vocab] if vocab is not None and len(vocab)==C else [str(c) for c in range(C)]
-        return SimpleNamespace(classes=names, scans=getattr(dl, 'scans', None) if known else None, spacings=getattr(dl, 'spacings', None) if known else None, known=known)
+        "Names of classes and scans, spacings of scans; whether the slices say which scan they are of"
+        C,vocab = learn.pred.shape[1],getattr(learn.dls, 'vocab', None)
+        names = vocab if vocab is not None and len(vocab)==C else range(C)
+        scans,spacings = (getattr(dl, k, None) if known else None for k in ('scans','spacings'))
+        return SimpleNamespace(classes=[str(o) for o in names], scans=scans, spacings=spacings, known=known)
 
     def _finish(self):
         if self._values is not None: return
-        if self._of is None: raise ValueError(f'{self.name}: no batch has been seen yet; run learn.validate() first')
+        if self.epoch is None: raise ValueError(f'{self.name}: no batch has been seen yet; run learn.validate() first')
         mine = [tuple(o.cpu().numpy() for o in part) for part in self._parts]
         parts = [part for theirs in gather(mine) for part in theirs]
         index, *cols = (np.concatenate(o) for o in zip(*parts))
         index, first = np.unique(index, return_index=True)
         scan, *cols = (o[first[index>=0]] for o in cols)
-        self._scans, where = np.unique(scan, return_inverse=True)
-        self._values, self._parts = self._score(where, *cols), []
+        self.scan_numbers, where = np.unique(scan, return_inverse=True)
+        self._values,self._parts,self._last = self.score(where, *cols),[],_LastBatch()
 
     def to_frame(self)->pd.DataFrame: # Columns `scan`, `class` (without the background) and the metric's
         "The values of the last epoch, one row per scan and class"
         self._finish()
-        names, fg = self._of.scans, self._of.classes[1:]
-        scans = [f'image {o}' if names is None else names[o] for o in self._scans]
-        return pd.DataFrame({'scan':np.repeat(np.array(scans, object), len(fg)), 'class':fg*len(scans), self.base:self._values.ravel()})
+        names, fg = self.epoch.scans, self.epoch.classes[1:]
+        scans = [f'image {o}' if names is None else names[o] for o in self.scan_numbers]
+        return pd.DataFrame({'scan': np.repeat(np.array(scans, object), len(fg)), 'class': fg*len(scans),
+                             self.base: self._values.ravel()})
 
     @property
     def value(self):
         self._finish()
-        if self.cls is None: return _mean(self._values)
-        names = self._of.classes
+        if self.cls is None: return _mean_score(self._values)
+        names = self.epoch.classes
         c = names.index(self.cls) if self.cls in names else self.cls
-        if c not in range(1, len(names)): raise ValueError(f'{type(self).__name__}(cls={self.cls!r}): the foreground classes are {names[1:]}, numbered from 1')
-        return _mean(self._values[:,c-1:c])
+        if c not in range(1, len(names)):
+            raise ValueError(f'{type(self).__name__}(cls={self.cls!r}): the foreground classes are {names[1:]}, '
+                             'numbered from 1')
+        return _mean_score(self._values[:,c-1:c])
 
     @property
     def name(self): return self._name or (self.base if self.cls is None else f'{self.base}_{self.cls}')
@@ -117,33 +152,42 @@ class _VolumeMetric(Metric):
         return [cls(cls=c, name=f'{cls.base}_{o}', **kwargs) for c,o in enumerate(names) if c]
 
 # %% ../nbs/32_metrics.ipynb #c5ea30f5
-class _VolumeRatio(_VolumeMetric):
+class VolumeRatio(VolumeMetric):
+    "A metric that is a ratio of counts: a subclass says which `ratio`"
     def __init__(self,
         cls=None,   # One foreground class, by number or name; by default the mean over all
         empty=None, # The value of 0/0; 'nan' leaves the scan out; by default 1 for Dice, 'nan' for the others
         name=None   # In the recorder; by default the metric's name, with `cls`
     ):
         super().__init__(cls, name)
-        self.empty = float(self._empty if empty is None else empty)
+        self.empty = float(self.usual_empty if empty is None else empty)
 
-    def _measure(self, learn): return (_batch(learn)[1],)
-    def _score(self, where, counts):
-        total = np.zeros((len(self._scans), *counts.shape[1:]), np.int64)
+    def ratio(self,
+        both, # (n_scans,C-1) voxels common to prediction and mask
+        pred, # in the prediction
+        mask  # in the mask
+    )->tuple: # numerator and denominator
+        "What is divided by what"
+        raise NotImplementedError(f'{type(self).__name__} needs a method ratio(self, both, pred, mask)')
+
+    def measure(self, learn): return (self.counted(learn)[1],)
+    def score(self, where, counts):
+        total = np.zeros((len(self.scan_numbers), *counts.shape[1:]), np.int64)
         np.add.at(total, where, counts)
-        a, b = self._ratio(*total.transpose(1,0,2))
+        a, b = self.ratio(*total.transpose(1,0,2))
         return np.where(b>0, a/np.maximum(b, 1), self.empty)
 
-class VolumeDice(_VolumeRatio):
+class VolumeDice(VolumeRatio):
     "Mean Dice of whole scans: per class over the scan, mean over scans, then over foreground classes (equation 14)"
-    base, _empty = 'dice', 1.
-    def _ratio(self, both, pred, mask): return 2*both, pred+mask
+    base, usual_empty = 'dice', 1.
+    def ratio(self, both, pred, mask): return 2*both, pred+mask
 
-class VolumeSensitivity(_VolumeRatio):
+class VolumeSensitivity(VolumeRatio):
     "Mean sensitivity (recall) of whole scans: the part of the structure that was found"
-    base, _empty = 'sensitivity', 'nan'
-    def _ratio(self, both, pred, mask): return both, mask
+    base, usual_empty = 'sensitivity', 'nan'
+    def ratio(self, both, pred, mask): return both, mask
 
-class VolumePrecision(_VolumeRatio):
+class VolumePrecision(VolumeRatio):
     "Mean precision of whole scans: the part of the prediction that is right"
-    base, _empty = 'precision', 'nan'
-    def _ratio(self, both, pred, mask): return both, pred
+    base, usual_empty = 'precision', 'nan'
+    def ratio(self, both, pred, mask): return both, pred

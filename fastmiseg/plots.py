@@ -6,12 +6,13 @@
 __all__ = ['plot_volume', 'plot_scans', 'plot_scores', 'plot_training', 'plot_clusters', 'plot_joints', 'plot_tsne']
 
 # %% ../nbs/38_plots.ipynb #d8cbe3c9
-import os
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch
+import numpy as np
+import pandas as pd
+import torch
 import torch.nn.functional as F
-from matplotlib.colors import ListedColormap, hsv_to_rgb
+from matplotlib.colors import ListedColormap, hsv_to_rgb, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -19,14 +20,13 @@ from matplotlib.patches import Patch
 from .scans.volume import Volume, collect_warnings, read_mask, read_volume
 from .scans.recipe import Recipe
 from .callback.log import training_log
+from .callback.step import StageMaps
 from .show import palette, show_slice
 from .transforms import RandomFlips, normalize_of
 from .mutual_info import global_joint, local_joint, mutual_info
-from .models import _evaluating, find_stages
+from .files import whole_file
+from .models import evaluating, find_stages
 from .inference import predict_volume, recipe_of
-
-# %% ../nbs/38_plots.ipynb #930ae79d
-__all__ = ['plot_volume', 'plot_scans', 'plot_scores', 'plot_training', 'plot_clusters', 'plot_joints', 'plot_tsne']
 
 # %% ../nbs/38_plots.ipynb #18c9067c
 def _subplots(rows, cols, size, **kwargs):
@@ -34,59 +34,71 @@ def _subplots(rows, cols, size, **kwargs):
     fig.get_layout_engine().set(rect=(.015, 0, .985, 1)) # room for names of rows
     return fig,fig.subplots(rows, cols, squeeze=False, **kwargs)
 
-def _slice(img, mask, ax):
-    "`show_slice` of arrays (H,W)"
-    return show_slice(torch.from_numpy(np.ascontiguousarray(img))[None], None if mask is None else torch.from_numpy(np.ascontiguousarray(mask)), ax)
-
 def _done(fig, out):
-    "The figure; under the name `out` there is the whole file or none"
+    "The figure, written to `out` too where that is given"
     if out is None: return fig
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    tmp = out.with_name(f'.{os.getpid()}-{out.name}')
-    try: fig.savefig(tmp, dpi=130); os.replace(tmp, out)
-    finally: tmp.unlink(missing_ok=True)
+    with whole_file(out) as tmp: fig.savefig(tmp, dpi=130)
     return fig
 
 # %% ../nbs/38_plots.ipynb #bff42895
 def _edges(vol, where):
     "Letters for the left, right, top and bottom edge of the slices"
     d = np.reshape(vol.direction, (3,3))
-    def letters(v): return ''.join('LPS'[i] if v[i]>0 else 'RAI'[i] for i in np.argsort(-abs(v), kind='stable')[:2] if abs(v[i])>.38)
+    def letters(v):
+        largest = np.argsort(-abs(v), kind='stable')[:2]
+        return ''.join('LPS'[i] if v[i]>0 else 'RAI'[i] for i in largest if abs(v[i])>.38)
     row,col = (d[:,2-where.order[i]]*(-1 if where.flip[i] else 1) for i in (1,2))
     return letters(-col), letters(col), letters(-row), letters(row)
 
-def _mark(ax, edges):
-    for (x,y,ha,va),t in zip([(.02,.5,'left','center'),(.98,.5,'right','center'),(.5,.98,'center','top'),(.5,.02,'center','bottom')], edges):
-        ax.text(x, y, t, transform=ax.transAxes, ha=ha, va=va, fontsize=7, color='w', bbox=dict(facecolor='k', alpha=.5, pad=.8, lw=0))
+_edge_places = [(.02,.5,'left','center'), (.98,.5,'right','center'), (.5,.98,'center','top'), (.5,.02,'center','bottom')]
 
+def _mark_edges(ax, edges):
+    box = dict(facecolor='k', alpha=.5, pad=.8, lw=0)
+    for (x,y,ha,va),letters in zip(_edge_places, edges):
+        ax.text(x, y, letters, transform=ax.transAxes, ha=ha, va=va, fontsize=7, color='w', bbox=box)
+
+def _planes(scan, axis, *masks):
+    "Slices of a scan in grey and of its masks, height to width of a pixel, and the letters of the edges"
+    def load(o):
+        if isinstance(o, Volume): return o.array
+        return read_mask(o).array if isinstance(o, (str,Path)) else np.asarray(o)
+    with collect_warnings():
+        vol = scan if isinstance(scan, Volume) else read_volume(scan, channels=True)
+        masks = [o if o is None else load(o) for o in masks]
+    where = Recipe(axis=axis).place(vol)
+    a = vol.array.reshape(-1, *vol.shape)[0].astype(np.float32)
+    lo,hi = np.percentile(a, (1,99))
+    grey = where.forward(np.clip((a-lo)/max(hi-lo, 1e-6), 0, 1))
+    _,dy,dx = where.slice_spacing
+    masks = [None if o is None else where.forward(o, nearest=True) for o in masks]
+    return (grey, *masks),dy/dx,_edges(vol, where)
+
+# %% ../nbs/38_plots.ipynb #6b928469
 _errors = {'missed':palette[7], 'too much':palette[6], 'wrong class':palette[5]}
 
 def _error_map(mask, pred):
     "0 right, 1 missed, 2 too much, 3 wrong class"
     return np.where(mask==pred, 0, np.where(pred==0, 1, np.where(mask==0, 2, 3)))
 
-def _show_errors(img, e, ax):
-    _slice(img, None, ax)
-    rgba = np.zeros((*e.shape, 4))
-    for k,c in enumerate(_errors.values(), 1): rgba[e==k] = [*(int(c[i:i+2],16)/255 for i in (1,3,5)), .85]
+def _show_errors(img, mask, pred, ax):
+    errors = _error_map(mask, pred)
+    rgba = np.zeros((*errors.shape, 4))
+    for k,color in enumerate(_errors.values(), 1): rgba[errors==k] = to_rgba(color, .85)
+    show_slice(img[None], ax=ax)
     ax.imshow(rgba, interpolation='nearest')
-
-def _planes(scan, axis, *masks):
-    "Slices of a scan in grey and of its masks, height to width of a pixel, and the letters of the edges"
-    with collect_warnings(): vol = scan if isinstance(scan, Volume) else read_volume(scan, channels=True)
-    where = Recipe(axis=axis).place(vol)
-    a = vol.array.reshape(-1, *vol.shape)[0].astype(np.float32)
-    lo,hi = np.percentile(a, (1,99))
-    load = lambda o: o.array if isinstance(o, Volume) else read_mask(o).array if isinstance(o, (str,Path)) else np.asarray(o)
-    _,dy,dx = where.slice_spacing
-    with collect_warnings(): masks = [o if o is None else load(o) for o in masks]
-    return (where.forward(np.clip((a-lo)/max(hi-lo, 1e-6), 0, 1)), *(None if o is None else where.forward(o, nearest=True) for o in masks)), dy/dx, _edges(vol, where)
 
 def _legend(fig, classes, errors=False):
     lines = [Line2D([], [], color=palette[c%len(palette)], label=n) for c,n in enumerate(classes) if c]
     patches = [Patch(color=c, label=n) for n,c in _errors.items()] if errors else []
-    fig.legend(handles=lines+patches, loc='outside lower center', ncols=len(lines+patches), fontsize=8, frameon=False)
+    handles = lines+patches
+    fig.legend(handles=handles, loc='outside lower center', ncols=len(handles), fontsize=8, frameon=False)
+
+# %% ../nbs/38_plots.ipynb #0dda832e
+def _row_names(mask, pred):
+    if mask is not None and pred is not None: return ['mask','prediction','errors']
+    return ['mask'] if mask is not None else ['prediction'] if pred is not None else ['scan']
 
 def plot_volume(
     scan,         # path or `Volume`
@@ -100,19 +112,24 @@ def plot_volume(
 )->Figure:        # rows: mask, prediction, errors; or those that there are
     "Slices of a scan with the contours of its mask and of a prediction, and where the two differ"
     (x,y,p),aspect,edges = _planes(scan, axis, mask, pred)
-    full = [k for k in range(len(x)) if any(o is not None and o[k].any() for o in (y,p))] or list(range(len(x)))
+    drawn = [o for o in (y,p) if o is not None]
+    full = [k for k in range(len(x)) if any(o[k].any() for o in drawn)] or list(range(len(x)))
     ks = [full[i] for i in np.unique(np.linspace(0, len(full)-1, n).round().astype(int))]
-    rows = [o for o,on in [('scan', y is None and p is None), ('mask', y is not None), ('prediction', p is not None), ('errors', y is not None and p is not None)] if on]
+    rows = _row_names(y, p)
+    contours = dict(mask=y, prediction=p, scan=[None]*len(x))
     fig,axs = _subplots(len(rows), len(ks), (1.7*len(ks)+.3, 1.7*aspect*x.shape[1]/x.shape[2]*len(rows)+.7))
-    if classes is None: classes = ['background', *(f'class {c}' for c in range(1, 1+max(int(o.max()) for o in (y,p,x*0) if o is not None)))]
-    for i,(name,row) in enumerate(zip(rows, axs)):
-        for j,(k,ax) in enumerate(zip(ks, row)):
-            if name=='errors': _show_errors(x[k], _error_map(y[k], p[k]), ax)
-            else: _slice(x[k], dict(mask=y, prediction=p, scan=[None]*len(x))[name][k], ax)
+    for name,row in zip(rows, axs):
+        row[0].text(-.04, .5, name, rotation=90, ha='right', va='center', transform=row[0].transAxes, fontsize=9)
+        for k,ax in zip(ks, row):
+            if name=='errors': _show_errors(x[k], y[k], p[k], ax)
+            else: show_slice(x[k][None], contours[name][k], ax)
             ax.set_aspect(aspect)
-            if not i: ax.set_title(f'slice {k}', fontsize=8); _mark(ax, edges)
-            if not j: ax.text(-.04, .5, name, rotation=90, ha='right', va='center', transform=ax.transAxes, fontsize=9)
-    if y is not None or p is not None: _legend(fig, classes, 'errors' in rows)
+    for k,ax in zip(ks, axs[0]):
+        ax.set_title(f'slice {k}', fontsize=8)
+        _mark_edges(ax, edges)
+    if classes is None:
+        classes = ['background', *(f'class {c}' for c in range(1, 1+max([int(o.max()) for o in drawn], default=0)))]
+    if drawn: _legend(fig, classes, 'errors' in rows)
     if title: fig.suptitle(title, fontsize=10)
     return _done(fig, out)
 
@@ -133,22 +150,33 @@ def plot_scans(
     rows,cells = df.set_index('scan'),[]
     for scan in order.index:
         r = rows.loc[scan]
-        pred = predict_volume(learn, r.image, recipe=recipe, stored=False, **kwargs)
-        cells.append(_planes(r.image, recipe.axis, read_mask(r['mask'], classes=recipe.classes, labels=recipe.labels), pred))
+        pred = predict_volume(learn, r.image, recipe=recipe, **kwargs)
+        mask = read_mask(r['mask'], classes=recipe.classes, labels=recipe.labels)
+        cells.append(_planes(r.image, recipe.axis, mask, pred))
     high = [a*x.shape[1]/x.shape[2] for (x,_,_),a,_ in cells]
     fig,axs = _subplots(len(cells), 4, (8.3, 1.95*sum(high) + .35*len(cells)+.5), height_ratios=high)
     for scan,row,((x,y,p),aspect,edges) in zip(order.index, axs, cells):
         k = int((y!=p).sum((1,2)).argmax())
-        for ax,name,o in zip(row, ('scan','mask','prediction'), (None,y[k],p[k])): _slice(x[k], o, ax)
-        _show_errors(x[k], _error_map(y[k], p[k]), row[3])
-        for ax,name in zip(row, (f'{scan}, slice {k}','mask','prediction','errors')): ax.set_aspect(aspect); ax.set_title(name, fontsize=8)
-        _mark(row[0], edges)
-        s = scores[scores.scan==scan]
-        row[2].set_title('prediction: Dice '+', '.join(f'{v:.2f}' for v in s.dice), fontsize=8)
+        for ax,o in zip(row, (None,y[k],p[k])): show_slice(x[k][None], o, ax)
+        _show_errors(x[k], y[k], p[k], row[3])
+        of_classes = ', '.join(f'{v:.2f}' for v in scores[scores.scan==scan].dice)
+        for ax,name in zip(row, (f'{scan}, slice {k}', 'mask', f'prediction: Dice {of_classes}', 'errors')):
+            ax.set_aspect(aspect)
+            ax.set_title(name, fontsize=8)
+        _mark_edges(row[0], edges)
     _legend(fig, recipe.classes, True)
     return _done(fig, out)
 
 # %% ../nbs/38_plots.ipynb #b44661aa
+_axis_names = {'dice':'Dice', 'hd95':'95 % Hausdorff distance (mm)', 'assd':'average surface distance (mm)'}
+
+def _box(ax, at, width, values, color, rng):
+    "A box plot with its points, somewhat scattered"
+    ax.boxplot(values, positions=[at], widths=.8*width, showfliers=False, patch_artist=True,
+               boxprops=dict(facecolor=color, alpha=.45), medianprops=dict(color='k', lw=1.5))
+    scatter = rng.uniform(-.2, .2, len(values))*width
+    ax.scatter(at+scatter, values, s=10, color='k', alpha=.6, lw=0, zorder=3)
+
 def plot_scores(
     scores,        # from `evaluate_cohort`; with another column, such as `training`, to compare
     metric='dice', # column of `scores`
@@ -156,25 +184,33 @@ def plot_scores(
     out=None       # file to write
 )->Figure:
     "Box plots of a score per class, with a point for each scan"
-    if metric not in scores: raise ValueError(f"metric: {metric!r} is no column of the scores; there are {', '.join(scores.columns)}")
-    classes,groups = list(dict.fromkeys(scores['class'])),list(dict.fromkeys(scores[by])) if by else [None]
-    fig,axs = _subplots(1, 1, (1.6+.75*len(classes)*max(1.3, len(groups)), 3.2)); ax = axs[0,0]
-    rng,w = np.random.default_rng(0),.8/len(groups)
-    for g,name in enumerate(groups):
-        for c,cl in enumerate(classes):
-            v = scores.loc[(scores['class']==cl) & (scores[by]==name if by else True), metric].dropna()
-            at,color = c+(g-(len(groups)-1)/2)*w, palette[(g if by else c)%7+1]
-            if not len(v): continue
-            ax.boxplot(v, positions=[at], widths=.8*w, showfliers=False, patch_artist=True, boxprops=dict(facecolor=color, alpha=.45), medianprops=dict(color='k', lw=1.5))
-            ax.scatter(at+rng.uniform(-.2, .2, len(v))*w, v, s=10, color='k', alpha=.6, lw=0, zorder=3)
-    ax.set_xticks(range(len(classes)), classes); ax.set_xlim(-.6, len(classes)-.4)
-    ax.set_ylabel({'dice':'Dice', 'hd95':'95 % Hausdorff distance (mm)', 'assd':'average surface distance (mm)'}.get(metric, metric))
+    if metric not in scores:
+        raise ValueError(f"metric: {metric!r} is no column of the scores; there are {', '.join(scores.columns)}")
+    classes = list(dict.fromkeys(scores['class']))
+    groups = list(dict.fromkeys(scores[by])) if by else [None]
+    fig,axs = _subplots(1, 1, (1.6+.75*len(classes)*max(1.3, len(groups)), 3.2))
+    ax,rng,width = axs[0,0],np.random.default_rng(0),.8/len(groups)
+    for g,group in enumerate(groups):
+        for c,name in enumerate(classes):
+            values = scores.loc[(scores['class']==name) & (scores[by]==group if by else True), metric].dropna()
+            at = c+(g-(len(groups)-1)/2)*width
+            if len(values): _box(ax, at, width, values, palette[(g if by else c)%7+1], rng)
+    ax.set(xlim=(-.6, len(classes)-.4), xlabel='class', ylabel=_axis_names.get(metric, metric))
+    ax.set_xticks(range(len(classes)), classes)
     if metric in ('dice','sensitivity','precision'): ax.set_ylim(-.03, 1.03)
-    ax.grid(axis='y', alpha=.3); ax.set_xlabel('class')
-    if by: fig.legend(handles=[Patch(facecolor=palette[g%7+1], alpha=.45, edgecolor='k', label=str(o)) for g,o in enumerate(groups)], loc='outside upper center', ncols=len(groups), fontsize=8, frameon=False)
+    ax.grid(axis='y', alpha=.3)
+    if by:
+        boxes = [Patch(facecolor=palette[g%7+1], alpha=.45, edgecolor='k', label=str(o)) for g,o in enumerate(groups)]
+        fig.legend(handles=boxes, loc='outside upper center', ncols=len(groups), fontsize=8, frameon=False)
     return _done(fig, out)
 
 # %% ../nbs/38_plots.ipynb #a6f93889
+def _panel_of(name):
+    "Which curves share a picture: both losses, and a metric with those of its classes"
+    if name in ('train_loss','valid_loss'): return 'cross-entropy'
+    metric = name.split('_')[0]
+    return metric if metric in ('dice','hd95','assd','sensitivity','precision') else name
+
 def plot_training(
     log,     # a learner, or a table with a row per epoch as in `log.csv` of a run
     out=None # file to write
@@ -183,47 +219,57 @@ def plot_training(
     log = log if isinstance(log, pd.DataFrame) else training_log(log)
     names = [o for o in log if o not in ('epoch','time')]
     if not len(log) or not names: raise ValueError('log: no epoch was completed, so there is nothing to draw')
-    group = {o: 'cross-entropy' if o in ('train_loss','valid_loss') else o.split('_')[0] if o.split('_')[0] in ('dice','hd95','assd','sensitivity','precision') else o for o in names}
+    group = {o: _panel_of(o) for o in names}
     panels = list(dict.fromkeys(group.values()))
     cols = min(4, len(panels))
     rows = -(-len(panels)//cols)
     fig,axs = _subplots(rows, cols, (2.9*cols, 2.4*rows))
     for ax in axs.flat[len(panels):]: ax.axis('off')
-    for ax,p in zip(axs.flat, panels):
-        mine = [o for o in names if group[o]==p]
-        for i,o in enumerate(mine): ax.plot(range(1, len(log)+1), log[o], marker='o', ms=3, color=palette[(0,7,1,2,3,4,6,5)[i%8]], label=o)
-        ax.set_title(p if len(mine)>1 else mine[0], fontsize=9); ax.set_xlabel('epoch', fontsize=8); ax.grid(alpha=.3); ax.tick_params(labelsize=7)
+    for ax,panel in zip(axs.flat, panels):
+        mine = [o for o in names if group[o]==panel]
+        for i,o in enumerate(mine):
+            color = palette[(0,7,1,2,3,4,6,5)[i%8]]
+            ax.plot(range(1, len(log)+1), log[o], marker='o', ms=3, color=color, label=o)
+        ax.set_title(panel if len(mine)>1 else mine[0], fontsize=9)
+        ax.set_xlabel('epoch', fontsize=8)
+        ax.grid(alpha=.3)
+        ax.tick_params(labelsize=7)
         ax.xaxis.get_major_locator().set_params(integer=True)
         if len(mine)>1: ax.legend(fontsize=7)
     return _done(fig, out)
 
 # %% ../nbs/38_plots.ipynb #27b0e09c
-_tol = ['#332288','#88CCEE','#44AA99','#117733','#999933','#DDCC77','#CC6677','#882255','#AA4499','#DDDDDD']
-def _colors(k): return _tol[:k] if k<=10 else [hsv_to_rgb((i/k, .5+.4*(i%2), .95-.4*(i%3)/2)) for i in range(k)] # there are no more than ten that everybody can tell apart
-
-def _features(learn, x, names):
+def _stage_maps(learn, x, names):
     "Maps of the named stages for images (N,C,H,W): name -> (N,F,h,w)"
-    found,maps = find_stages(learn.model, list(names)),{}
-    hooks = [learn.model.get_submodule(s.module).register_forward_hook(lambda m,i,o,n=n: maps.__setitem__(n, o.detach())) for n,s in found.items()]
+    model = learn.model
+    stages = StageMaps(model, find_stages(model, list(names)))
     try:
-        with _evaluating(learn.model),torch.no_grad(): learn.model(x.to(next(learn.model.parameters()).device).as_subclass(torch.Tensor))
-    finally:
-        for h in hooks: h.remove()
-    return maps
+        stages.listen()
+        with evaluating(model),torch.no_grad(): model(x.to(next(model.parameters()).device).as_subclass(torch.Tensor))
+        return stages.take()
+    finally: stages.remove()
 
-def _trained(cb):
+def _projectors_of(cb):
     if cb.projectors is None: raise ValueError(f'cb: this {type(cb).__name__} has no projectors yet; train with it first')
-    return lambda n: cb.projectors[n.replace('.','/')]
+    return lambda stage: cb.projectors[stage.replace('.','/')]
 
-def _images(learn, x, n):
+def _full_slices(learn, x, n):
     "Validation slices with something on them, and their masks"
     if x is not None: return x[:n],None
     xs,ys = zip(*[(x,y) for x,y in learn.dls.valid])
     x,y = (torch.cat([t.as_subclass(torch.Tensor).cpu() for t in o]) for o in (xs,ys))
-    k = (y>0).flatten(1).sum(1).argsort(descending=True, stable=True)
-    k = k[:max(n, len(k)//2)]
-    k = k[np.linspace(0, len(k)-1, min(n, len(k))).round().astype(int)]
+    fullest = (y>0).flatten(1).sum(1).argsort(descending=True, stable=True)
+    fullest = fullest[:max(n, len(fullest)//2)]
+    k = fullest[np.linspace(0, len(fullest)-1, min(n, len(fullest))).round().astype(int)]
     return x[k],y[k]
+
+# %% ../nbs/38_plots.ipynb #83b74ce1
+_tol_colors = ['#332288','#88CCEE','#44AA99','#117733','#999933','#DDCC77','#CC6677','#882255','#AA4499','#DDDDDD']
+
+def _cluster_colors(k):
+    "No more than ten can be told apart by everybody"
+    if k<=10: return _tol_colors[:k]
+    return [hsv_to_rgb((i/k, .5+.4*(i%2), .95-.4*(i%3)/2)) for i in range(k)]
 
 def plot_clusters(
     learn,       # a learner
@@ -234,19 +280,23 @@ def plot_clusters(
     out=None     # file to write
 )->Figure:
     "The winning cluster at each position of the decoder's stages (Figure 5)"
-    proj,layers = _trained(cb),[o for o in cb.local_layers if o in cb.layers]
-    if not layers: raise ValueError('cb: regularises no decoder stage, so there are no positions with clusters; give it local layers')
-    x,y = _images(learn, x, n)
-    maps = _features(learn, x, layers)
+    projector,layers = _projectors_of(cb),[o for o in cb.local_layers if o in cb.layers]
+    if not layers:
+        raise ValueError('cb: regularises no decoder stage, so there are no positions with clusters; give it local layers')
+    x,y = _full_slices(learn, x, n)
+    maps = _stage_maps(learn, x, layers)
+    clusters = [projector(stage)(maps[stage])[:,head] for stage in layers] # (N,K,h,w)
+    K = max(p.shape[1] for p in clusters)
+    look = dict(cmap=ListedColormap(_cluster_colors(K)), vmin=-.5, vmax=K-.5, interpolation='nearest')
     fig,axs = _subplots(1+len(layers), len(x), (1.7*len(x)+1.1, 1.75*(1+len(layers))))
     for i,ax in enumerate(axs[0]): show_slice(x[i].cpu(), None if y is None else y[i], ax, title=f'image {i+1}')
-    ps = [proj(l)(maps[l])[:,head] for l in layers] # (N,K,h,w)
-    K = max(p.shape[1] for p in ps)
-    for p,row in zip(ps, axs[1:]):
+    for p,row in zip(clusters, axs[1:]):
         for ax,o in zip(row, p.argmax(1).cpu()):
-            im = ax.imshow(o.numpy(), cmap=ListedColormap(_colors(K)), vmin=-.5, vmax=K-.5, interpolation='nearest'); ax.axis('off')
+            im = ax.imshow(o.numpy(), **look)
+            ax.axis('off')
     fig.colorbar(im, ax=axs, ticks=range(K), label='cluster', shrink=.6).ax.tick_params(labelsize=7)
-    for name,row in zip(['slice',*layers], axs): row[0].text(-.05, .5, name, rotation=90, ha='right', va='center', transform=row[0].transAxes, fontsize=9)
+    for name,row in zip(['slice',*layers], axs):
+        row[0].text(-.05, .5, name, rotation=90, ha='right', va='center', transform=row[0].transAxes, fontsize=9)
     return _done(fig, out)
 
 # %% ../nbs/38_plots.ipynb #7cbee083
@@ -259,18 +309,21 @@ def plot_joints(
     out=None    # file to write
 )->Figure:
     "Joint distributions of the clusters of x and T(x), for each regularised stage; without displacement"
-    proj,layers,(x,_) = _trained(cb),list(cb.layers),_images(learn, x, n)
+    projector,layers,(x,_) = _projectors_of(cb),list(cb.layers),_full_slices(learn, x, n)
     x = x.as_subclass(torch.Tensor).to(next(learn.model.parameters()).device)
     pool = (cb.T or RandomFlips()).for_recipe(getattr(learn.dls, 'recipe', None))
     T = pool.draw(len(x), torch.Generator().manual_seed(0))
-    f,g = _features(learn, T.images(x, normalize_of(learn.dls)), layers),_features(learn, x, layers)
+    maps,moved = (_stage_maps(learn, o, layers) for o in (x, T.images(x, normalize_of(learn.dls))))
     fig,axs = _subplots(1, len(layers), (3.1*len(layers), 3.))
     with torch.no_grad():
-        for l,ax in zip(layers, axs[0]):
-            P = global_joint(proj(l)(f[l]), proj(l)(g[l])) if l in cb.global_layers else local_joint(proj(l)(f[l]), proj(l)(T(g[l])), 1)[:,0]
+        for stage,ax in zip(layers, axs[0]):
+            clusters = projector(stage)
+            if stage in cb.global_layers: P = global_joint(clusters(moved[stage]), clusters(maps[stage]))
+            else: P = local_joint(clusters(moved[stage]), clusters(T(maps[stage])), 1)[:,0]
             P = P[head].cpu()
-            im = ax.imshow(P.numpy(), cmap="cividis", vmin=0)
-            ax.set(xlabel='cluster in x', ylabel='cluster in T(x)', xticks=range(len(P)), yticks=range(len(P))); ax.set_title(f'{l}: {mutual_info(P):.2f} of {np.log(len(P)):.2f} nats', fontsize=9)
+            im = ax.imshow(P.numpy(), cmap='cividis', vmin=0)
+            ax.set(xlabel='cluster in x', ylabel='cluster in T(x)', xticks=range(len(P)), yticks=range(len(P)))
+            ax.set_title(f'{stage}: {mutual_info(P):.2f} of {np.log(len(P)):.2f} nats', fontsize=9)
             fig.colorbar(im, ax=ax, shrink=.85, label='probability')
     return _done(fig, out)
 
@@ -285,18 +338,22 @@ def plot_tsne(
 )->Figure:
     "t-SNE of the features of a stage, coloured by class (Figure 6)"
     from sklearn.manifold import TSNE
-    x,y = _images(learn, None, images)
-    f = torch.cat([_features(learn, o, [layer])[layer].cpu().float() for o in x.split(16)])
+    x,y = _full_slices(learn, None, images)
+    f = torch.cat([_stage_maps(learn, o, [layer])[layer].cpu().float() for o in x.split(16)])
     y = F.interpolate(y[:,None].float(), f.shape[-2:], mode='nearest')[:,0].long().flatten().numpy()
     f = f.permute(0,2,3,1).flatten(0,2).numpy()
     rng,classes = np.random.default_rng(seed),list(learn.dls.vocab)
     take = np.concatenate([rng.permutation(np.flatnonzero(y==c))[:n] for c in range(len(classes))])
-    if len(take)<10: raise ValueError(f'learn: the validation slices have only {len(take)} positions with a mask at {layer}, too few for t-SNE')
+    if len(take)<10:
+        raise ValueError(f'learn: the validation slices have only {len(take)} positions with a mask at {layer}, '
+                         'too few for t-SNE')
     f = f[take]-f[take].mean(0)
     z = TSNE(init='pca', random_state=seed, perplexity=min(30, len(take)/4)).fit_transform(f/max(f.std(), 1e-9))
-    fig,axs = _subplots(1, 1, (4.6,3.6)); ax = axs[0,0]
-    marks = 'osD^vP*X'
-    for c,name in enumerate(classes): ax.scatter(*z[y[take]==c].T, s=9, alpha=.7, lw=0, color=palette[c%len(palette)] if c else '#999999', marker=marks[c%8], label=name)
-    ax.set(xlabel='t-SNE 1', ylabel='t-SNE 2', title=f'features of {layer}'); ax.set_xticks([]); ax.set_yticks([])
+    fig,axs = _subplots(1, 1, (4.6,3.6))
+    ax,marks = axs[0,0],'osD^vP*X'
+    for c,name in enumerate(classes):
+        color = palette[c%len(palette)] if c else '#999999'
+        ax.scatter(*z[y[take]==c].T, s=9, alpha=.7, lw=0, color=color, marker=marks[c%8], label=name)
+    ax.set(xlabel='t-SNE 1', ylabel='t-SNE 2', title=f'features of {layer}', xticks=[], yticks=[])
     fig.legend(loc='outside right upper', fontsize=8, markerscale=2)
     return _done(fig, out)

@@ -6,31 +6,35 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['surface_distances', 'hd95', 'assd', 'dice', 'score_volume', 'VolumeHD95', 'VolumeASSD']
+__all__ = ['surface_distances', 'hd95', 'assd', 'dice', 'score_volume', 'VolumeDistance', 'VolumeHD95', 'VolumeASSD']
 
 # %% ../nbs/33_surface.ipynb #ff4ca3b8
-import numpy as np, pandas as pd, torch
+import numpy as np
+import pandas as pd
 from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects
+from torch import Tensor
 
-from .metrics import _batch, _VolumeMetric
+from .metrics import VolumeMetric
 
 # %% ../nbs/33_surface.ipynb #9ee4e362
 def _crop(a, b):
     "Two masks of one shape as bool, cut to the box around both"
     a, b = np.asarray(a).astype(bool), np.asarray(b).astype(bool)
-    if a.shape!=b.shape: raise ValueError(f'The masks have shapes {a.shape} and {b.shape}; expected two masks on one grid')
+    if a.shape!=b.shape:
+        raise ValueError(f'The masks have shapes {a.shape} and {b.shape}; expected two masks on one grid')
     box = find_objects((a|b).astype(np.uint8))
     return (a[box[0]], b[box[0]]) if box else (a, b)
 
 def _spacing(spacing, ndim):
     s = (1.,)*ndim if spacing is None else tuple(float(o) for o in spacing)
-    if len(s)!=ndim or min(s)<=0: raise ValueError(f'spacing={spacing}: expected {ndim} positive numbers (mm), one per axis of the masks')
+    if len(s)!=ndim or min(s)<=0:
+        raise ValueError(f'spacing={spacing}: expected {ndim} positive numbers (mm), one per axis of the masks')
     return s
 
 def surface_distances(
     a, b,        # Masks of one structure, (z,y,x) or (y,x)
     spacing=None # mm per axis; 1 by default
-)->tuple:        # For each voxel on the outline of `a` the distance (mm) to the outline of `b`, and the other way round
+)->tuple:        # For each voxel on the outline of `a` the distance (mm) to that of `b`, and the other way round
     "Distances between two outlines, both ways; both masks must have voxels"
     spacing = _spacing(spacing, np.ndim(a))
     a, b = _crop(a, b)
@@ -47,9 +51,11 @@ def _missed(a, b, spacing, missed):
     return float(np.linalg.norm(np.multiply(shape, _spacing(spacing, len(shape)))) if missed=='diagonal' else missed)
 
 def _percentile(ab, ba, q=95, pooled=True):
-    return float(np.percentile(np.concatenate([ab, ba]), q) if pooled else max(np.percentile(ab, q), np.percentile(ba, q)))
+    if pooled: return float(np.percentile(np.concatenate([ab, ba]), q))
+    return float(max(np.percentile(ab, q), np.percentile(ba, q)))
 
-def _average(ab, ba, pooled=True): return float(np.concatenate([ab, ba]).mean() if pooled else (ab.mean()+ba.mean())/2)
+def _average(ab, ba, pooled=True):
+    return float(np.concatenate([ab, ba]).mean() if pooled else (ab.mean()+ba.mean())/2)
 
 def hd95(
     a, b,           # Masks of one structure, (z,y,x) or (y,x)
@@ -88,29 +94,33 @@ def score_volume(
     classes=None,   # Names, the background first; by default numbers up to the largest found
     missed='nan',   # HD95 and ASSD if just one of the two lacks the class: a number, 'nan', 'inf' or 'diagonal'
     empty=1.        # Dice if both lack the class
-)->pd.DataFrame:    # One row per foreground class: `class`, `dice`, `hd95`, `assd` (mm), `sensitivity`, `precision` (nan where undefined)
-    "Every score of one segmented scan"
+)->pd.DataFrame:    # A row per foreground class: `class`, `dice`, `hd95`, `assd` (mm), `sensitivity`, `precision`
+    "Every score of one segmented scan; nan where it is undefined"
     pred, mask = np.asarray(pred), np.asarray(mask)
-    if pred.shape!=mask.shape: raise ValueError(f'pred has shape {pred.shape} and mask {mask.shape}; expected two label maps on one grid')
+    if pred.shape!=mask.shape:
+        raise ValueError(f'pred has shape {pred.shape} and mask {mask.shape}; expected two label maps on one grid')
     top = int(max(pred.max(initial=0), mask.max(initial=0)))
     names = [str(c) for c in range(top+1)] if classes is None else [str(o) for o in classes]
-    if top>=len(names): raise ValueError(f'classes has {len(names)} names, but label {top} occurs; expected labels 0 to {len(names)-1}')
+    if top>=len(names):
+        raise ValueError(f'classes has {len(names)} names, but label {top} occurs; expected labels 0 to {len(names)-1}')
     rows = []
     for c,name in enumerate(names[1:], 1):
         p, t = pred==c, mask==c
         both, n_p, n_t = (int(o.sum()) for o in (p&t, p, t))
-        m = _missed(p, t, spacing, missed)
-        d = surface_distances(p, t, spacing) if m is None else None
-        rows.append({'class':name, 'dice':2*both/(n_p+n_t) if n_p+n_t else float(empty),
-            'hd95':m if d is None else _percentile(*d), 'assd':m if d is None else _average(*d),
-            'sensitivity':both/n_t if n_t else np.nan, 'precision':both/n_p if n_p else np.nan})
+        hd = mean = _missed(p, t, spacing, missed)
+        if hd is None:
+            distances = surface_distances(p, t, spacing)
+            hd,mean = _percentile(*distances),_average(*distances)
+        rows.append({'class': name, 'dice': 2*both/(n_p+n_t) if n_p+n_t else float(empty), 'hd95': hd, 'assd': mean,
+                     'sensitivity': both/n_t if n_t else np.nan, 'precision': both/n_p if n_p else np.nan})
     return pd.DataFrame(rows, columns=['class','dice','hd95','assd','sensitivity','precision'])
 
 # %% ../nbs/33_surface.ipynb #b95dd70a
-class _VolumeDistance(_VolumeMetric):
+class VolumeDistance(VolumeMetric):
+    "A metric that is a distance (mm) between outlines: a subclass says which `distance`"
     def __init__(self,
         cls=None,      # One foreground class, by number or name; by default the mean over all
-        missed='nan',  # If just one of prediction and mask lacks the class: a number of mm, 'nan' (leaves the scan out), 'inf' or 'diagonal'
+        missed='nan',  # If just one mask lacks the class: a number of mm, 'nan' (leaves the scan out), 'inf' or 'diagonal'
         pooled=True,   # See the function of the same name
         spacing=None,  # mm per axis of every scan, instead of the data loader's
         name=None      # In the recorder; by default the metric's name, with `cls`
@@ -118,20 +128,24 @@ class _VolumeDistance(_VolumeMetric):
         super().__init__(cls, name)
         self.missed, self.pooled, self.spacing = missed, pooled, spacing
 
-    def _measure(self, learn): return _batch(learn)[0], learn.y.detach().as_subclass(torch.Tensor).byte()
+    def measure(self, learn): return self.counted(learn)[0],learn.y.detach().as_subclass(Tensor).byte()
 
-    def _score(self, where, preds, masks):
-        known, n_classes, res = self._of.known, len(self._of.classes), []
-        for k,scan in enumerate(self._scans):
-            p, t = (o[where==k] if known else o[where==k][0] for o in (preds, masks))
-            sp = self.spacing if self.spacing is not None else self._of.spacings[scan] if self._of.spacings is not None else None
-            res.append([self._distance(p==c, t==c, sp, pooled=self.pooled, missed=self.missed) for c in range(1, n_classes)])
+    def _spacing_of(self, scan):
+        if self.spacing is not None or self.epoch.spacings is None: return self.spacing
+        return self.epoch.spacings[scan]
+
+    def score(self, where, preds, masks):
+        res = []
+        for k,scan in enumerate(self.scan_numbers):
+            p,t = (o[where==k] if self.epoch.known else o[where==k][0] for o in (preds, masks))
+            how = dict(spacing=self._spacing_of(scan), pooled=self.pooled, missed=self.missed)
+            res.append([self.distance(p==c, t==c, **how) for c in range(1, len(self.epoch.classes))])
         return np.array(res)
 
-class VolumeHD95(_VolumeDistance):
+class VolumeHD95(VolumeDistance):
     "Mean 95th percentile Hausdorff distance of whole scans, in mm"
-    base, _distance = 'hd95', staticmethod(hd95)
+    base, distance = 'hd95', staticmethod(hd95)
 
-class VolumeASSD(_VolumeDistance):
+class VolumeASSD(VolumeDistance):
     "Mean average symmetric surface distance of whole scans, in mm"
-    base, _distance = 'assd', staticmethod(assd)
+    base, distance = 'assd', staticmethod(assd)

@@ -1,12 +1,12 @@
 "Scores against medpy, monai and surface-distance; metrics under any sharding, in several processes"
-import os, subprocess, sys, textwrap
+import os, pickle, subprocess, sys, textwrap
 from types import SimpleNamespace
 
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from scipy.ndimage import gaussian_filter
 
-from fastmiseg.metrics import VolumeDice, VolumePrecision, VolumeSensitivity, _counts
+from fastmiseg.metrics import VolumeDice, VolumePrecision, VolumeSensitivity, count_pixels
 from fastmiseg.surface import VolumeASSD, VolumeHD95, assd, dice, hd95, score_volume, surface_distances
 
 
@@ -107,7 +107,7 @@ def test_counts(C, seed):
     p = logits.max(1)[1]
     assert (p==logits.argmax(1)).all() # ties go to the lower class in both
     want = torch.stack([torch.stack([((p==c)&(y==c)).flatten(1).sum(1), (p==c).flatten(1).sum(1), (y==c).flatten(1).sum(1)], 1) for c in range(1, C)], 2)
-    assert (_counts(p, y, C)==want).all()
+    assert (count_pixels(p, y, C)==want).all()
 
 def test_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match=r'Predictions of shape \(2, 3, 4, 4\) do not fit masks of shape \(2, 8, 8\)'):
@@ -170,3 +170,34 @@ def test_processes_agree(tmp_path):
             assert abs(float(d)-_mean(want[0])) < 1e-12 and abs(float(h)-_mean(want[1])) < 1e-9
 
 def _mean(df): return df.groupby('class', sort=False)[df.columns[-1]].mean().mean()
+
+def test_learners_do_not_disturb_each_other():
+    "Two learners validate in turns, batch by batch; each metric has the value of its learner alone"
+    g = torch.Generator().manual_seed(0)
+    p, y = torch.randint(0, 3, (2,2,8,6,7), generator=g)
+    scan = torch.tensor([0]*5 + [1]*3)
+    many = [[VolumeDice(), VolumePrecision(), VolumeHD95()] for _ in range(2)]
+    counted = []
+    for i in torch.arange(8).split(3):
+        for k,metrics in enumerate(many):
+            t = y[k][i].clone()
+            t.scan, t.index = scan[i], i
+            dl = SimpleNamespace(scans=['s0','s1'], spacings=[(5.,1.,2.)]*2)
+            learn = SimpleNamespace(pred=torch.nn.functional.one_hot(p[k][i], 3).movedim(-1,1).float(), y=t, dl=dl,
+                                    dls=None, metrics=metrics)
+            for m in metrics: m.accumulate(learn)
+            counted.append(metrics[0].counted(learn))
+            assert metrics[1].counted(learn) is counted[-1] and metrics[2].counted(learn) is counted[-1]
+    assert len({id(o) for o in counted})==len(counted)
+    for k,metrics in enumerate(many):
+        for m in metrics:
+            alone = _feed(type(m)(), p[k], y[k], scan, range(8), 3)
+            pd.testing.assert_frame_equal(m.to_frame(), alone)
+
+def test_a_metric_can_be_saved_in_the_middle_of_an_epoch():
+    "What is shared of the last batch stays behind"
+    m = VolumeDice()
+    p, y = torch.randint(0, 3, (2,2,6,7))
+    learn = SimpleNamespace(pred=torch.nn.functional.one_hot(p, 3).movedim(-1,1).float(), y=y, dl=None, dls=None)
+    m.accumulate(learn)
+    assert pickle.loads(pickle.dumps(m)).value==m.value

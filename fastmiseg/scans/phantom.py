@@ -9,19 +9,23 @@ from __future__ import annotations
 __all__ = ['phantom_scan', 'make_phantom']
 
 # %% ../../nbs/07_scans.phantom.ipynb #0ba4a4b0
-import json, math, os
+import json, math
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 from fastprogress import progress_bar
 from scipy.ndimage import gaussian_filter
 
+from ..files import is_temporary, write_text
 from .cohort import CohortError
 from .volume import Volume, write_volume
 
 # %% ../../nbs/07_scans.phantom.ipynb #43cf5942
-def _wave(rng, amount, n=3): return [(rng.uniform(-amount, amount)/(k+1), rng.uniform(0, 2*math.pi)) for k in range(n)]
+def _wave(rng, amount, n=3):
+    "Amplitudes and phases of the waves around an outline"
+    return [(rng.uniform(-amount, amount)/(k+1), rng.uniform(0, 2*math.pi)) for k in range(n)]
 
 def _ellipse(
     x, y,    # Coordinates in mm, (n,H,W)
@@ -48,21 +52,29 @@ def _anatomy(rng):
     "One subject's shapes: mm and radians"
     U, septum = rng.uniform, math.pi + rng.uniform(-.4, .4)
     return SimpleNamespace(
-        length=U(66, 96), cavity=U(14, 26), wall=U(5, 12), blunt=U(1.8, 3.2), oval=U(.82, 1.), turn=U(0, math.pi), wave=_wave(rng, .06),
-        lopsided=U(0, .4), thick_at=U(-math.pi, math.pi), lean=(U(-12, 12), U(-12, 12)), fat=U(1, 5), septum=septum,
-        rv=SimpleNamespace(far=U(.85, 1.15), deep=U(.85, 1.2), wide=U(1., 1.35), top=U(-12, 3), end=U(.7, .95), turn=U(-.4, .4), wave=_wave(rng, .1)),
-        papillary=[(septum+math.pi+side*U(.5, 1.3), U(.45, .75), U(2.5, 5.5), U(.1, .35), U(.6, .95)) for side in (-1, 1)],
-        body=(U(-10, 30), U(20, 45), U(115, 160), U(88, 115)), body_wave=_wave(rng, .06), skin=U(5, 25), muscle=U(6, 14),
-        liver=(U(-60, 25), U(52, 80), U(50, 85), U(28, 42), U(-.5, .5)), liver_rise=U(0, .2), organ_wave=_wave(rng, .18),
+        length=U(66, 96), cavity=U(14, 26), wall=U(5, 12), blunt=U(1.8, 3.2), oval=U(.82, 1.), turn=U(0, math.pi),
+        wave=_wave(rng, .06), lopsided=U(0, .4), thick_at=U(-math.pi, math.pi), lean=(U(-12, 12), U(-12, 12)),
+        fat=U(1, 5), septum=septum,
+        rv=SimpleNamespace(far=U(.85, 1.15), deep=U(.85, 1.2), wide=U(1., 1.35), top=U(-12, 3), end=U(.7, .95),
+                           turn=U(-.4, .4), wave=_wave(rng, .1)),
+        papillary=[(septum+math.pi+side*U(.5, 1.3), U(.45, .75), U(2.5, 5.5), U(.1, .35), U(.6, .95))
+                   for side in (-1, 1)],
+        body=(U(-10, 30), U(20, 45), U(115, 160), U(88, 115)), body_wave=_wave(rng, .06), skin=U(5, 25),
+        muscle=U(6, 14),
+        liver=(U(-60, 25), U(52, 80), U(50, 85), U(28, 42), U(-.5, .5)), liver_rise=U(0, .2),
+        organ_wave=_wave(rng, .18),
         stomach=(U(15, 70), U(48, 80), U(14, 28), U(12, 22), U(-1, 1)), fed=rng.random()<.6, stomach_wall=U(2, 5),
-        mediastinum=(U(0, 40), U(25, 55), U(14, 30), U(25, 45), U(-.8, .2)), spine=(U(15, 55), U(80, 98), *[U(16, 22)]*2), aorta=(U(36, 62), U(36, 62), *[U(8, 13)]*2),
+        mediastinum=(U(0, 40), U(25, 55), U(14, 30), U(25, 45), U(-.8, .2)),
+        spine=(U(15, 55), U(80, 98), *[U(16, 22)]*2), aorta=(U(36, 62), U(36, 62), *[U(8, 13)]*2),
         vessels=[(U(-90, 90), U(-70, 70), *[U(1.5, 4.5)]*2) for _ in range(24)])
 
 def _tissues(rng):
     "One subject's intensities; blood in the LV is about 1"
     U, blood = rng.uniform, rng.uniform(.75, 1.1)
-    return SimpleNamespace(blood=blood, rv=blood*U(.82, 1.1), aorta=blood*U(.75, 1.15), atrium=blood*U(.8, 1.1), myo=blood*U(.22, .48), papillary=U(0, .3),
-        fat=U(.45, 1.2), muscle=U(.2, .5), lung=U(.03, .25), liver=U(.25, .95), stomach=U(.1, 1.), spine=U(.3, .8), mediastinum=U(.3, .9), texture=U(.03, .08))
+    return SimpleNamespace(
+        blood=blood, rv=blood*U(.82, 1.1), aorta=blood*U(.75, 1.15), atrium=blood*U(.8, 1.1), myo=blood*U(.22, .48),
+        papillary=U(0, .3), fat=U(.45, 1.2), muscle=U(.2, .5), lung=U(.03, .25), liver=U(.25, .95),
+        stomach=U(.1, 1.), spine=U(.3, .8), mediastinum=U(.3, .9), texture=U(.03, .08))
 
 # %% ../../nbs/07_scans.phantom.ipynb #aa8fe2cc
 def _paint_chest(img, x, y, s, h, t, soft):
@@ -70,17 +82,19 @@ def _paint_chest(img, x, y, s, h, t, soft):
     paint = lambda sdf, value: _paint(img, sdf, value, soft)
     body = _ellipse(x, y, *h.body, wave=h.body_wave)
     inside = body + h.skin + h.muscle
-    paint(body, t.fat); paint(body+h.skin, t.muscle); paint(inside, t.lung)
+    for sdf,value in ((body, t.fat), (body+h.skin, t.muscle), (inside, t.lung)): paint(sdf, value)
     for o in h.vessels: paint(np.maximum(_ellipse(x, y, *o), inside+3), t.aorta*.7)
     paint(_ellipse(x, y, *h.mediastinum, wave=h.organ_wave), t.mediastinum)
     paint(_ellipse(x, y, *h.spine), t.spine)
     if h.fed:
         stomach = _ellipse(x, y, *h.stomach, wave=h.organ_wave)
-        paint(stomach, t.muscle); paint(stomach+h.stomach_wall, t.stomach)
+        paint(stomach, t.muscle)
+        paint(stomach+h.stomach_wall, t.stomach)
     cx, cy, *axes = h.liver
     paint(_ellipse(x, y, cx, cy-h.liver_rise*s*h.length, *axes, h.organ_wave), t.liver)
     aorta = _ellipse(x, y, *h.aorta)
-    paint(aorta-2, t.myo); paint(aorta, t.aorta)
+    paint(aorta-2, t.myo)
+    paint(aorta, t.aorta)
 
 # %% ../../nbs/07_scans.phantom.ipynb #417a8fba
 def _paint_heart(img, x, y, s, h, t, soft):
@@ -99,10 +113,11 @@ def _paint_heart(img, x, y, s, h, t, soft):
     R, top = h.cavity+h.wall, h.rv.top/h.length
     size = np.clip((h.rv.end-s)/(h.rv.end-top), 0, 1)**.6*(s>top)
     away = R*h.rv.far*(.55 + .45*size)
-    rv = only(size>0, _ellipse(x, y, away*math.cos(h.septum), away*math.sin(h.septum), R*h.rv.deep*size, R*h.rv.wide*size, h.septum+h.rv.turn, h.rv.wave))
+    rv = only(size>0, _ellipse(x, y, away*math.cos(h.septum), away*math.sin(h.septum),
+                               R*h.rv.deep*size, R*h.rv.wide*size, h.septum+h.rv.turn, h.rv.wave))
 
     paint(np.minimum(left, rv-3) - h.fat, t.fat*.75)
-    paint(rv-2.5, t.myo); paint(left, t.myo)
+    for sdf in (rv-2.5, left): paint(sdf, t.myo)
     rv = np.maximum(rv, -left)
     for sdf, value in ((atrium+2, t.atrium), (rv, t.rv), (endo, t.blood)): paint(sdf, value)
     for angle, far, r, lo, hi in h.papillary:
@@ -165,21 +180,26 @@ def phantom_scan(
     return image, image.like(np.ascontiguousarray(mask[1::3][::-1]))
 
 # %% ../../nbs/07_scans.phantom.ipynb #dcc8e87d
-_about = 'phantom.json'
+_description = 'phantom.json'
 
 def _claim(root, args):
     "Make `root` the place of the phantom described by `args`, or say why it cannot be"
-    file, others = root/_about, root.is_dir() and [o for o in root.iterdir() if not o.name.startswith(f'.{_about}')] # looked at first: another process may be starting too
+    file = root/_description
+    # looked at before the description: another process may be starting too
+    others = root.is_dir() and [o for o in root.iterdir() if not is_temporary(o.name)]
     if file.exists():
         try: found = json.loads(file.read_text())
         except ValueError: raise CohortError(f'{file} cannot be read. Delete {root}, or use another folder') from None
-        if found!=args: raise CohortError(f'{root} holds another phantom: {found} found, {args} asked for. Use another folder, or delete this one')
+        if found!=args:
+            raise CohortError(f'{root} holds another phantom: {found} found, {args} asked for. '
+                              'Use another folder, or delete this one')
         return
     if root.is_file(): raise CohortError(f'{root} is a file, but the phantom needs a folder')
-    if others: raise CohortError(f'{root} is not empty and has no {_about}, so what it holds is no phantom. Use another folder')
+    if others:
+        raise CohortError(f'{root} is not empty and has no {_description}, so what it holds is not a phantom. '
+                          'Use another folder')
     root.mkdir(parents=True, exist_ok=True)
-    tmp = root/f'.{_about}-{os.getpid()}'
-    tmp.write_text(json.dumps(args)); tmp.replace(file)
+    write_text(file, json.dumps(args))
 
 def make_phantom(
     root,            # Folder to write to: `images/NAME.nii.gz`, `masks/NAME.nii.gz`, `cohort.csv`
@@ -196,10 +216,12 @@ def make_phantom(
         if not least<=lo<=hi: raise CohortError(f'{k}=({lo}, {hi}): expected (least, largest), from {least} up')
     _claim(root, dict(format=1, n_subjects=int(n_subjects), seed=int(seed), size=size, n_slices=n_slices))
     names = [f'heart{i:03d}' for i in range(n_subjects)]
-    df = pd.DataFrame([dict(subject=o, scan=o, image=f'images/{o}.nii.gz', mask=f'masks/{o}.nii.gz') for o in names], dtype=object)
+    df = pd.DataFrame([dict(subject=o, scan=o, image=f'images/{o}.nii.gz', mask=f'masks/{o}.nii.gz')
+                       for o in names], dtype=object)
     todo = [i for i,r in df.iterrows() if not ((root/r['image']).exists() and (root/r['mask']).exists())]
     for i in (progress_bar(todo) if progress else todo):
-        for vol,col in zip(phantom_scan(i, seed, size, n_slices), ('image','mask')): write_volume(vol, root/df.loc[i,col])
+        for vol,col in zip(phantom_scan(i, seed, size, n_slices), ('image','mask')):
+            write_volume(vol, root/df.loc[i,col])
     if not (root/'cohort.csv').exists(): df.to_csv(root/'cohort.csv', index=False)
     df[['image','mask']] = df[['image','mask']].map(lambda o: str(root/o))
     df.attrs.update(layout='folder', classes=('background','RV','Myo','LV'), labels=None)

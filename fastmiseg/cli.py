@@ -36,7 +36,9 @@ def _report(problems, of=''):
     for p in problems: print(p, file=sys.stderr)
     if len(problems): print(f'{len(problems)}{of} scans could not be used', file=sys.stderr); sys.exit(1)
 
-def _means(scores): print('\n' + scores.groupby('class', sort=False)[['dice','hd95','assd']].mean().round(3).to_string())
+def _print_means(scores):
+    means = scores.groupby('class', sort=False)[['dice','hd95','assd']].mean()
+    print('\n' + means.round(3).to_string())
 
 # %% ../nbs/40_cli.ipynb #4f2998cb
 def _setting_options():
@@ -60,18 +62,24 @@ def _with_settings(f):
     def command(*args, **kwargs): return f(*args, **kwargs)
     own = [p for p in inspect.signature(f).parameters.values() if p.kind is not p.VAR_KEYWORD]
     said = docments(f)
-    own = [p if hasattr(p.annotation, '__metadata__') else p.replace(annotation=Annotated[p.annotation, said[p.name] or '']) for p in own]
-    command.__signature__ = inspect.Signature([*own, *_setting_options()])
+    def annotated(p):
+        if hasattr(p.annotation, '__metadata__'): return p
+        return p.replace(annotation=Annotated[p.annotation, said[p.name] or ''])
+    command.__signature__ = inspect.Signature([*map(annotated, own), *_setting_options()])
     del command.__wrapped__
     return command
 
 # %% ../nbs/40_cli.ipynb #c0986856
 @call_parse
 def prepare(
-    data:str,          # Folder with scans and masks (ACDC, PROMISE12, Decathlon, MM-WHS, images/ and masks/, DICOM; recognised by itself), or a CSV with columns image, mask, subject, scan, split
+    # Folder with scans and masks (ACDC, PROMISE12, Decathlon, MM-WHS, images/ and masks/, DICOM; recognised by
+    # itself), or a CSV with columns image, mask, subject, scan, split
+    data:str,
     out:str='run',     # Folder to make: config.json, split.csv and the slices
     layout:str=None,   # Layout of DATA, where it is not recognised: msd, acdc, promise12, mmwhs, folder, dicom or csv
-    recipe:str='auto', # How a scan becomes slices: auto (from the scans), a preset (acdc, promise12, spleen, mmwhs, hippocampus), or a JSON file as in config.json
+    # How a scan becomes slices: auto (from the scans), a preset (acdc, promise12, spleen, mmwhs, hippocampus),
+    # or a JSON file as in config.json
+    recipe:str='auto',
     labeled:_number=8, # Subjects whose masks are used for training, a number or a fraction (0.1); all: all that remain
     valid:_number=.2,  # Subjects to validate on, a number or a fraction
     test:_number=.2,   # Subjects to test on, a number or a fraction
@@ -80,7 +88,9 @@ def prepare(
     skip_bad:bool=False, # Leave out scans that cannot be used (exit code 1), instead of stopping (exit code 2)
     overwrite:bool=False # Replace the run that is in OUT
 ):
-    "Recognise scans, split them by subject, and prepare their slices, so that trainings start at once: fastmiseg-prepare scans --out prepared; fastmiseg-train prepared --out run. Exit codes: 0 done; 1 done, but some scans could not be used; 2 not done, for the reason given; 130 interrupted."
+    """Recognise scans, split them by subject, and prepare their slices, so that trainings start at once:
+    fastmiseg-prepare scans --out prepared; fastmiseg-train prepared --out run.
+    Exit codes: 0 done; 1 done, but some scans could not be used; 2 not done, for the reason given; 130 interrupted."""
     with polite('fastmiseg-prepare', '; what is prepared is kept, call it again'):
         from fastmiseg.commands import prepare_run
         bad = prepare_run(data, out, layout, recipe, labeled, valid, test, seed, workers, skip_bad, overwrite)
@@ -89,9 +99,13 @@ def prepare(
 @call_parse
 @_with_settings
 def train(
-    data:Annotated[str, 'Folder or CSV of scans as for fastmiseg-prepare, or a folder that fastmiseg-prepare made; not needed with --resume', dict(nargs='?', opt=False)]=None,
-    out:str='run',     # Run folder to make: config.json, split.csv, log.csv, checkpoints/, model.safetensors, metrics.csv, figures/
-    resume:bool=False, # Go on with the run in OUT where it was interrupted; settings are those of the run, but for options that are given (--epochs 20 trains on)
+    data:Annotated[str, 'Folder or CSV of scans as for fastmiseg-prepare, or a folder that fastmiseg-prepare made; '
+                        'not needed with --resume', dict(nargs='?', opt=False)]=None,
+    # Run folder to make: config.json, split.csv, log.csv, checkpoints/, model.safetensors, metrics.csv, figures/
+    out:str='run',
+    # Go on with the run in OUT where it was interrupted; settings are those of the run, but for options that are
+    # given (--epochs 20 trains on)
+    resume:bool=False,
     settings:str=None, # JSON or TOML file of settings; options change what stands in it
     layout:str=None,   # As for fastmiseg-prepare
     recipe:str='auto', # As for fastmiseg-prepare
@@ -102,15 +116,18 @@ def train(
     overwrite:bool=False, # Replace the run that is in OUT
     **options          # Every setting of a training
 ):
-    "Train from scans to a run folder with model, scores and figures. Ctrl-C leaves a run that --resume takes up: fastmiseg-train --out run --resume. Exit codes: 0 done; 1 done, but some scans could not be used; 2 not done, for the reason given; 130 interrupted."
+    """Train from scans to a run folder with model, scores and figures.
+    Ctrl-C leaves a run that --resume takes up: fastmiseg-train --out run --resume.
+    Exit codes: 0 done; 1 done, but some scans could not be used; 2 not done, for the reason given; 130 interrupted."""
     with polite('fastmiseg-train', f'; go on with: fastmiseg-train --out {out} --resume'):
         from fastmiseg.commands import resume_run, train_run
         if resume and data is not None: raise ValueError('DATA: the run knows its scans; leave it out with --resume')
         if not resume and data is None: raise ValueError('DATA: missing; give a folder or CSV of scans, or --resume')
         changes = {k:o for k,o in options.items() if o is not None and o is not False}
         if resume: scores = resume_run(out, workers, **changes)
-        else: scores = train_run(data, out, settings, overwrite, workers, layout, recipe, labeled, valid, test, **changes)
-        _means(scores)
+        else:
+            scores = train_run(data, out, settings, overwrite, workers, layout, recipe, labeled, valid, test, **changes)
+        _print_means(scores)
         _report([f'{k}: {v}' for k,v in scores.attrs['problems'].items()])
 
 @call_parse
@@ -125,17 +142,20 @@ def predict(
     bs:int=16,          # Slices to a batch
     overwrite:bool=False # Replace files that exist in OUT
 ):
-    "Segment scans. One that cannot be used does not stop the others: it is reported at the end. Exit codes: 0 done; 1 done, but some scans could not be used; 2 not done, for the reason given; 130 interrupted."
+    """Segment scans. One that cannot be used does not stop the others: it is reported at the end.
+    Exit codes: 0 done; 1 done, but some scans could not be used; 2 not done, for the reason given; 130 interrupted."""
     with polite('fastmiseg-predict'):
         from fastmiseg.commands import predict_scans
-        done = predict_scans(model, data, out, layout, probabilities=probabilities, flips=flips, largest=largest, bs=bs, overwrite=overwrite)
+        done = predict_scans(model, data, out, layout, probabilities=probabilities, flips=flips, largest=largest,
+                             bs=bs, overwrite=overwrite)
         print(f'\n{done.out.notna().sum()} segmentations in {out}')
         _report(list(done.problem.dropna()), f' of {len(done)}')
 
 @call_parse
 def evaluate(
     model:str,          # Run folder, or a .safetensors file from export_segmenter
-    data:Annotated[str, 'Folder or CSV of scans with masks; by default the test scans of the run (validation scans, if there are no others)', dict(nargs='?', opt=False)]=None,
+    data:Annotated[str, 'Folder or CSV of scans with masks; by default the test scans of the run '
+                        '(validation scans, if there are no others)', dict(nargs='?', opt=False)]=None,
     out:str=None,       # Folder for metrics.csv and figures/; by default the run
     layout:str=None,    # Layout of DATA, where it is not recognised
     split:str=None,     # Only scans of this part: test, valid, labeled
@@ -144,11 +164,14 @@ def evaluate(
     skip_bad:bool=False,# Leave out scans that cannot be used (exit code 1), instead of stopping (exit code 2)
     overwrite:bool=False # Replace the metrics that are in OUT
 ):
-    "Score a model on scans with masks: Dice, 95 % Hausdorff and average surface distance in mm, sensitivity and precision per scan and class. Exit codes: 0 done; 1 done, but some scans could not be used; 2 not done, for the reason given; 130 interrupted."
+    """Score a model on scans with masks: Dice, 95 % Hausdorff and average surface distance in mm,
+    sensitivity and precision per scan and class.
+    Exit codes: 0 done; 1 done, but some scans could not be used; 2 not done, for the reason given; 130 interrupted."""
     with polite('fastmiseg-evaluate'):
         from fastmiseg.commands import evaluate_run
-        scores = evaluate_run(model, data, out, layout, split, overwrite, flips=flips, largest=largest, skip_bad=skip_bad)
-        _means(scores)
+        scores = evaluate_run(model, data, out, layout, split, overwrite, flips=flips, largest=largest,
+                              skip_bad=skip_bad)
+        _print_means(scores)
         bad = scores.attrs['problems']
         _report([f'{k}: {v}' for k,v in bad.items()], f' of {scores.scan.nunique()+len(bad)}')
 

@@ -21,13 +21,14 @@ from .scans.intact import extension
 from .scans.recipe import Recipe
 from .scans.store import SliceStore
 from .segmenter import export_segmenter, load_segmenter, method_of
-from .training import Settings, fit, read_settings
+from .training import Settings, fit
 
 # %% ../nbs/39_commands.ipynb #c328bc21
 class RunError(ValueError): "A run folder that cannot be used, or a setting that does not exist"
 
 _format = 1
-_written = ('config.json','split.csv','checkpoints','log.csv','pretraining','pretraining.csv','model.safetensors','metrics.csv','figures')
+_written_by_us = ('config.json','split.csv','checkpoints','log.csv','pretraining','pretraining.csv','model.safetensors',
+                  'metrics.csv','figures')
 
 def _new_run(out, overwrite):
     out = Path(out)
@@ -37,7 +38,7 @@ def _new_run(out, overwrite):
         raise RunError(f'{out}: is not a run folder, but holds {there[0]}; choose another folder')
     if there and not overwrite:
         raise FileExistsError(f'{out}: there is a run already; choose another folder, resume it, or overwrite it')
-    for o in set(there)&set(_written): shutil.rmtree(out/o) if (out/o).is_dir() else (out/o).unlink()
+    for o in set(there)&set(_written_by_us): shutil.rmtree(out/o) if (out/o).is_dir() else (out/o).unlink()
     out.mkdir(parents=True, exist_ok=True)
     return out
 
@@ -54,8 +55,9 @@ def _config(run):
     except (OSError, ValueError) as e: raise RunError(f'{file}: cannot be used ({e})') from None
     known = c if isinstance(c, dict) else {}
     if known.get('format')!=_format:
-        raise RunError(f"{file}: has format {known.get('format')!r} and was written by fastmiseg {known.get('fastmiseg')}, this is "
-                       f'fastmiseg {fastmiseg.__version__}, which knows format {_format}; use that version, or train again')
+        raise RunError(f"{file}: has format {known.get('format')!r} and was written by fastmiseg "
+                       f"{known.get('fastmiseg')}, this is fastmiseg {fastmiseg.__version__}, which knows format "
+                       f'{_format}; use that version, or train again')
     try:
         c.update(recipe=Recipe.from_dict(c['recipe']), store=Path(run)/c['store'])
         if 'train' in c: c['train'] = Settings.from_dict(c['train'])
@@ -67,7 +69,9 @@ def prepare_run(
     data,            # folder or CSV of scans; a column `split` is taken as it is
     out,             # run folder to make
     layout=None,     # as for `load_cohort`
-    recipe='auto',   # a `Recipe`, 'auto', a preset (acdc, promise12, spleen, mmwhs, hippocampus), or a JSON file with the arguments of `Recipe`
+    # a `Recipe`, 'auto', a preset (acdc, promise12, spleen, mmwhs, hippocampus), or a JSON file with the arguments
+    # of `Recipe`
+    recipe='auto',
     labeled=8,       # subjects to train on with their masks: a number, a fraction, or 'all' that remain
     valid=.2,        # subjects to validate on, a number or a fraction
     test=.2,         # subjects to test on, a number or a fraction
@@ -97,7 +101,7 @@ def prepare_run(
 
 # %% ../nbs/39_commands.ipynb #88a394e2
 def train_run(
-    data,            # folder or CSV of scans; or a folder that `prepare_run` made, whose recipe, split and slices are used
+    data,            # folder or CSV of scans; or a folder from `prepare_run`: its recipe, split and slices are used
     out,             # run folder to make
     settings=None,   # `Settings`, or a JSON or TOML file of them; default: those of the next arguments
     overwrite:bool=False, # replace the run that is in `out`
@@ -111,7 +115,8 @@ def train_run(
 )->pd.DataFrame:     # scores, as from `evaluate_cohort`
     "Train, and leave a run folder: config, split, log, checkpoints, model, metrics and figures"
     settings = settings_from(settings, **changes)
-    given = dict(layout=(layout, None), recipe=(recipe, 'auto'), labeled=(labeled, 8), valid=(valid, .2), test=(test, .2))
+    given = dict(layout=(layout, None), recipe=(recipe, 'auto'), labeled=(labeled, 8), valid=(valid, .2),
+                 test=(test, .2))
     if (Path(data)/'config.json').exists():
         if Path(data).resolve()==Path(out).resolve():
             raise RunError(f'{out}: is the folder with the prepared slices; make the run in another one, or resume it')
@@ -122,7 +127,9 @@ def train_run(
         out = _new_run(out, overwrite)
         _write_config(out, str(c['store'].resolve()), c['seed'], c['recipe'], settings)
         save_cohort(df, out/'split.csv')
-    else: prepare_run(data, out, layout, recipe, labeled, valid, test, settings.seed, workers, settings.skip_bad, overwrite, settings)
+    else:
+        prepare_run(data, out, layout, recipe, labeled, valid, test, settings.seed, workers, settings.skip_bad,
+                    overwrite, settings)
     return resume_run(out, workers)
 
 def settings_from(
@@ -147,16 +154,15 @@ def _draw_figures(learn, cbs, folder):
     except ValueError as e: print(f'figures/tsne.png is not drawn: {e}')
 
 def resume_run(
-    run,          # run folder
-    workers=None, # processes that prepare slices
-    **changes     # fields of `Settings` that are to be otherwise from here on, for instance more epochs
-)->pd.DataFrame:  # scores
-    "Go on with a training where it was interrupted; without changes it ends as if nobody had disturbed it"
+    run,         # run folder
+    workers=None # processes that prepare slices
+)->pd.DataFrame: # scores
+    "Go on with a training where it was interrupted; it ends as if nobody had disturbed it"
     run,c = Path(run),_config(run)
-    if 'train' not in c: raise RunError(f'{run}: is prepared, but no training was begun in it; train from it into another folder')
-    s,df = settings_from(c['train'], **changes),load_cohort(run/'split.csv', 'csv')
-    learn,cbs = fit(s, df, c['recipe'], c['store'], run, workers=workers, change=bool(changes))
-    if changes: write_text(run/'config.json', json.dumps({**read_settings(run/'config.json'), 'train':s.to_dict()}, indent=1))
+    if 'train' not in c:
+        raise RunError(f'{run}: is prepared, but no training was begun in it; train from it into another folder')
+    s,df = c['train'],load_cohort(run/'split.csv', 'csv')
+    learn,cbs = fit(s, df, c['recipe'], c['store'], run, workers=workers)
     export_segmenter(learn, run/'model.safetensors', cohort=df.attrs.get('layout'), seed=s.seed, method=s.method,
                      weights=method_of(cbs), training=s.to_dict())
     _draw_figures(learn, cbs, run/'figures')
@@ -194,7 +200,7 @@ def predict_scans(
 
 def evaluate_run(
     model,       # run folder, or a file from `export_segmenter`
-    data=None,   # folder or CSV of scans with masks; default: the test scans of the run (validation scans, if there are no others)
+    data=None,   # folder or CSV of scans with masks; default: the test scans of the run, else its validation scans
     out=None,    # folder for metrics.csv and figures; default: the run
     layout=None, # as for `load_cohort`
     split=None,  # 'test', 'valid', ...: only these scans

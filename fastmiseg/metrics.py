@@ -55,9 +55,9 @@ def _mean_score(v):
     n = (~np.isnan(v)).sum(0)
     return float((np.nansum(v, 0)[n>0]/n[n>0]).mean()) if n.any() else float('nan')
 
-# %% ../nbs/32_metrics.ipynb #4d25dc32
+# %% ../nbs/32_metrics.ipynb #2d6041ac
 class VolumeMetric(Metric):
-    "A metric of whole scans: a subclass `measure`s a batch on the device, and `score`s the slices of an epoch on the host"
+    "A metric of whole scans: a subclass `measure`s a batch, on the device, and `score`s an epoch, on the host"
     base = None # its name, and the column in `to_frame`
     def __init__(self,
         cls=None,  # One foreground class, by number or name; by default the mean over all

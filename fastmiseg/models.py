@@ -107,8 +107,8 @@ def _timm_body(name, n_in, pretrained):
     return body
 
 def create_unet(
-    arch='unet',           # 'unet' (the paper's), 'dynamic_unet' (its encoder in a `DynamicUnet`), a timm name,
-                           # or a torchvision function
+    # 'unet' (the paper's), 'dynamic_unet' (its encoder in a `DynamicUnet`), a timm name, or a torchvision function
+    arch='unet',
     n_in:int=1,            # channels of the image
     n_out:int=2,           # classes, background included
     size:tuple=(224,224),  # height and width of the images, for `DynamicUnet`
@@ -124,8 +124,9 @@ def _torchvision_body(arch, n_in, pretrained):
     meta = model_meta.get(arch, _meta)
     try: body = create_body(arch(weights=meta.get('weights') if pretrained else None), n_in, pretrained, meta['cut'])
     except (StopIteration, AssertionError):
-        raise ValueError(f"arch: fastai does not know where to cut {getattr(arch, '__name__', arch)!r} into an encoder; "
-                         "choose a plain convolutional encoder by its name in timm, as in arch='mobilenetv2_100'") from None
+        name = getattr(arch, '__name__', arch)
+        raise ValueError(f"arch: fastai does not know where to cut {name!r} into an encoder; choose a plain "
+                         "convolutional encoder by its name in timm, as in arch='mobilenetv2_100'") from None
     while len(body)<4 and isinstance(body[0], nn.Sequential): body = nn.Sequential(*body[0], *body[1:])
     return body
 
@@ -170,8 +171,8 @@ def _trace(model, size):
     finally:
         for h in handles: h.remove()
     if not isinstance(out, Tensor):
-        raise ValueError(f"model: {type(model).__name__} returns a {type(out).__name__}, not a tensor of logits (N, C, H, W); "
-                         "wrap it so that it returns the logits only")
+        raise ValueError(f"model: {type(model).__name__} returns a {type(out).__name__}, not a tensor of logits "
+                         "(N, C, H, W); wrap it so that it returns the logits only")
     return seen
 
 # %% ../nbs/16_models.ipynb #1adbcbe6

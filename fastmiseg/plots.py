@@ -52,7 +52,8 @@ def _edges(vol, where):
     row,col = (d[:,2-where.order[i]]*(-1 if where.flip[i] else 1) for i in (1,2))
     return letters(-col), letters(col), letters(-row), letters(row)
 
-_edge_places = [(.02,.5,'left','center'), (.98,.5,'right','center'), (.5,.98,'center','top'), (.5,.02,'center','bottom')]
+_edge_places = [(.02,.5,'left','center'), (.98,.5,'right','center'),
+                (.5,.98,'center','top'), (.5,.02,'center','bottom')] # x, y, and how the letters lie there
 
 def _mark_edges(ax, edges):
     box = dict(facecolor='k', alpha=.5, pad=.8, lw=0)
@@ -75,7 +76,7 @@ def _planes(scan, axis, *masks):
     masks = [None if o is None else where.forward(o, nearest=True) for o in masks]
     return (grey, *masks),dy/dx,_edges(vol, where)
 
-# %% ../nbs/38_plots.ipynb #6b928469
+# %% ../nbs/38_plots.ipynb #e633c856
 _errors = {'missed':palette[7], 'too much':palette[6], 'wrong class':palette[5]}
 
 def _error_map(mask, pred):
@@ -95,7 +96,7 @@ def _legend(fig, classes, errors=False):
     handles = lines+patches
     fig.legend(handles=handles, loc='outside lower center', ncols=len(handles), fontsize=8, frameon=False)
 
-# %% ../nbs/38_plots.ipynb #0dda832e
+# %% ../nbs/38_plots.ipynb #c1ba8154
 def _row_names(mask, pred):
     if mask is not None and pred is not None: return ['mask','prediction','errors']
     return ['mask'] if mask is not None else ['prediction'] if pred is not None else ['scan']
@@ -250,7 +251,8 @@ def _stage_maps(learn, x, names):
     finally: stages.remove()
 
 def _projectors_of(cb):
-    if cb.projectors is None: raise ValueError(f'cb: this {type(cb).__name__} has no projectors yet; train with it first')
+    if cb.projectors is None:
+        raise ValueError(f'cb: this {type(cb).__name__} has no projectors yet; train with it first')
     return lambda stage: cb.projectors[stage.replace('.','/')]
 
 def _full_slices(learn, x, n):
@@ -263,7 +265,7 @@ def _full_slices(learn, x, n):
     k = fullest[np.linspace(0, len(fullest)-1, min(n, len(fullest))).round().astype(int)]
     return x[k],y[k]
 
-# %% ../nbs/38_plots.ipynb #83b74ce1
+# %% ../nbs/38_plots.ipynb #47c39daf
 _tol_colors = ['#332288','#88CCEE','#44AA99','#117733','#999933','#DDCC77','#CC6677','#882255','#AA4499','#DDDDDD']
 
 def _cluster_colors(k):
@@ -282,7 +284,8 @@ def plot_clusters(
     "The winning cluster at each position of the decoder's stages (Figure 5)"
     projector,layers = _projectors_of(cb),[o for o in cb.local_layers if o in cb.layers]
     if not layers:
-        raise ValueError('cb: regularises no decoder stage, so there are no positions with clusters; give it local layers')
+        raise ValueError('cb: regularises no decoder stage, so there are no positions with clusters; '
+                         'give it local layers')
     x,y = _full_slices(learn, x, n)
     maps = _stage_maps(learn, x, layers)
     clusters = [projector(stage)(maps[stage])[:,head] for stage in layers] # (N,K,h,w)

@@ -120,7 +120,7 @@ class VolumeDistance(VolumeMetric):
     "A metric that is a distance (mm) between outlines: a subclass says which `distance`"
     def __init__(self,
         cls=None,      # One foreground class, by number or name; by default the mean over all
-        missed='nan',  # If just one mask lacks the class: a number of mm, 'nan' (leaves the scan out), 'inf' or 'diagonal'
+        missed='nan',  # If just one mask lacks the class: mm, 'nan' (leaves the scan out), 'inf' or 'diagonal'
         pooled=True,   # See the function of the same name
         spacing=None,  # mm per axis of every scan, instead of the data loader's
         name=None      # In the recorder; by default the metric's name, with `cls`

@@ -21,7 +21,7 @@ def weight(
 )->float|list:
     "A weight as a command line has it"
     first,*rest = text.split(',')
-    return [float(first), *(float(rest[0]),), *rest[1:]] if rest else float(first)
+    return [float(first), float(rest[0]), *rest[1:]] if rest else float(first)
 
 def schedule(
     w # a number, [number, until] or [number, until, 'down']
@@ -36,9 +36,9 @@ def _top(w): return w[0] if isinstance(w, (list,tuple)) else w
 
 def _check_weight(name, w):
     number = lambda o: isinstance(o, (int,float)) and not isinstance(o, bool)
-    if number(w): good = True
-    else: good = isinstance(w, (list,tuple)) and len(w)>1 and all(map(number, w[:2])) and 0<w[1]<=1 and list(w[2:]) in ([], ['down'])
-    if not good:
+    pair = isinstance(w, (list,tuple)) and len(w)>1 and all(map(number, w[:2]))
+    ramp = pair and 0<w[1]<=1 and list(w[2:]) in ([], ['down'])
+    if not number(w) and not ramp:
         raise ValueError(f"{name}: {w!r} is not a weight; give a number, or [number, until] or [number, until, 'down'] "
                          "with until a fraction of the training (above 0, at most 1)")
     if _top(w)<0: raise ValueError(f'{name}: {_top(w)} is below 0')
@@ -105,21 +105,23 @@ class Settings:
         given = {k:getattr(self, k) for k in terms if getattr(self, k) is not None}
         for k,w in given.items():
             if k not in usual:
-                raise ValueError(f"{k}: the method {self.method!r} has no {k} term; it has {', '.join(usual) or 'none'}")
+                raise ValueError(f"{k}: the method {self.method!r} has no {k} term; "
+                                 f"it has {', '.join(usual) or 'none'}")
             _check_weight(k, w)
         return {**usual, **given}
 
     def check_weights(self):
         "An error where every weight is 0"
         if self.weights and not any(_top(w) for w in self.weights.values()):
-            raise ValueError(f"{', '.join(self.weights)}: 0 leaves the unlabelled scans out; for that, take the method partial")
+            raise ValueError(f"{', '.join(self.weights)}: 0 leaves the unlabelled scans out; "
+                             "for that, take the method partial")
 
     @property
     def T(self): # `Pool`
         "What T is drawn from"
         from fastmiseg.transforms import RandomFlips, RandomLight, RandomShifts
-        axes = None if self.flips is None else tuple(a for f,a in (('v',-2),('h',-1)) if f in self.flips.replace('none', ''))
-        pool = RandomFlips(axes, self.flip_p)
+        flips = {'h':(-1,), 'v':(-2,), 'hv':(-2,-1), 'none':(), None:None}
+        pool = RandomFlips(flips[self.flips], self.flip_p)
         if self.jitter: pool = pool + RandomLight(self.jitter)
         if self.shift: pool = pool + RandomShifts(self.shift)
         return pool
@@ -185,6 +187,7 @@ class Method:
     callbacks:Callable      # (settings, weights as numbers or schedules) -> list of callbacks
     uses_T:bool=True        # whether it compares x with T(x)
 
+# each makes the callbacks of a method from the settings `s` and the weights `w` (term -> number or schedule)
 def _mireg(s, w):
     from fastmiseg.callback.mireg import MIRegCallback
     return [MIRegCallback(w['global_mi'], w['local_mi'], w.get('consistency', 0.), T=s.T, **s.mireg)]
@@ -225,9 +228,11 @@ methods = {
     'entropy': Method('predictions are confident', dict(entropy=.01), _entropy, uses_T=False),
     'teacher': Method('Mean Teacher', dict(consistency=5.), _teacher),
     'mireg+teacher': Method('the paper with a teacher (section 5.2)', _paper, _mireg_teacher),
-    'pseudo': Method('confident predictions are masks of strongly changed copies', dict(pseudo=1.), _pseudo, uses_T=False),
+    'pseudo': Method('confident predictions are masks of strongly changed copies', dict(pseudo=1.), _pseudo,
+                     uses_T=False),
     'pseudo+teacher': Method('the same, with the labels of a teacher', dict(pseudo=1.), _pseudo_teacher, uses_T=False),
-    'pretrain': Method("the paper's terms alone in the first half, then the labelled scans alone (Figure 7)", _paper, _mireg),
+    'pretrain': Method("the paper's terms alone in the first half, then the labelled scans alone (Figure 7)", _paper,
+                       _mireg),
 }
 
 def callbacks_of(
@@ -259,8 +264,9 @@ def _learner(s, df, recipe, store, path, workers):
     from fastmiseg.learner import miseg_learner, paper_adam
     from fastmiseg.losses import CrossEntropyDiceLoss
     from fastmiseg.metrics import VolumeDice
-    dls = MISegDataLoaders.from_cohort(_scans_for(s.method, df), recipe, store=store, bs=s.bs, unlabeled_bs=s.unlabeled_bs,
-        n_iters=s.n_iters, seed=s.seed, workers=workers, skip_bad=s.skip_bad, path=path or '.')
+    dls = MISegDataLoaders.from_cohort(
+        _scans_for(s.method, df), recipe, store=store, bs=s.bs, unlabeled_bs=s.unlabeled_bs, n_iters=s.n_iters,
+        seed=s.seed, workers=workers, skip_bad=s.skip_bad, path=path or '.')
     set_seed(s.seed)
     size = dict(width=s.width) if s.arch in ('unet','dynamic_unet') else {}
     loss = dict(loss_func=CrossEntropyDiceLoss()) if s.loss=='ce+dice' else {}
@@ -281,7 +287,6 @@ def fit(
     store,              # folder of the prepared slices
     path=None,          # folder of checkpoints and log.csv, with which an interrupted training goes on; None: neither
     every:int=100,      # steps between checkpoints
-    change:bool=False,  # go on with a training that was begun with other settings; an error otherwise
     workers:int=None,   # processes that prepare slices
     quiet:bool=False,   # no progress bar, no table
     cbs:list=None       # instead of the method's callbacks
@@ -293,7 +298,7 @@ def fit(
     cbs = callbacks_of(s) if cbs is None else cbs
     def run(epochs, cbs, checkpoints, log):
         if path is not None:
-            cbs = [*cbs, ResumeCallback(Path(path)/checkpoints, every=every, change=change), TrainingLogCallback(Path(path)/log)]
+            cbs = [*cbs, ResumeCallback(Path(path)/checkpoints, every=every), TrainingLogCallback(Path(path)/log)]
         if not quiet: return _run_schedule(learn, s, epochs, cbs)
         with learn.no_bar(), learn.no_logging(): _run_schedule(learn, s, epochs, cbs)
     if s.method=='pretrain':

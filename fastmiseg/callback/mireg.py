@@ -19,7 +19,7 @@ from ..projectors import GlobalProjector, LocalProjector
 from ..transforms import Pool
 
 # %% ../../nbs/26_callback.mireg.ipynb #21817bcb
-def _names(layers): return (layers,) if isinstance(layers, str) else tuple(layers)
+def _as_tuple(layers): return (layers,) if isinstance(layers, str) else tuple(layers)
 
 def _clusters(n_clusters, n_heads, layers):
     "K of each stage, checked"
@@ -28,7 +28,8 @@ def _clusters(n_clusters, n_heads, layers):
         raise ValueError(f"n_clusters: {', '.join(sorted(stray))} is not among the layers ({', '.join(layers)})")
     for name,o,least in (*(('n_clusters',o,2) for o in k.values()), ('n_heads',n_heads,1)):
         if not isinstance(o, int) or o<least:
-            raise ValueError(f"{name}: {o!r} is too few, it takes at least {least}; the paper uses 10 clusters and 5 heads")
+            raise ValueError(f"{name}: {o!r} is too few, it takes at least {least}; "
+                             "the paper uses 10 clusters and 5 heads")
     return {n: k.get(n, 10) for n in layers}
 
 def _check_map(name, size, n_clusters, n_heads, window):
@@ -41,20 +42,21 @@ def _check_map(name, size, n_clusters, n_heads, window):
     for o,n in zip(window if isinstance(window, (tuple,list)) else [window]*len(size), size):
         if isinstance(o, int) and o>2*n-1:
             raise ValueError(f"neighborhood: {window} is more than the map of {name!r} allows, which is {shape} "
-                             f"(at most {2*min(size)-1}); choose a smaller window, a stage of a finer scale, or larger images")
+                             f"(at most {2*min(size)-1}); choose a smaller window, a stage of a finer scale, "
+                             "or larger images")
 
 # %% ../../nbs/26_callback.mireg.ipynb #0836b630
 class MIRegCallback(SemiSupCallback):
-    "Regularise with mutual information, globally and locally, and with consistency (Peng, Pedersoli and Desrosiers, section 3)"
+    "Regularise with mutual information, globally and locally, and with consistency (section 3 of the paper)"
     def __init__(self,
-        global_weight=.1,      # λ1 of equation 3: a number, or a function of the training fraction; 0 leaves the term out
+        global_weight=.1,      # λ1 of equation 3: a number, or a function of the training fraction; 0: no such term
         local_weight=.1,       # λ2
         consistency_weight=5., # λ3; the squared distance is divided by the number of classes, as in the authors' code
         global_layers=('Conv5',),             # stages whose pooled maps are clustered, or paths of modules
         local_layers=('Upconv3','Upconv2'),   # stages whose positions are clustered, or paths of modules
         n_clusters=10,         # K: a number, or one for each stage that differs from 10, as in {'Conv5':20}
         n_heads:int=5,         # independent projectors to a stage, averaged
-        neighborhood=MappingProxyType({'Upconv3':3,'Upconv2':7}), # window of displacements of each local stage; 1 where nothing is said
+        neighborhood=MappingProxyType({'Upconv3':3,'Upconv2':7}), # window of displacements of local stages; else 1
         pool:str='max',        # of the global projectors: 'max' (the paper) or 'avg' (the authors' code)
         symmetric:bool=True,   # average the joint with its transpose, as the authors' code does
         subtract_min:bool=False, # the published code's local loss: the joint less its minimum (see `local_mi_loss`)
@@ -62,7 +64,7 @@ class MIRegCallback(SemiSupCallback):
         unlabeled=None,        # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
         T:Pool=None            # what T is drawn from; default: `RandomFlips()`, as the recipe allows
     ):
-        self.global_layers,self.local_layers = _names(global_layers),_names(local_layers)
+        self.global_layers,self.local_layers = _as_tuple(global_layers),_as_tuple(local_layers)
         terms = dict(global_mi=(global_weight, self.global_layers), local_mi=(local_weight, self.local_layers),
                      consistency=(consistency_weight, True))
         weights = {k:w for k,(w,on) in terms.items() if on and (callable(w) or w)}

@@ -27,8 +27,8 @@ def _only_one(name, methods, what):
     "What the methods were given for `name`: one thing, or None"
     given = [o for o in (getattr(m, name) for m in methods) if o is not None]
     if any(o is not given[0] for o in given):
-        raise ValueError(f"{name}: {len(given)} methods were given {what} of their own, but one forward pass serves them all; "
-                         "give it to one of them only, or the same to each")
+        raise ValueError(f"{name}: {len(given)} methods were given {what} of their own, but one forward pass serves "
+                         "them all; give it to one of them only, or the same to each")
     return given[0] if given else None
 
 def _unlabeled_stream(learn, methods):
@@ -39,9 +39,10 @@ def _unlabeled_stream(learn, methods):
         if not hasattr(dl, 'dataset'): dl = _loader_of(learn.dls, dl)
         return UnlabeledStream(dl, wrap)
     if getattr(learn.dls.train, 'unlabeled', None) is None:
-        raise ValueError(f"{', '.join(type(r).__name__ for r in methods)}: there are no unlabelled images. Either train on paired batches "
-            "(MISegDataLoaders.from_cohort with scans whose split is 'unlabeled', or SemiSupDataBlock with a splitter that "
-            "returns a third list), or pass them: unlabeled=files or unlabeled=DataLoader")
+        raise ValueError(f"{', '.join(type(r).__name__ for r in methods)}: there are no unlabelled images. "
+                         "Either train on paired batches (MISegDataLoaders.from_cohort with scans whose split is "
+                         "'unlabeled', or SemiSupDataBlock with a splitter that returns a third list), "
+                         "or pass them: unlabeled=files or unlabeled=DataLoader")
 
 def _loader_of(dls, items):
     "Unlabelled items as a loader that augments them as the labelled ones are"
@@ -53,8 +54,9 @@ def _loader_of(dls, items):
 
 def _check_sizes(x_l, x_u):
     if x_l.shape[1:]==x_u.shape[1:]: return
-    raise ValueError(f"unlabelled images are {tuple(x_u.shape[1:])} (channels, height, width), labelled ones {tuple(x_l.shape[1:])}; "
-                     "they go through the network together, so give both the same size and channels")
+    raise ValueError(f"unlabelled images are {tuple(x_u.shape[1:])} (channels, height, width), labelled ones "
+                     f"{tuple(x_l.shape[1:])}; they go through the network together, so give both the same size "
+                     "and channels")
 
 # %% ../../nbs/23_callback.paired.ipynb #a2fc1d3c
 def _projectors(methods, found, device):
@@ -64,8 +66,8 @@ def _projectors(methods, found, device):
         if r.projectors is None:
             with torch.random.fork_rng(devices=[]): r.projectors = r.make_projectors({n:found[n] for n in r.layers})
         elif r.channels!=channels:
-            raise ValueError(f"{type(r).__name__}: was trained with another network, whose stages had {r.channels} channels; "
-                             f"here they have {channels}. Make a new one for this network")
+            raise ValueError(f"{type(r).__name__}: was trained with another network, whose stages had {r.channels} "
+                             f"channels; here they have {channels}. Make a new one for this network")
         r.channels = channels
         if r.projectors is not None: r.projectors.to(device)
     return [r.projectors for r in methods if r.projectors is not None]
@@ -128,7 +130,8 @@ class PairedBatchCallback(Callback):
         self._x_l = self.step = None
         self._note_mask()
         x_u = None
-        if len(self.yb)==2 and getattr(self.dl, 'unlabeled', None) is not None: x_u,self.learn.yb = self.yb[0],self.yb[1:]
+        if len(self.yb)==2 and getattr(self.dl, 'unlabeled', None) is not None:
+            x_u,self.learn.yb = self.yb[0],self.yb[1:]
         if not self.training or not self.methods: return
         if self.stream is not None: x_u = to_device(next(self.stream), self.x.device)
         x_l,x_u = (o.as_subclass(Tensor) for o in (self.x, x_u))
@@ -178,11 +181,12 @@ class PairedBatchCallback(Callback):
     def after_loss(self):
         terms = {'the supervised loss': self.loss}
         if self.step is None:
-            if self.training and isinstance(self.dls.train, PairedDL) and not self.loss.ndim: self.guard = Guard(terms)
+            if self.training and isinstance(self.dls.train, PairedDL) and not self.loss.ndim:
+                self.guard = Guard(terms)
             return
         if self.loss_grad.ndim:
-            raise ValueError(f"loss_func: returned a tensor of shape {tuple(self.loss_grad.shape)}; the terms of methods are "
-                             "added to one number, so give the loss reduction='mean'")
+            raise ValueError(f"loss_func: returned a tensor of shape {tuple(self.loss_grad.shape)}; the terms of "
+                             "methods are added to one number, so give the loss reduction='mean'")
         with torch.autocast(self.loss_grad.device.type, enabled=False):
             for r in self.methods:
                 self.learn.loss_grad = self.learn.loss_grad + r.weighted(self.step)
@@ -198,8 +202,8 @@ class PairedBatchCallback(Callback):
         self.opt.zero_grad()
         if self._undo_lr_find: raise CancelFitException() # the rate has grown too large: the end of the search
         raise FloatingPointError(
-            f"{bad} at step {self.train_iter} (epoch {self.epoch}, batch {self.iter}). Training stopped before the step, with the "
-            f"weights of the one before. The batch came from {batch_items(self.dl, self.iter, self.stream)}")
+            f"{bad} at step {self.train_iter} (epoch {self.epoch}, batch {self.iter}). Training stopped before the "
+            f"step, with the weights of the one before. The batch came from {batch_items(self.dl, self.iter, self.stream)}")
 
     def after_step(self):
         if not self.methods: return

@@ -20,6 +20,8 @@ test: .venv/installed
 prepare: .venv/installed
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
+	$(BIN)/ruff check fastmiseg tests benchmarks
+	$(BIN)/python tests/test_rooms.py
 	rm -rf README_files
 	$(BIN)/jupyter nbconvert nbs/index.ipynb --to markdown --output-dir . --output README --RegexRemovePreprocessor.patterns='^#\| hide'
 

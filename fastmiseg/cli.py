@@ -24,9 +24,15 @@ def polite(name, after=''):
     warnings.filterwarnings('ignore', category=FutureWarning)
     warnings.filterwarnings('ignore', category=DeprecationWarning)
     try: yield
-    except (ValueError, OSError, FloatingPointError) as e: print(f'{name}: {e}', file=sys.stderr); sys.exit(2)
-    except KeyboardInterrupt: print(f'\n{name}: interrupted{after}', file=sys.stderr); sys.exit(130)
-    except Exception: traceback.print_exc(); sys.exit(3)
+    except (ValueError, OSError, FloatingPointError) as e:
+        print(f'{name}: {e}', file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f'\n{name}: interrupted{after}', file=sys.stderr)
+        sys.exit(130)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(3)
 
 def _number(s): return s if s=='all' else float(s) if '.' in s else int(s)
 _number.__name__ = _number.__qualname__ = 'number' # for --help
@@ -34,7 +40,9 @@ _number.__name__ = _number.__qualname__ = 'number' # for --help
 def _report(problems, of=''):
     "Tell what could not be used, and leave with 1 if there is anything"
     for p in problems: print(p, file=sys.stderr)
-    if len(problems): print(f'{len(problems)}{of} scans could not be used', file=sys.stderr); sys.exit(1)
+    if len(problems):
+        print(f'{len(problems)}{of} scans could not be used', file=sys.stderr)
+        sys.exit(1)
 
 def _print_means(scores):
     means = scores.groupby('class', sort=False)[['dice','hd95','assd']].mean()

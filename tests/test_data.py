@@ -1,8 +1,7 @@
 "What the loaders may and may not touch, and what a learner carries away"
-import gc, os, pickle
-from pathlib import Path
+import gc
 
-import numpy as np, pandas as pd, psutil, pytest, torch
+import numpy as np, psutil, pytest, torch
 from fastai.basics import first
 from fastmiseg.scans.cohort import split_cohort
 from fastmiseg.scans.phantom import make_phantom

@@ -1,6 +1,5 @@
 """Whole scans in and out: other geometries, two independent readers, faults"""
 import errno, os, warnings
-from pathlib import Path
 
 import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 import SimpleITK as sitk

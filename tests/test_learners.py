@@ -1,22 +1,18 @@
 "Regularisers on learners that people have: networks, data, optimisers and callbacks that know nothing of them"
 import numpy as np, pytest, torch
-from torch import nn
-from fastai.basics import Adam, Callback, CancelStepException, L, Learner, OptimWrapper, SGD, Transform, params
-from fastai.callback.fp16 import MixedPrecision
+from fastai.basics import Adam, Callback, CancelStepException, OptimWrapper, SGD, Transform, params
 from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import minimum, slide, steep, valley
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
-from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import ranger
-from fastmiseg.callback.baselines import ConsistencyCallback
 from fastmiseg.callback.mireg import MIRegCallback
 from fastmiseg.callback.method import SemiSupCallback
 from fastmiseg.callback.paired import PairedBatchCallback
 from fastmiseg.callback.step import Step
 from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.models import create_unet, find_stages
-from toy import UNet, hooks, disc, learner, loaders, quiet, small_mireg
+from toy import UNet, hooks, learner, loaders, quiet, small_mireg
 
 def values(ps): return [p.detach().clone() for p in ps]
 def equal(ps, before): return all(torch.equal(p, o) for p,o in zip(ps, before, strict=True))

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.ndimage import gaussian_filter
 
 from fastmiseg.metrics import VolumeDice, VolumePrecision, VolumeSensitivity, count_pixels
-from fastmiseg.surface import VolumeASSD, VolumeHD95, assd, dice, hd95, score_volume, surface_distances
+from fastmiseg.surface import VolumeASSD, VolumeHD95, assd, dice, hd95, score_volume
 
 
 def _blob(rng, shape, share):

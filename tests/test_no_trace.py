@@ -5,7 +5,7 @@ from fastai.basics import (Callback, CancelBatchException, CancelEpochException,
 from fastmiseg.callback.baselines import ConsistencyCallback, EntropyMinCallback
 from fastmiseg.callback.pseudo import PseudoLabelCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
-from toy import SemiSupCallback, UNet, hooks, learner, loaders, quiet, small_mireg
+from toy import SemiSupCallback, UNet, hooks, learner, quiet, small_mireg
 from fastmiseg.models import create_unet
 
 METHODS = [lambda: [ConsistencyCallback()], lambda: [EntropyMinCallback(.1)], lambda: [PseudoLabelCallback(threshold=.5), EMATeacherCallback()], lambda: [small_mireg(), EMATeacherCallback()]]

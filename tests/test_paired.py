@@ -5,7 +5,6 @@ from fastai.basics import Callback, DataLoader
 from fastai.losses import CrossEntropyLossFlat
 from fastmiseg.callback.baselines import ConsistencyCallback, EntropyMinCallback
 from fastmiseg.callback.method import SemiSupCallback
-from fastmiseg.callback.mireg import MIRegCallback
 from fastmiseg.callback.paired import PairedBatchCallback
 from fastmiseg.callback.resume import ResumeCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
@@ -72,7 +71,7 @@ def test_who_answers(tmp_path):
         ask.early = early
         learn,seen = train(tmp_path, [ask, EMATeacherCallback(.9)])
         assert seen.calls==([3,5] if early else [5,3]) # the teacher runs the network's modules, with its own weights
-        kept = targets if not early else kept
+        if not early: kept = targets
         assert torch.equal(targets[0], kept[0]) and not targets[0].requires_grad
     with pytest.raises(ValueError, match="the network has not answered for 'x'; ask for it in `views`"): train(tmp_path, [type('Early', (Nothing,), dict(views=lambda self, step: step.target))()])
 

@@ -1,5 +1,5 @@
 """Model files: what comes back, and every way in which a file can be wrong"""
-import errno, io, json, os, pickle, subprocess, sys
+import errno, json, os, pickle, subprocess, sys
 
 import numpy as np, pytest, torch
 from safetensors import safe_open
@@ -8,7 +8,7 @@ from torch import nn
 
 import fastmiseg.segmenter as S
 from fastmiseg.models import create_unet
-from fastmiseg.segmenter import SegmenterError, Segmenter, export_onnx, export_segmenter, load_segmenter
+from fastmiseg.segmenter import SegmenterError, export_onnx, export_segmenter, load_segmenter
 from fastmiseg.scans.recipe import Recipe
 
 recipe = Recipe(spacing=2., size=(32,48), classes=('background','a','b'), labels={0:0, 7:1, 9:2}, window=(-10,300), axis=0)

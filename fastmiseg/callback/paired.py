@@ -203,7 +203,8 @@ class PairedBatchCallback(Callback):
         if self._undo_lr_find: raise CancelFitException() # the rate has grown too large: the end of the search
         raise FloatingPointError(
             f"{bad} at step {self.train_iter} (epoch {self.epoch}, batch {self.iter}). Training stopped before the "
-            f"step, with the weights of the one before. The batch came from {batch_items(self.dl, self.iter, self.stream)}")
+            "step, with the weights of the one before. "
+            f"The batch came from {batch_items(self.dl, self.iter, self.stream)}")
 
     def after_step(self):
         if not self.methods: return

@@ -21,7 +21,7 @@ from .scans.intact import extension
 from .scans.recipe import Recipe
 from .scans.store import SliceStore
 from .segmenter import export_segmenter, load_segmenter, method_of
-from .training import Settings, fit
+from .training import Settings, fit, read_settings
 
 # %% ../nbs/39_commands.ipynb #c328bc21
 class RunError(ValueError): "A run folder that cannot be used, or a setting that does not exist"
@@ -154,15 +154,19 @@ def _draw_figures(learn, cbs, folder):
     except ValueError as e: print(f'figures/tsne.png is not drawn: {e}')
 
 def resume_run(
-    run,         # run folder
-    workers=None # processes that prepare slices
-)->pd.DataFrame: # scores
-    "Go on with a training where it was interrupted; it ends as if nobody had disturbed it"
+    run,          # run folder
+    workers=None, # processes that prepare slices
+    **changes     # fields of `Settings` that are to be otherwise from here on, for instance more epochs
+)->pd.DataFrame:  # scores
+    "Go on with a training where it was interrupted; without changes it ends as if nobody had disturbed it"
     run,c = Path(run),_config(run)
     if 'train' not in c:
         raise RunError(f'{run}: is prepared, but no training was begun in it; train from it into another folder')
-    s,df = c['train'],load_cohort(run/'split.csv', 'csv')
-    learn,cbs = fit(s, df, c['recipe'], c['store'], run, workers=workers)
+    s,df = settings_from(c['train'], **changes),load_cohort(run/'split.csv', 'csv')
+    learn,cbs = fit(s, df, c['recipe'], c['store'], run, workers=workers, change=bool(changes))
+    if changes:
+        config = {**read_settings(run/'config.json'), 'train':s.to_dict()}
+        write_text(run/'config.json', json.dumps(config, indent=1))
     export_segmenter(learn, run/'model.safetensors', cohort=df.attrs.get('layout'), seed=s.seed, method=s.method,
                      weights=method_of(cbs), training=s.to_dict())
     _draw_figures(learn, cbs, run/'figures')

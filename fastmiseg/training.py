@@ -287,6 +287,7 @@ def fit(
     store,              # folder of the prepared slices
     path=None,          # folder of checkpoints and log.csv, with which an interrupted training goes on; None: neither
     every:int=100,      # steps between checkpoints
+    change:bool=False,  # go on with a training that was begun with other settings; an error otherwise
     workers:int=None,   # processes that prepare slices
     quiet:bool=False,   # no progress bar, no table
     cbs:list=None       # instead of the method's callbacks
@@ -298,7 +299,8 @@ def fit(
     cbs = callbacks_of(s) if cbs is None else cbs
     def run(epochs, cbs, checkpoints, log):
         if path is not None:
-            cbs = [*cbs, ResumeCallback(Path(path)/checkpoints, every=every), TrainingLogCallback(Path(path)/log)]
+            cbs = [*cbs, ResumeCallback(Path(path)/checkpoints, every=every, change=change),
+                   TrainingLogCallback(Path(path)/log)]
         if not quiet: return _run_schedule(learn, s, epochs, cbs)
         with learn.no_bar(), learn.no_logging(): _run_schedule(learn, s, epochs, cbs)
     if s.method=='pretrain':

@@ -151,7 +151,7 @@ def plot_scans(
     rows,cells = df.set_index('scan'),[]
     for scan in order.index:
         r = rows.loc[scan]
-        pred = predict_volume(learn, r.image, recipe=recipe, **kwargs)
+        pred = predict_volume(learn, r.image, recipe=recipe, stored=False, **kwargs)
         mask = read_mask(r['mask'], classes=recipe.classes, labels=recipe.labels)
         cells.append(_planes(r.image, recipe.axis, mask, pred))
     high = [a*x.shape[1]/x.shape[2] for (x,_,_),a,_ in cells]

@@ -6,7 +6,7 @@
 __all__ = ['SegmenterError', 'Segmenter', 'method_of', 'export_segmenter', 'load_segmenter', 'export_onnx']
 
 # %% ../nbs/37_segmenter.ipynb #b0c04256
-import json, math, os, platform, tempfile, warnings
+import hashlib, json, math, platform, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fastmiseg
+from .files import WriteError, parse_json, whole_file
+from .scans.intact import check_regular
 from .scans.volume import Volume
+from .scans.profile import how_far
 from .scans.recipe import Recipe
 from .models import create_unet, evaluating
 from .callback.method import SemiSupCallback
-from .inference import check_free, predict_volume, recipe_of
-
-# %% ../nbs/37_segmenter.ipynb #e41f357f
-__all__ = ['SegmenterError', 'Segmenter', 'export_segmenter', 'load_segmenter', 'export_onnx']
+from .inference import check_free, predict_volume, recipe_of, training_scans
 
 # %% ../nbs/37_segmenter.ipynb #2381ca9e
 class SegmenterError(ValueError): "A model file that cannot be used, or a learner that cannot become one"
@@ -34,7 +34,7 @@ class Segmenter:
     "A network, its recipe, and where it comes from; goes wherever a learner goes for prediction"
     model:nn.Module
     recipe:Recipe
-    about:dict    # format, arch, recipe, versions, provenance
+    about:dict    # format, arch, recipe, training (what is typical of its scans), versions, provenance
 
     @property
     def classes(self): return self.recipe.classes
@@ -61,16 +61,29 @@ def _build(arch, name):
     "The network that `arch` describes, without weights"
     what = arch.get('arch') if isinstance(arch, dict) else None
     odd = [k for k in arch if k!='arch' and not (k in _arguments and _arguments[k](arch[k]))] if what else []
-    if odd: raise SegmenterError(f'{name}: arch: {odd[0]}={arch[odd[0]]!r} is no argument, or no value, that a network is built with')
+    if odd: raise SegmenterError(f'{name}: arch: {odd[0]}={repr(arch[odd[0]])[:100]} is not an argument, or not a value, that a network is built with')
     fun = what
     if isinstance(what, str) and what.startswith(_tv): fun = getattr(torchvision.models, what[len(_tv):]) if what[len(_tv):] in torchvision.models.list_models(torchvision.models) else ''
     try: return create_unet(fun, **{k:v for k,v in arch.items() if k!='arch'}) if isinstance(fun, str) and fun or callable(fun) else 1/0
     except Exception as e:
         why = str(e) if isinstance(e, ValueError) else "expected 'unet', 'dynamic_unet', a timm name, or torchvision.models.NAME"
-        raise SegmenterError(f'{name}: the architecture {what!r} cannot be built ({why}); a newer fastmiseg or timm may know it') from None
+        raise SegmenterError(f'{name}: the architecture {repr(what)[:100]} cannot be built ({why}); a newer fastmiseg or timm may know it') from None
+
+def _skeleton(arch, name):
+    "The same network on the meta device: shapes without memory, and without computing"
+    with torch.random.fork_rng(devices=[]), torch.device('meta'), warnings.catch_warnings():
+        warnings.simplefilter('ignore') # initialising what has no numbers
+        return _build(arch, name)
+
+def _flesh_out(model, arch, name):
+    "A network with memory for the numbers of a file; built anew where it holds tensors that are in no file"
+    kept = {k for k,_ in model.named_buffers()}-set(model.state_dict())
+    loose = any(isinstance(v, torch.Tensor) and v.is_meta for m in model.modules() for k,v in vars(m).items())
+    if not (kept or loose): return model.to_empty(device='cpu').to(memory_format=torch.channels_last)
+    with torch.random.fork_rng(devices=[]): return _build(arch, name)
 
 # %% ../nbs/37_segmenter.ipynb #8160bc8d
-_format = 1 # of the file; goes up when older versions of fastmiseg could not use it
+_format = 2 # of the file; goes up when older versions of fastmiseg could not use it
 
 def _plain(o):
     "As JSON would have it: tuples are lists, NaN is null, anything else its text"
@@ -79,6 +92,18 @@ def _plain(o):
     if isinstance(o, (np.integer,np.floating)): o = o.item()
     if isinstance(o, float): return o if math.isfinite(o) else None
     return o if o is None or isinstance(o, (bool,int,str)) else getattr(o, '__name__', type(o).__name__)
+
+def _sum_of(text, tensors):
+    "A checksum of the page of JSON and of every number"
+    h = hashlib.blake2b(text.encode(), digest_size=16)
+    for k,v in sorted(tensors.items()):
+        h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode())
+        if v.numel(): h.update(v.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return h.hexdigest()
+
+def _save(path, about, tensors):
+    text = json.dumps(_plain(about))
+    save_file(tensors, path, metadata=dict(fastmiseg=text, checksum=_sum_of(text, tensors)))
 
 def method_of(
     cbs # callbacks
@@ -114,61 +139,76 @@ def export_segmenter(
         raise SegmenterError('learn: was not made by miseg_learner with an architecture that has a name, so nobody else could build its network from a file; use learn.export, for people who trust you')
     arch = {**arch, 'arch':_to_name(arch['arch'])}
     arch.pop('pretrained', None)
-    about = dict(format=_format, arch=arch, recipe=recipe.to_dict(),
+    about = dict(format=_format, arch=arch, recipe=recipe.to_dict(), training=training_scans(learn),
         versions=dict(fastmiseg=fastmiseg.__version__, torch=torch.__version__, fastai=fastai.__version__, python=platform.python_version()),
         provenance={**(learn.about['provenance'] if seg else _provenance(learn)), **provenance})
     tensors = {k:v.detach().cpu().contiguous().clone() for k,v in learn.model.state_dict().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix='.fastmiseg-', dir=path.parent) as tmp:
-            tmp = Path(tmp)/path.name
-            save_file(tensors, tmp, metadata={'fastmiseg': json.dumps(_plain(about))})
+        with whole_file(path) as tmp:
+            _save(tmp, about, tensors)
             load_segmenter(tmp, 'cpu', f'{path}: this learner would not come back from it')
-            os.replace(tmp, path)
-    except (OSError, SafetensorError) as e: raise SegmenterError(f'{path}: cannot be written ({getattr(e, "strerror", None) or e})') from None
+    except (OSError, SafetensorError) as e:
+        raise SegmenterError(str(e) if isinstance(e, WriteError) else f'{path}: cannot be written ({getattr(e, "strerror", None) or e})') from None
     return path
 
 # %% ../nbs/37_segmenter.ipynb #cc200424
 def _open(path, name):
-    "The page of JSON in a file, and its tensors"
+    "The page of JSON in a file, its checksum, the shapes of its tensors, and how to read them"
     try:
+        check_regular(path)
         with open(path, 'rb') as f: head = f.read(9)
     except OSError as e: raise SegmenterError(f'{name}: cannot be opened ({e.strerror})') from None
+    except ValueError as e: raise SegmenterError(f'{name}: cannot be opened ({e})') from None
     if head[:4]==b'PK\x03\x04' or head[:2] in (b'\x80\x02',b'\x80\x03',b'\x80\x04',b'\x80\x05'):
         raise SegmenterError(f'{name}: is a pickle, as torch.save and learn.export write them; loading one can run code, so it is not loaded. Ask for a file made by export_segmenter')
     try:
         with safe_open(path, 'pt') as f:
-            about,keys = (f.metadata() or {}).get('fastmiseg'),list(f.keys())
-            if about is None: raise SegmenterError(f'{name}: is a safetensors file, but no segmenter: its header says nothing about fastmiseg')
-            return json.loads(about), {k:f.get_tensor(k) for k in keys}
-    except SafetensorError as e: raise SegmenterError(f'{name}: is no safetensors file, or not whole ({str(e)[:100]})') from None
-    except ValueError as e:
-        if isinstance(e, SegmenterError): raise
-        raise SegmenterError(f'{name}: its header is damaged ({e})') from None
+            said = f.metadata() or {}
+            if 'fastmiseg' not in said: raise SegmenterError(f'{name}: is a safetensors file, but not a segmenter: its header says nothing about fastmiseg')
+            shapes = {k:tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+        return said, shapes
+    except SafetensorError as e: raise SegmenterError(f'{name}: is not a safetensors file, or not whole ({str(e)[:100]})') from None
 
-def _check_about(about, name):
-    "The recipe, if the header says all it must and nothing that this version does not know"
+def _about(said, name):
+    "What the header says, if it is all it must say and nothing that this version does not know; and the recipe"
+    try: about = parse_json(said['fastmiseg'], most=1<<20)
+    except ValueError as e: raise SegmenterError(f'{name}: its header is damaged ({e})') from None
     if not isinstance(about, dict) or type(about.get('format')) is not int: raise SegmenterError(f'{name}: its header does not say which format it has')
     if about['format']>_format:
         raise SegmenterError(f"{name}: has format {about['format']}, this fastmiseg ({fastmiseg.__version__}) knows formats up to {_format}; upgrade fastmiseg")
-    known = {'format','arch','recipe','versions','provenance'}
+    known = {'format','arch','recipe','training','versions','provenance'}
     if lost := sorted(known-set(about)): raise SegmenterError(f'{name}: its header lacks {", ".join(lost)}')
     if odd := sorted(set(about)-known): raise SegmenterError(f'{name}: its header has an unknown entry {odd[0]!r}')
+    for k in ('arch','training','versions','provenance'):
+        if not isinstance(about[k], dict): raise SegmenterError(f'{name}: its header is damaged ({k} is not a table of names and values)')
     try: recipe = Recipe.from_dict(about['recipe'])
-    except (TypeError, ValueError, AttributeError) as e: raise SegmenterError(f'{name}: its recipe cannot be used ({e})') from None
-    arch = about['arch'] if isinstance(about['arch'], dict) else {}
+    except ValueError as e: raise SegmenterError(f'{name}: its recipe cannot be used ({e})') from None
     for k,n in (('n_out',len(recipe.classes)),('n_in',recipe.channels)):
-        if arch.get(k)!=n: raise SegmenterError(f'{name}: the network has {k}={arch.get(k)}, but the recipe says {n}')
-    return recipe
+        if about['arch'].get(k)!=n: raise SegmenterError(f"{name}: the network has {k}={about['arch'].get(k)}, but the recipe says {n}")
+    try: how_far(_example, about['training'], recipe)
+    except Exception: raise SegmenterError(f'{name}: its header is damaged (what it says of the training scans cannot be used)') from None
+    return about, recipe
 
-def _fit(model, tensors, name):
-    "Load tensors that are exactly those of the network"
+_example = dict(spacing=[1.]*3, fov=[1.]*2, axes=[[1.,0.,0.],[0.,1.,0.],[0.,0.,1.]], level=[[0.,1.,2.]])
+
+def _compare(model, shapes, name):
+    "The tensors of the file must be exactly those of the network"
+    want = {k:tuple(v.shape) for k,v in model.state_dict().items()}
+    if lost := [k for k in want if k not in shapes]: raise SegmenterError(f'{name}: lacks {len(lost)} of {len(want)} tensors of its network, for example {lost[0]}')
+    if odd := [k for k in shapes if k not in want]: raise SegmenterError(f'{name}: has {len(odd)} tensors that its network does not have, for example {odd[0]}')
+    for k,v in shapes.items():
+        if v!=want[k]: raise SegmenterError(f'{name}: {k} has shape {v}, but the network needs {want[k]}')
+
+def _fill(model, path, said, name):
+    "Read the numbers, see that they are those that were written, and put them into the network"
+    with safe_open(path, 'pt') as f: tensors = {k:f.get_tensor(k) for k in f.keys()}
     want = model.state_dict()
-    if lost := [k for k in want if k not in tensors]: raise SegmenterError(f'{name}: lacks {len(lost)} of {len(want)} tensors of its network, for example {lost[0]}')
-    if odd := [k for k in tensors if k not in want]: raise SegmenterError(f'{name}: has {len(odd)} tensors that its network does not have, for example {odd[0]}')
     for k,v in tensors.items():
-        if v.shape!=want[k].shape: raise SegmenterError(f'{name}: {k} has shape {tuple(v.shape)}, but the network needs {tuple(want[k].shape)}')
+        if v.dtype!=want[k].dtype: raise SegmenterError(f'{name}: {k} holds {v.dtype}, but the network needs {want[k].dtype}')
         if v.is_floating_point() and not v.isfinite().all(): raise SegmenterError(f'{name}: {k} holds NaN or infinite numbers: its training diverged, or it is damaged')
+    if said.get('checksum')!=_sum_of(said['fastmiseg'], tensors):
+        raise SegmenterError(f'{name}: is damaged: its checksum is not that of what it holds; copy it again from where it came')
     model.load_state_dict(tensors)
 
 def load_segmenter(
@@ -176,12 +216,14 @@ def load_segmenter(
     device=None, # default: fastai's
     name=None    # for messages, instead of `path`
 )->Segmenter:
-    "A network that can segment scans; raises `SegmenterError`"
+    "A network that can segment scans; raises `SegmenterError`. Nothing larger than the file is built before it is known to fit"
     name = name or str(path)
-    about,tensors = _open(path, name)
-    recipe = _check_about(about, name)
-    with torch.random.fork_rng(devices=[]): model = _build(about['arch'], name)
-    _fit(model, tensors, name)
+    said,shapes = _open(path, name)
+    about,recipe = _about(said, name)
+    model = _skeleton(about['arch'], name)
+    _compare(model, shapes, name)
+    model = _flesh_out(model, about['arch'], name)
+    _fill(model, path, said, name)
     return Segmenter(model.eval().to(default_device() if device is None else device), recipe, about)
 
 # %% ../nbs/37_segmenter.ipynb #cc32dd1e
@@ -206,12 +248,10 @@ def export_onnx(
     free = {0:'n', 2:'height', 3:'width'}
     x = torch.zeros(2, recipe.channels, 64, 96, device=next(model.parameters()).device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.fastmiseg-', dir=path.parent) as tmp,evaluating(model),torch.no_grad(),warnings.catch_warnings():
+    with whole_file(path) as tmp,evaluating(model),torch.no_grad(),warnings.catch_warnings():
         warnings.simplefilter('ignore') # the exporter that needs no other package is announced to go
-        tmp = Path(tmp)/path.name
         torch.onnx.export(_Plain(model).eval(), (x,), str(tmp), dynamo=False, input_names=['image'], output_names=['logits'], dynamic_axes=dict(image=free, logits=free))
         m = onnx.load(tmp)
         onnx.helper.set_model_props(m, {'fastmiseg': json.dumps(_plain(dict(recipe=recipe.to_dict(), classes=recipe.classes)))})
         onnx.save(m, tmp)
-        os.replace(tmp, path)
     return path

@@ -23,7 +23,7 @@ study.preset study.plans study.evidence study.report study.protocol study.run
 cli demo all'''.split()
 
 # What does not hold yet: shrink these lists, and never add to them
-two_lists = ['inference','segmenter']
+two_lists = []
 other_titles = ['01a_lock','08_scans.recipe','29_callback.pseudo','30a_callback.state','30b_callback.plan','30c_callback.place',
                 '31_callback.resume','34_learner','50_study.preset','55_study.run']
 

@@ -1,10 +1,17 @@
 """What several tests share"""
-import os
+import locale, os
 from types import SimpleNamespace
 
 import pytest, torch
 
 if not torch.cuda.is_available(): os.environ.setdefault('TRITON_INTERPRET', '1') # kernels run in Python; read at import
+
+@pytest.fixture(autouse=True)
+def same_locale():
+    "ITK's JPEG encoder, with which tests write scans, leaves the process in another locale"
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
 
 @pytest.fixture(scope='session')
 def hearts(tmp_path_factory):

@@ -22,6 +22,6 @@ def test_dry(tmp_path):
     assert not any(notes.values()), (notes, log[-3000:])
     assert not [o for o in rows if 'error' in o], log[-3000:]
     page = (tmp_path/'gpu.md').read_text()
-    for head in ('## Without waiting','## Milliseconds to a step','## Reading',"## At the paper's size"): assert head in page
+    for head in ('## Without waiting','## Milliseconds to a step','Reading a batch:',"## At the paper's size"): assert head in page
     again = run(tmp_path)
     assert all(f'== {part}: done before' in again for part in notes)

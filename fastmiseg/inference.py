@@ -126,7 +126,8 @@ def _as_stored(seg, recipe):
     "Class indices -> the values that the masks had, in the smallest type that holds them"
     values = np.array(recipe.stored)
     if np.array_equal(values, np.arange(len(values))): return seg
-    return values.astype(np.result_type(np.min_scalar_type(int(values.min())), np.min_scalar_type(int(values.max()))))[seg]
+    fits = lambda t: np.iinfo(t).min<=values.min() and values.max()<=np.iinfo(t).max
+    return values.astype(next(t for t in (np.uint8, np.int8, np.uint16, np.int16, np.int32) if fits(t)))[seg]
 
 # %% ../nbs/36_inference.ipynb #c484c64f
 def recipe_of(

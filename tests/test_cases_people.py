@@ -9,11 +9,11 @@ from safetensors.torch import save_file
 
 import fastmiseg.inference as I, fastmiseg.segmenter as S, fastmiseg.scans.store as ST
 from fastmiseg.data import MISegDataLoaders
-from fastmiseg.files import WriteError, parse_json, read_json, whole_file, write_text
+from fastmiseg.files import WriteError, read_json, whole_file, write_text
 from fastmiseg.inference import evaluate_cohort, predict_cohort, predict_volume
 from fastmiseg.models import create_unet
 from fastmiseg.segmenter import Segmenter, SegmenterError, export_segmenter, load_segmenter
-from fastmiseg.scans.cohort import CohortError, CohortWarning, advice, load_cohort, related, save_cohort, split_cohort
+from fastmiseg.scans.cohort import CohortError, CohortWarning, advice, load_cohort, related, save_cohort
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.store import SliceStore
 from fastmiseg.scans.volume import Volume, VolumeError, VolumeWarning, read_volume, write_volume

@@ -15,6 +15,7 @@ from .scans.recipe import *
 from .scans.store import *
 from .augment import *
 from .transforms import *
+from .warps import *
 from .data import *
 from .show import *
 from .mutual_info import *

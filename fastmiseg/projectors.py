@@ -8,7 +8,7 @@ __all__ = ['GlobalProjector', 'LocalProjector']
 # %% ../nbs/29_projectors.ipynb #fb17499f
 import torch
 from torch import nn
-from .mutual_info import global_mi_loss, local_mi_loss_of_features
+from .mutual_info import JointMemory, global_mi_loss, local_mi_loss_of_features
 
 # %% ../nbs/29_projectors.ipynb #e8dac239
 class GlobalProjector(nn.Module):
@@ -18,11 +18,13 @@ class GlobalProjector(nn.Module):
         n_clusters: int = 10, # K
         n_heads: int = 5, # S
         pool: str = 'max', # over the map: 'max' (the paper) or 'avg' (the published code)
+        memory: float = 0., # decay of the joint's running mean, see `JointMemory`; 0: each batch for itself
     ):
         super().__init__()
         if pool not in ('max', 'avg'): raise ValueError(f"pool: expected 'max' or 'avg', got {pool!r}")
         self.n_clusters, self.n_heads, self.pool = n_clusters, n_heads, pool
         self.head = nn.Linear(n_in, n_heads*n_clusters)
+        self.memory = JointMemory(n_heads, n_clusters, memory) if memory else None
 
     def forward(self,
         f: torch.Tensor, # features (N,C,*map)
@@ -40,9 +42,10 @@ class GlobalProjector(nn.Module):
         g: torch.Tensor, # features of x; may come without gradient, from a teacher: the heads learn from both sides
         symmetric: bool = True, # average the joint with its transpose
         prior = None, # wanted sizes of the clusters, (K,) or (S,K); None: equal
+        marginal: float = 1., # weight of the entropies of the clusters' sizes
     ) -> torch.Tensor: # scalar
         "Global information loss of two feature maps, see `global_mi_loss`"
-        return global_mi_loss(self(f), self(g), symmetric=symmetric, prior=prior)
+        return global_mi_loss(self(f), self(g), symmetric, prior, marginal, self.memory)
 
 def _check_features(name, f, n_in):
     if not torch.is_tensor(f) or not f.is_floating_point() or f.ndim not in (4, 5) or f.shape[1] != n_in:
@@ -78,9 +81,10 @@ class LocalProjector(nn.Module):
         symmetric: bool = True, # average each joint with its transpose
         subtract_min: bool = False, # as the published code does, see `local_mi_loss`
         prior = None, # wanted sizes of the clusters, (K,) or (S,K); None: equal
+        marginal: float = 1., # weight of the entropies of the clusters' sizes
     ) -> torch.Tensor: # scalar
         "Local information loss of two feature maps, see `local_mi_loss`"
         _check_features('f', f, self.head.in_features)
         weight = self.head.weight.view(self.n_heads, self.n_clusters, -1)
         bias = self.head.bias.view(self.n_heads, -1)
-        return local_mi_loss_of_features(f, g, weight, bias, size, symmetric, subtract_min, prior)
+        return local_mi_loss_of_features(f, g, weight, bias, size, symmetric, subtract_min, prior, marginal)

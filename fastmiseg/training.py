@@ -66,6 +66,7 @@ class Settings:
     flip_p:float=.5          # Probability of a flip of T along each axis
     shift:float=0.           # Largest shift of T, as a share of height and width (0.5); the paper only flips
     jitter:float=0.          # Intensity changes of the transformed images, 0..1 (0.5); the paper has none
+    warp:float=0.            # Rotation, scaling and shift of T with a mirrored border, 0..1; the paper has none
     passes:int=1             # Passes through the network in a step: 1, or 2 with the labelled images apart
     decay:float=.999         # Of the teacher's average, for each step
     mireg:json_object=field(default_factory=dict) # Other arguments of MIRegCallback, as JSON
@@ -90,7 +91,7 @@ class Settings:
         if self.method not in methods: raise ValueError(f"method: {self.method!r} is none of {', '.join(methods)}")
         if self.flips not in (None,'h','v','hv','none'):
             raise ValueError(f"flips: got {self.flips!r}, expected h, v, hv or none")
-        for k in ('shift','jitter','flip_p'):
+        for k in ('shift','jitter','warp','flip_p'):
             if not 0<=getattr(self, k)<=1: raise ValueError(f'{k}: {getattr(self, k)} is not between 0 and 1')
         if self.loss not in ('ce','ce+dice'): raise ValueError(f"loss: got {self.loss!r}, expected ce or ce+dice")
         if self.passes not in (1,2): raise ValueError(f"passes: {self.passes!r} is neither 1 nor 2")
@@ -120,10 +121,12 @@ class Settings:
     def T(self): # `Pool`
         "What T is drawn from"
         from fastmiseg.transforms import RandomFlips, RandomLight, RandomShifts
+        from fastmiseg.warps import RandomWarps
         flips = {'h':(-1,), 'v':(-2,), 'hv':(-2,-1), 'none':(), None:None}
         pool = RandomFlips(flips[self.flips], self.flip_p)
         if self.jitter: pool = pool + RandomLight(self.jitter)
         if self.shift: pool = pool + RandomShifts(self.shift)
+        if self.warp: pool = pool + RandomWarps(40*self.warp, .4*self.warp, .2*self.warp)
         return pool
 
     def check_T(self, recipe:Recipe):

@@ -12,7 +12,7 @@ root = Path(__file__).parents[1]
 order = '''files processes lock show
 scans.intact scans.grid scans.nifti scans.dicom scans.volume scans.table scans.readers scans.standards scans.cohort
 scans.phantom scans.recipe scans.profile scans.store
-augment transforms data
+augment transforms warps data
 pair_products pair_kernels pair_sums mutual_info projectors losses models average optimizer
 callback.stream callback.step callback.method callback.heads callback.guard callback.paired callback.install
 callback.baselines callback.mireg callback.teacher callback.pseudo callback.log

@@ -95,7 +95,14 @@ class SemiSupCallback(Callback):
         self.terms = {k:o.detach() for k,o in vals.items()}
         for k,o in self.terms.items(): self._sums[k] = self._sums.get(k, 0) + o
         self._count += 1
-        return sum(_weight_at(self.weights[k], step.pct)*o for k,o in vals.items())
+        return sum(self.weight_of(k, step)*o for k,o in vals.items())
+
+    def weight_of(self,
+        term:str,
+        step:Step
+    )->float:
+        "The weight of a term at this step"
+        return _weight_at(self.weights[term], step.pct)
 
     def state_dict(self)->dict:
         "What has been learnt beside the network: tensors and numbers"

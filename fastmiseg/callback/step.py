@@ -33,7 +33,7 @@ class Step:
         self.images = {}     # name -> (n,C,H,W), in the order in which they were asked for
         self.logits = {}     # name -> (n,classes,H,W); the labelled images are called 'l'
         self.feats  = {}     # name -> {stage: (n,channels,h,w)}
-        self._probs = {}
+        self._probs,self._wholes = {},{}
 
     def see(self,
         name:str,           # 'x': the unlabelled images, 'tx': T(x); or a name of your own
@@ -70,6 +70,18 @@ class Step:
         self.logits.update(zip(names, logits.split(sizes)))
         parts = {stage: dict(zip(names, m.split(sizes))) for stage,m in maps.items()}
         for k in names: self.feats[k] = {stage: o[k] for stage,o in parts.items()}
+        ends = torch.tensor(sizes).cumsum(0).tolist()
+        for k,end,n in zip(names, ends, sizes): self._wholes[k] = maps,slice(end-n, end)
+
+    def on_gradient(self,
+        name:str,   # of images that the network has seen; 'l': the labelled ones
+        stage:str,
+        f:Callable  # called in the backward pass with the gradient (n,channels,h,w)
+    ):
+        "Look at the gradient with which what comes after a stage answers for some of the images"
+        maps,part = self._wholes[name]
+        def look(g): f(g[part])
+        if maps[stage].requires_grad: maps[stage].register_hook(look)
 
     def probs(self,
         name:str  # of images that the network has seen

@@ -25,7 +25,7 @@ class Preset:
     weights:dict=field(default_factory=dict) # method -> term -> weight, where it is not the method's usual one
 
 # %% ../../nbs/60_study.preset.ipynb #c46643b6
-_of_T = ('flips','flip_p','shift','jitter')
+_of_T = ('flips','flip_p','shift','jitter','warp')
 
 def _reached(w, until):
     "A weight as a ramp that reaches it at `until`; 0: a number from the first step on"

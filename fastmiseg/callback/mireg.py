@@ -11,7 +11,7 @@ from functools import partial
 from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .method import SemiSupCallback
 from ..mutual_info import consistency_loss

@@ -1,11 +1,11 @@
 """One training from its settings: files of settings, options of the command, every method, and going on after an interruption"""
-import inspect, json, sys
+import inspect, json, os, sys
 from dataclasses import fields, replace
 import pandas as pd, pytest, torch
 from fastai.basics import Callback
 from fastmiseg import cli
 from fastmiseg.callback.method import SemiSupCallback
-from fastmiseg.training import Settings, callbacks_of, fit, json_object, methods, read_settings, terms, weight
+from fastmiseg.training import Settings, callbacks_of, check_scans, fit, json_object, methods, read_settings, terms, weight
 
 tiny = Settings(epochs=2, n_iters=3, width=2, bs=2, unlabeled_bs=2)
 
@@ -33,9 +33,19 @@ def test_settings_from_files(tmp_path):
         assert Settings.from_file(tmp_path/'a.toml')==s
         (tmp_path/'bad.toml').write_text('method = ')
         with pytest.raises(ValueError, match='bad.toml: is not TOML'): read_settings(tmp_path/'bad.toml')
+        (tmp_path/'deep.toml').write_text('a = ' + '['*50 + ']'*50)
+        with pytest.raises(ValueError, match='deep.toml: is nested more than 20 levels deep'): read_settings(tmp_path/'deep.toml')
+        (tmp_path/'when.toml').write_text('lr = 2020-01-01')
+        with pytest.raises(ValueError, match='when.toml: holds what no setting is'): read_settings(tmp_path/'when.toml')
     (tmp_path/'bad.json').write_text('{')
     with pytest.raises(ValueError, match='bad.json: is not JSON'): read_settings(tmp_path/'bad.json')
     with pytest.raises(ValueError, match='none.json: cannot be read as settings'): read_settings(tmp_path/'none.json')
+    (tmp_path/'deep.json').write_text('['*100_000 + ']'*100_000)
+    with pytest.raises(ValueError, match='deep.json: is nested too deeply'): read_settings(tmp_path/'deep.json')
+    (tmp_path/'nan.json').write_text('{"lr": NaN}')
+    with pytest.raises(ValueError, match='nan.json: holds NaN, expected finite numbers'): read_settings(tmp_path/'nan.json')
+    os.mkfifo(tmp_path/'pipe.json')
+    with pytest.raises(ValueError, match='pipe.json: is not a regular file'): read_settings(tmp_path/'pipe.json')
     (tmp_path/'list.json').write_text('[1]')
     with pytest.raises(ValueError, match='settings: expected names and values, got list'): Settings.from_file(tmp_path/'list.json')
 
@@ -44,9 +54,28 @@ def test_settings_from_files(tmp_path):
     (dict(lr='fast'), "lr: expected float, got 'fast'"), (dict(method=None), 'method: expected str, got None'), (dict(mireg=[1]), r'mireg: expected dict, got \[1\]'),
     (dict(consistency=[5]), r'consistency: \[5\] is not a weight'), (dict(consistency='5'), "consistency: '5' is not a weight"),
     (dict(consistency=[5,.5,'up']), 'is not a weight; give a number, or'), (dict(flips='x'), "flips: got 'x', expected h, v, hv or none"),
+    (dict(lr=0.), 'lr: 0.0 is not above 0, and below 1000'), (dict(lr=float('nan')), 'lr: nan is not above 0'), (dict(div=0.), 'div: 0.0 is not above 0'),
+    (dict(pct_start=1.), 'pct_start: 1.0 is not between 0 and 1'), (dict(wd=-1.), 'wd: -1.0 is below 0'), (dict(decay=1.), 'decay: 1.0 is not between 0 and 1'),
+    (dict(width=10**6), 'width: 1000000 is not at most 4096'),
     (dict(loss='dice'), "loss: got 'dice', expected ce or ce\\+dice"), (dict(passes=3), 'passes: 3 is neither 1 nor 2')])
 def test_wrong_settings(bad, said):
     with pytest.raises(ValueError, match=said): Settings.from_dict(bad)
+
+@pytest.mark.parametrize('bad,said', [
+    (dict(mireg=dict(clusters=3)), "mireg: MIRegCallback takes no 'clusters' here; there are global_layers, local_layers, n_clusters"),
+    (dict(mireg=dict(T=1)), "mireg: MIRegCallback takes no 'T' here"), (dict(mireg=dict(neighborhood=3)), 'mireg: .*cannot be used'),
+    (dict(method='pseudo', labels=dict(weight=1)), "labels: PseudoLabelCallback takes no 'weight' here; there are threshold")])
+def test_wrong_arguments_of_callbacks(bad, said):
+    with pytest.raises(ValueError, match=said): callbacks_of(Settings(**bad))
+
+def test_nothing_to_learn_from(some):
+    "Said before anything is prepared, with the method to take"
+    all_labeled = some.assign(split=some.split.replace('unlabeled', 'labeled'))
+    with pytest.raises(ValueError, match=r"method: 'mireg' learns from unlabelled scans, and there are none: all 5 scans .* take method='partial'.* labeled=2"):
+        check_scans(Settings(), all_labeled)
+    with pytest.raises(ValueError, match='split: no scan is labeled'): check_scans(Settings(), some.assign(split='unlabeled'))
+    for method in ('partial','full'): check_scans(Settings(method=method), all_labeled)
+    check_scans(Settings(), some)
 
 def test_texts_of_options():
     assert weight('5')==5. and weight('5,0.8')==[5.,.8] and weight('5,0.8,down')==[5.,.8,'down']

@@ -5,7 +5,7 @@ from fastmiseg.callback.resume import ResumeCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
 from own_methods import METHODS, shown
 from test_no_trace import Bomb, state
-from toy import hooks, learner, loaders, quiet
+from toy import balanced_mireg, hooks, learner, loaders, quiet
 from two_processes import Stop
 
 def train(path, cbs, stops=()):
@@ -31,7 +31,7 @@ def test_one_forward_pass(tmp_path, method, teacher):
     assert calls==[10,10,10] if not teacher else sorted(calls)==[4,4,4,6,6,6]
     assert torch.tensor(learn.recorder.values[-1]).isfinite().all()
 
-@pytest.mark.parametrize('method', [*METHODS, PseudoLabelCallback])
+@pytest.mark.parametrize('method', [*METHODS, PseudoLabelCallback, balanced_mireg])
 def test_goes_on_to_the_bit(tmp_path, method):
     cbs = lambda: [method(), EMATeacherCallback(.9)]
     whole,pieces = train(tmp_path/'a', cbs),train(tmp_path/'b', cbs, stops=(1,3,4,6))

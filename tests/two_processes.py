@@ -7,6 +7,7 @@ from fastai.basics import Callback, Datasets, defaults, set_seed
 from fastai.distributed import *
 from fastai.vision.core import TensorImage, TensorMask
 from fastmiseg.callback.baselines import ConsistencyCallback
+from fastmiseg.callback.copypaste import CopyPasteCallback
 from fastmiseg.callback.pseudo import PseudoLabelCallback
 from fastmiseg.callback.resume import ResumeCallback
 from fastmiseg.callback.state import checkpoints, load_state, save_state
@@ -115,7 +116,7 @@ if __name__=='__main__':
     path,world,rank = sys.argv[1],int(os.environ.get('WORLD_SIZE', 1)),int(os.environ.get('RANK', 0))
     torch.set_num_threads(1)
     res = {k: run(k, path, world) for k in ('paired','norm','files')}
-    res['own'] = {m.__name__: own(m, path, world) for m in [*METHODS, PseudoLabelCallback, balanced_mireg]}
+    res['own'] = {m.__name__: own(m, path, world) for m in [*METHODS, PseudoLabelCallback, CopyPasteCallback, balanced_mireg]}
     if world>1:
         for k in ('paired','files'): res[f'resumed {k}'] = [resume(k, path, rank, stops) for stops in ((), (1,2,3) if k=='files' else (3,4,6))]
         res['refused'] = refused(path, rank)

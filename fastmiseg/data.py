@@ -232,6 +232,8 @@ def _torch_seeded(seed):
     try: yield
     finally: g.set_state(state)
 
+def _classes_in(mask): return np.setdiff1d(np.unique(np.asarray(mask)), 0).tolist()
+
 class PairedDL(_MayReside):
     "Batches `(x_l, x_u, y_l)`, both streams drawn with replacement; `(x_l, y_l)` where there is nothing unlabelled"
     def __init__(self,
@@ -243,11 +245,14 @@ class PairedDL(_MayReside):
         seed:int=0,         # of the draws and of the augmentation
         num_workers:int=0,  # processes that read ahead
         resident:bool=None, # keep the slices on the device; None: on a GPU, where they fit
+        foreground:float=0., # share of the labelled images that show a given class, each class in turn
+        shows:list=None,    # for each labelled item the classes in its mask; None: the masks are read when it is needed
         **kwargs
     ):
         for k in ('shuffle','drop_last','n'): kwargs.pop(k, None)
+        if not 0<=foreground<=1: raise ValueError(f'foreground: got {foreground}, expected a share of the images, in 0..1')
         self.unlabeled,self.unlabeled_bs,self.n_iters,self.seed,self.epoch,self.first = unlabeled,unlabeled_bs,n_iters,seed,0,0
-        self.resident = resident # all of these before transforms are set up on a batch
+        self.resident,self.foreground,self.shows = resident,foreground,shows # all of these before transforms are set up on a batch
         super().__init__(dataset, bs=bs, num_workers=num_workers, n=n_iters, **kwargs)
         self.after_batch = _Pairwise(self.after_batch)
 
@@ -255,9 +260,30 @@ class PairedDL(_MayReside):
     def get_idxs(self):
         "For each batch of the epoch the indices of its labelled and unlabelled items: this process's part of what is drawn for all"
         rng,(rank,world) = np.random.default_rng([self.seed, self.epoch]),processes()
-        draw = lambda ds,bs: rng.integers(len(ds), size=(self.n_iters,world*bs))[:,rank*bs:(rank+1)*bs].tolist() if ds else [[]]*self.n_iters
-        self._idxs = list(zip(draw(self.dataset, self.bs), draw(self.unlabeled, self.unlabeled_bs)))
+        def draw(ds, bs): return rng.integers(len(ds), size=(self.n_iters,world*bs)) if ds else np.empty((self.n_iters,0), int)
+        labelled,unlabelled = draw(self.dataset, self.bs),draw(self.unlabeled, self.unlabeled_bs)
+        if self.foreground: self._draw_foreground(labelled)
+        ours = lambda drawn, bs: drawn[:,rank*bs:(rank+1)*bs].tolist()
+        self._idxs = list(zip(ours(labelled, self.bs), ours(unlabelled, self.unlabeled_bs)))
         return self._idxs
+
+    def _draw_foreground(self, drawn):
+        "Put slices that show a class, each class in turn, at evenly spread places of (batches, labelled images)"
+        rows = self._rows_of_classes()
+        if not rows: return
+        place = np.floor(np.arange(drawn.size+1)*self.foreground)
+        there = np.flatnonzero(np.diff(place)) # of all places of the epoch
+        rng = np.random.default_rng([self.seed, self.epoch, 1])
+        turn = (self.epoch*len(there) + np.arange(len(there)))%len(rows)
+        u = rng.random(len(there))
+        drawn.flat[there] = [rows[k][int(v*len(rows[k]))] for k,v in zip(turn, u)]
+
+    def _rows_of_classes(self):
+        "For each class that any labelled item shows: which items do"
+        if self.shows is None:
+            self.shows = [_classes_in(self.dataset[i][-1]) for i in range(len(self.dataset))]
+        classes = sorted({c for o in self.shows for c in o})
+        return [np.array([i for i,o in enumerate(self.shows) if c in o]) for c in classes]
 
     def sample(self): return (b for i,b in enumerate(self._idxs[self.first:]) if i%self.num_workers==self.offs)
     def _datasets(self): return self.dataset,self.unlabeled
@@ -298,7 +324,8 @@ class PairedDL(_MayReside):
             res.resident = self.resident
             return res
         return type(self)(self.dataset, **{**dict(bs=self.bs, unlabeled=self.unlabeled, unlabeled_bs=self.unlabeled_bs, n_iters=self.n_iters,
-            seed=self.seed, num_workers=self.fake_l.num_workers, resident=self.resident, device=self.device, after_item=self.after_item,
+            seed=self.seed, num_workers=self.fake_l.num_workers, resident=self.resident, foreground=self.foreground,
+            shows=self.shows, device=self.device, after_item=self.after_item,
             before_batch=self.before_batch, after_batch=Pipeline(self.after_batch.fs), do_setup=False), **kwargs})
 
     def _one_pass(self): self._n_inp,self._types = 1,explode_types(self.one_batch()[::2])
@@ -345,6 +372,8 @@ class SemiSupDataBlock(DataBlock):
         seed:int=0,          # of the draws and of the augmentation
         num_workers:int=0,   # processes that read ahead
         resident:bool=None,  # keep the slices on the device; None: on a GPU, where they fit
+        foreground:float=0., # share of the labelled images that show a given class, each class in turn
+        shows:list=None,     # for each labelled item the classes in its mask; None: the masks are read when it is needed
         device=None,         # default: fastai's
         verbose:bool=False
     )->'MISegDataLoaders': # training batches `(x_l, x_u, y_l)`, validation batches `(x, y)`
@@ -354,7 +383,7 @@ class SemiSupDataBlock(DataBlock):
         device = default_device() if device is None else torch.device(device)
         kw = dict(num_workers=num_workers, device=device, after_item=self.item_tfms)
         train = PairedDL(dsets.train, bs=bs, unlabeled=unl, unlabeled_bs=unlabeled_bs, n_iters=n_iters, seed=seed,
-                         resident=resident, after_batch=self.batch_tfms, **kw)
+                         resident=resident, foreground=foreground, shows=shows, after_batch=self.batch_tfms, **kw)
         valid = ScanDL(dsets.valid, bs=val_bs or bs+unlabeled_bs, after_batch=self.batch_tfms, **kw)
         valid.resident = resident
         return MISegDataLoaders(train, valid, path=path, device=device)
@@ -384,6 +413,7 @@ class MISegDataLoaders(DataLoaders):
         n_iters:int=300,      # batches to an epoch
         val_bs:int=None,      # slices to a validation batch
         seed:int=0,           # of the draws and of the augmentation
+        foreground:float=0.,  # share of the labelled slices that show a given class, each class in turn
         augment='recipe',     # batch transforms for training; by default what the recipe says; None for none
         workers:int=None,     # processes that prepare slices
         num_workers:int=0,    # processes that read ahead while training
@@ -405,8 +435,10 @@ class MISegDataLoaders(DataLoaders):
         block = SemiSupDataBlock(blocks=(SliceBlock(store), SliceMaskBlock(store)),
             splitter=lambda _: [np.flatnonzero(split==k).tolist() for k in ('labeled','valid','unlabeled')],
             batch_tfms=Augment.from_recipe(recipe) if isinstance(augment, str) else augment)
+        labelled = store.scans.scan[store.scans.split=='labeled']
+        shows = [o for s in labelled for o in store.shows(s)] if foreground else None
         dls = block.dataloaders([r for r,_ in refs], path=path, bs=bs, unlabeled_bs=unlabeled_bs, n_iters=n_iters, val_bs=val_bs,
-                                seed=seed, num_workers=num_workers, resident=resident, device=device)
+                                seed=seed, num_workers=num_workers, resident=resident, foreground=foreground, shows=shows, device=device)
         dls.recipe,dls.store,dls.vocab,dls.c = recipe,store,list(recipe.classes),len(recipe.classes)
         dls.training_scans = store.summary
         return dls

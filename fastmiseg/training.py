@@ -9,7 +9,7 @@ __all__ = ['terms', 'methods', 'weight', 'schedule', 'json_object', 'Settings', 
 # %% ../nbs/54_training.ipynb #d31181b9
 import json
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from inspect import signature
 from pathlib import Path
 from typing import Callable
@@ -71,7 +71,6 @@ class Settings:
     consistency:weight=None  # Weight of the consistency of predictions, with a teacher too
     entropy:weight=None      # Weight of entropy minimisation
     pseudo:weight=None       # Weight of pseudo-labels
-    copypaste:weight=None    # Weight of copy-paste
     flips:str=None           # Axes along which T flips: h, v, hv or none; by default those that the recipe allows
     flip_p:float=.5          # Probability of a flip of T along each axis
     shift:float=0.           # Largest shift of T, as a share of height and width (0.5); the paper only flips
@@ -81,7 +80,6 @@ class Settings:
     decay:float=.999         # Of the teacher's average, for each step
     mireg:json_object=field(default_factory=dict) # Other arguments of MIRegCallback, as JSON
     labels:json_object=field(default_factory=dict) # Other arguments of PseudoLabelCallback, as JSON
-    paste:json_object=field(default_factory=dict) # Other arguments of CopyPasteCallback, as JSON
     loss:str='ce'            # Of the labelled slices: ce (cross-entropy, the paper's) or ce+dice
     arch:str='unet'          # Network: unet (the paper's), dynamic_unet, or the timm name of an encoder
     width:int=16             # Channels of the first stage of unet and dynamic_unet
@@ -95,6 +93,8 @@ class Settings:
     adam:json_object=field(default_factory=dict) # Arguments of Adam that are not the paper's, as JSON
     bs:int=4                 # Labelled slices to a batch
     unlabeled_bs:int=10      # Unlabelled slices to a batch
+    foreground:float=0.      # Share of the labelled slices that show a given class, each class in turn (nnU-Net: 0.33)
+    augment:str=None         # Changes of the training slices: light or strong; by default what the recipe says
     seed:int=0               # Of the split, the network and the draws
     skip_bad:bool=False      # Leave out scans that cannot be used, instead of stopping
 
@@ -102,9 +102,11 @@ class Settings:
         if self.method not in methods: raise ValueError(f"method: {self.method!r} is none of {', '.join(methods)}")
         if self.flips not in (None,'h','v','hv','none'):
             raise ValueError(f"flips: got {self.flips!r}, expected h, v, hv or none")
-        for k in ('shift','jitter','warp','flip_p'):
+        for k in ('shift','jitter','warp','flip_p','foreground'):
             if not 0<=getattr(self, k)<=1: raise ValueError(f'{k}: {getattr(self, k)} is not between 0 and 1')
         if self.loss not in ('ce','ce+dice'): raise ValueError(f"loss: got {self.loss!r}, expected ce or ce+dice")
+        if self.augment not in (None,'light','strong'):
+            raise ValueError(f"augment: got {self.augment!r}, expected light or strong")
         if self.passes not in (1,2): raise ValueError(f"passes: {self.passes!r} is neither 1 nor 2")
         for k in ('width','epochs','n_iters','bs','unlabeled_bs'):
             if getattr(self, k)<1: raise ValueError(f'{k}: {getattr(self, k)} is below 1')
@@ -199,7 +201,7 @@ def _read_toml(path):
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
 
 # %% ../nbs/54_training.ipynb #860e2887
-terms = ('global_mi','local_mi','consistency','entropy','pseudo','copypaste')
+terms = ('global_mi','local_mi','consistency','entropy','pseudo')
 
 @dataclass(frozen=True)
 class Method:
@@ -238,23 +240,18 @@ def _teacher(s, w):
     from fastmiseg.callback.teacher import EMATeacherCallback
     return [EMATeacherCallback(s.decay, w['consistency'], T=s.T)]
 
+def _mireg_teacher(s, w):
+    from fastmiseg.callback.teacher import EMATeacherCallback
+    return [*_mireg(s, w), EMATeacherCallback(s.decay, 0.)]
+
 def _pseudo(s, w):
     from fastmiseg.callback.pseudo import PseudoLabelCallback
     with _arguments('labels', s.labels, PseudoLabelCallback, ('weight','unlabeled')):
         return [PseudoLabelCallback(w['pseudo'], **s.labels)]
 
-def _copypaste(s, w):
-    from fastmiseg.callback.copypaste import CopyPasteCallback
-    return [CopyPasteCallback(w['copypaste'], **s.paste)]
-
-def _pseudo_copypaste(s, w): return [*_pseudo(s, w), *_copypaste(s, w)]
-
-def _taught(make):
-    "The same, with a teacher that answers for the unlabelled images"
-    def with_teacher(s, w):
-        from fastmiseg.callback.teacher import EMATeacherCallback
-        return [*make(s, w), EMATeacherCallback(s.decay, 0.)]
-    return with_teacher
+def _pseudo_teacher(s, w):
+    from fastmiseg.callback.teacher import EMATeacherCallback
+    return [*_pseudo(s, w), EMATeacherCallback(s.decay, 0.)]
 
 def _none(s, w): return []
 
@@ -267,17 +264,10 @@ methods = {
     'consistency': Method('predictions for x and T(x) agree', dict(consistency=5.), _consistency),
     'entropy': Method('predictions are confident', dict(entropy=.01), _entropy, uses_T=False),
     'teacher': Method('Mean Teacher', dict(consistency=5.), _teacher),
-    'mireg+teacher': Method('the paper with a teacher (section 5.2)', _paper, _taught(_mireg)),
+    'mireg+teacher': Method('the paper with a teacher (section 5.2)', _paper, _mireg_teacher),
     'pseudo': Method('confident predictions are masks of strongly changed copies', dict(pseudo=1.), _pseudo,
                      uses_T=False),
-    'pseudo+teacher': Method('the same, with the labels of a teacher', dict(pseudo=1.), _taught(_pseudo),
-                             uses_T=False),
-    'copypaste': Method('boxes of labelled scans in unlabelled ones, and back', dict(copypaste=1.), _copypaste,
-                        uses_T=False),
-    'copypaste+teacher': Method('the same, with the labels of a teacher', dict(copypaste=1.), _taught(_copypaste),
-                                uses_T=False),
-    'pseudo+copypaste+teacher': Method('both, with the labels of a teacher', dict(pseudo=1., copypaste=1.),
-                                       _taught(_pseudo_copypaste), uses_T=False),
+    'pseudo+teacher': Method('the same, with the labels of a teacher', dict(pseudo=1.), _pseudo_teacher, uses_T=False),
     'pretrain': Method("the paper's terms alone in the first half, then the labelled scans alone (Figure 7)", _paper,
                        _mireg),
 }
@@ -326,9 +316,10 @@ def _learner(s, df, recipe, store, path, workers):
     from fastmiseg.learner import miseg_learner, paper_adam
     from fastmiseg.losses import CrossEntropyDiceLoss
     from fastmiseg.metrics import VolumeDice
+    if s.augment: recipe = replace(recipe, augment=s.augment)
     dls = MISegDataLoaders.from_cohort(
         _scans_for(s.method, df), recipe, store=store, bs=s.bs, unlabeled_bs=s.unlabeled_bs, n_iters=s.n_iters,
-        seed=s.seed, workers=workers, skip_bad=s.skip_bad, path=path or '.')
+        foreground=s.foreground, seed=s.seed, workers=workers, skip_bad=s.skip_bad, path=path or '.')
     set_seed(s.seed)
     size = dict(width=s.width) if s.arch in ('unet','dynamic_unet') else {}
     loss = dict(loss_func=CrossEntropyDiceLoss()) if s.loss=='ce+dice' else {}

@@ -55,6 +55,55 @@ def test_a_datablock_as_fastai_has_them(tmp_path):
     assert [tuple(o.shape) for o in dls.train.one_batch()]==[(2,1,32,32),(3,1,32,32),(2,32,32)] and [tuple(o.shape) for o in dls.valid.one_batch()]==[(2,1,32,32),(2,32,32)]
     assert [len(o) for o in dls.train.new(bs=1, unlabeled_bs=2).one_batch()]==[1,2,1]
 
+def shown(dls, drawn):
+    "For each labelled draw the classes that it shows, as the masks have them"
+    refs = dls.train.dataset.items
+    return [set(np.unique(dls.store.mask(refs[i].scan, refs[i].i)).tolist())-{0} for l,_ in drawn for i in l]
+
+def test_draws_that_show_each_class_in_turn(cohort, tmp_path):
+    make = lambda **kw: MISegDataLoaders.from_cohort(cohort, recipe, store=tmp_path/'store', workers=0, **{**dict(bs=4, unlabeled_bs=3, n_iters=6), **kw})
+    plain,dls = make(),make(foreground=.5)
+    drawn = dls.train.get_idxs()
+    assert all(k%3+1 in o for k,o in enumerate(shown(dls, drawn)[1::2])) # half of the places, evenly spread; RV, Myo, LV, RV, ...
+    assert [u for _,u in drawn]==[u for _,u in plain.train.get_idxs()]
+    assert [l[::2] for l,_ in drawn]==[l[::2] for l,_ in plain.train.get_idxs()]
+    assert all(shown(make(foreground=1.), make(foreground=1.).train.get_idxs()))
+    dls.train.epoch = 1
+    assert dls.train.get_idxs()!=drawn
+    other = make(foreground=.5, num_workers=1)
+    other.train.epoch,other.train.first = 0,4
+    dls.train.epoch = 0
+    for a,b in zip(list(dls.train)[4:], other.train, strict=True): assert all(torch.equal(i,j) for i,j in zip(a,b))
+    assert dls.train.new(bs=2).foreground==.5 and make(foreground=0).train.get_idxs()==plain.train.get_idxs()
+    with pytest.raises(ValueError, match='foreground: got 2, expected a share of the images'): make(foreground=2)
+
+def test_several_processes_draw_what_one_does(cohort, tmp_path, monkeypatch):
+    make = lambda bs: MISegDataLoaders.from_cohort(cohort, recipe, store=tmp_path/'store', workers=0, bs=bs, unlabeled_bs=bs, n_iters=5, foreground=1/3)
+    together,alone = make(2),make(4).train.get_idxs()
+    shares = []
+    for rank in (0,1):
+        monkeypatch.setattr('fastmiseg.data.processes', lambda rank=rank: (rank,2))
+        shares.append(together.train.get_idxs())
+    assert [(a[0]+b[0], a[1]+b[1]) for a,b in zip(*shares)]==alone
+
+def test_draws_with_masks_that_are_read():
+    "Any labelled items do; those that show nothing are drawn only at the other places, and nothing is no error"
+    from toy import loaders as discs
+    dls = discs(foreground=.5)
+    assert [len(o) for o in dls.one_batch()]==[2,3,2] and dls.train.shows==[[1]]*4
+    dls.train.shows = [[],[1],[],[2]]
+    assert [i for l,_ in dls.train.get_idxs() for i in l[1::2]]==[1,3,1,3]
+    dls.train.shows = [[]]*4
+    assert dls.train.get_idxs()==discs().train.get_idxs()
+
+def test_what_slices_show_is_kept_with_them(cohort, tmp_path, monkeypatch):
+    from fastmiseg.scans.store import SliceStore
+    make = lambda: SliceStore(tmp_path/'store', recipe).prepare(cohort, workers=0, progress=False)
+    want = {s:[(set(np.unique(y).tolist())-{0}) for y in make().mask(s, slice(None))] for s in cohort.scan[cohort['split']=='labeled']}
+    monkeypatch.setattr(SliceStore, 'mask', lambda *o: 1/0)
+    store = make()
+    assert {s:list(map(set, store.shows(s))) for s in want}==want and any(map(any, want.values()))
+
 def test_device_by_name(cohort, tmp_path):
     assert miseg_learner(loaders(cohort, tmp_path/'store').to('cpu'), width=2).arch['width']==2
 

@@ -139,7 +139,11 @@ class Placement:
     def from_dict(cls, d): return cls(**{k:tuple(v) for k,v in d.items()})
 
 # %% ../../nbs/17_scans.recipe.ipynb #619d9719
-_training = ('crop','rotate','flip','jitter') # settings the prepared slices do not depend on
+# Shares of the slices that a training changes with augment='strong': nnU-Net's (Isensee et al. 2021, supplement)
+_strong = dict(turn=.2, zoom=.2, noise=.1, blur=.2, brightness=.15, contrast=.15, low_resolution=.25, inverted_gamma=.1,
+               gamma=.3)
+# Settings the prepared slices do not depend on
+_training = ('crop','rotate','flip','jitter','scale','elastic','augment',*_strong)
 
 def _real(v):
     if isinstance(v, (bool,str)) or not abs(float(v))<1e30: raise ValueError
@@ -167,7 +171,8 @@ def _mapping(v): return {int(_word(a)) if isinstance(a, str) else _whole(a):_who
 def _axis(v): return v if v=='auto' else _whole(v)
 
 _convert = dict(spacing=_pair(_real), size=_pair(_whole), fit=_word, percentiles=_pair(_real), window=_pair(_real), per=_word, axis=_axis,
-                orientation=_word, channels=_whole, classes=_names, labels=_mapping, crop=_pair(_whole), rotate=_real, flip=_word, jitter=_real)
+                orientation=_word, channels=_whole, classes=_names, labels=_mapping, crop=_pair(_whole), rotate=_real, flip=_word, jitter=_real,
+                scale=_real, elastic=_real, augment=_word, **dict.fromkeys(_strong, _real))
 _expected = dict(
     spacing     = 'two positive numbers of mm (0.001 to 1000), or None',
     size        = "two positive numbers of pixels (at most 8192), or (only with fit='crop') None",
@@ -183,8 +188,12 @@ _expected = dict(
     crop        = '(h,w) no larger than `size`, or None',
     rotate      = 'degrees in 0..180',
     flip        = "'h', 'v', 'hv' or ''",
-    jitter      = 'a strength in 0..1')
-_optional = ('spacing','size','window','orientation','labels','crop')
+    jitter      = 'a strength in 0..1',
+    scale       = 'a relative change of size, at least 0 and below 1',
+    elastic     = 'pixels, at least 0',
+    augment     = "'light' or 'strong'",
+    **dict.fromkeys(_strong, 'a share of the slices in 0..1, or None'))
+_optional = ('spacing','size','window','orientation','labels','crop',*_strong)
 
 @dataclass(frozen=True, repr=False)
 class Recipe:
@@ -204,6 +213,18 @@ class Recipe:
     rotate: float = 0.               # Training: largest rotation, degrees
     flip: str = ''                   # Training: 'h' mirrors left and right, 'v' top and bottom, 'hv' both
     jitter: float = 0.               # Training: strength of brightness, contrast and gamma changes, 0..1
+    scale: float = 0.                # Training: largest relative change of size
+    elastic: float = 0.              # Training: standard deviation of an elastic deformation, pixels
+    augment: str = 'light'           # Training: 'strong' adds nnU-Net's changes, 'light' only those that are named here:
+    turn: float|None = None          # share of the slices that are turned by any angle (strong: 0.2)
+    zoom: float|None = None          # ... scaled by 0.7 to 1.4 (0.2)
+    noise: float|None = None         # ... with noise of up to 0.1 of their own variance (0.1)
+    blur: float|None = None          # ... blurred by 0.5 to 1 pixels (0.2)
+    brightness: float|None = None    # ... multiplied by 0.75 to 1.25 (0.15)
+    contrast: float|None = None      # ... with 0.75 to 1.25 of their contrast (0.15)
+    low_resolution: float|None = None# ... with 0.5 to 1 of their resolution (0.25)
+    inverted_gamma: float|None = None# ... whose negative gets a gamma of 0.7 to 1.5 (0.1)
+    gamma: float|None = None         # ... with a gamma of 0.7 to 1.5 (0.3)
 
     def __post_init__(self):
         for k,convert in _convert.items():
@@ -238,7 +259,11 @@ class Recipe:
             crop        = between(self.crop, 1, 8192) and not (self.crop and self.size and any(c>s for c,s in zip(self.crop, self.size))),
             rotate      = 0<=self.rotate<=180,
             flip        = self.flip in ('','h','v','hv'),
-            jitter      = 0<=self.jitter<=1)
+            jitter      = 0<=self.jitter<=1,
+            scale       = 0<=self.scale<1,
+            elastic     = self.elastic>=0,
+            augment     = self.augment in ('light','strong'),
+            **{k: getattr(self, k) is None or 0<=getattr(self, k)<=1 for k in _strong})
 
     def __repr__(self): return f'Recipe({", ".join(f"{f.name}={v!r}" for f in fields(self) if (v := getattr(self, f.name))!=f.default)})'
     def __hash__(self): return hash(repr(self))
@@ -254,6 +279,12 @@ class Recipe:
     def key(self):
         "What prepared slices depend on, as text; the settings for training are not in it"
         return json.dumps({k:v for k,v in self.to_dict().items() if k not in _training}, sort_keys=True)
+
+    @property
+    def shares(self)->dict: # name -> 0..1
+        "Shares of the slices that a training changes: those that are said, else those of `augment`"
+        usual = _strong if self.augment=='strong' else dict.fromkeys(_strong, 0.)
+        return {k: v if (said := getattr(self, k)) is None else said for k,v in usual.items()}
 
     @property
     def stored(self):
@@ -406,7 +437,8 @@ def _look(r, labelled):
 @patch(cls_method=True)
 def auto(cls:Recipe,
     df,          # Cohort: `image`, and where there are any `mask` and `split`
-    max_scans=64 # How many training scans to look at, spread over the cohort
+    max_scans=64, # How many training scans to look at, spread over the cohort
+    augment='light' # Or 'strong'; see `Recipe`
 )->Recipe:
     "A recipe that fits a cohort"
     train = df[~df['split'].isin(['valid','test'])] if 'split' in df else df
@@ -433,7 +465,7 @@ def auto(cls:Recipe,
         if values!=list(range(len(values))): labels = {int(v):i for i,v in enumerate(values)}
     axis = axes.pop() if len(axes)==1 else 'auto'
     return cls(spacing=spacing, size=[int(np.ceil(s/16)*16) for s in size], window=window, axis=axis, channels=max(o['channels'] for o in seen),
-               classes=classes, labels=labels, rotate=10., flip='' if axis==2 else 'h', jitter=.3) # along the columns of any but sagittal slices runs left to right
+               classes=classes, labels=labels, rotate=10., flip='' if axis==2 else 'h', jitter=.3, augment=augment) # along the columns of any but sagittal slices runs left to right
 
 # %% ../../nbs/17_scans.recipe.ipynb #2ee4c2fe
 _presets = ('acdc','promise12','spleen','mmwhs','hippocampus')

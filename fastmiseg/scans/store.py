@@ -45,7 +45,7 @@ def _fingerprint(path):
 
 # %% ../../nbs/19_scans.store.ipynb #47a28abd
 _steps = np.float32(65535)
-_version = 3 # of the files; goes up when the same scan and recipe give other slices than before
+_version = 4 # of the files; goes up when the same scan and recipe give other files than before
 
 class _Unwritable(WriteError): "The store cannot be written: no scan is to blame, and going on is useless"
 
@@ -94,7 +94,8 @@ def _prepare_mask(dir, key, recipe, path, where, image):
     if not total: about['odd'] = 'the mask is empty: background only'
     elif lost: about['odd'] = (f'slices of {where.size[0]}x{where.size[1]} pixels cut off a part of what the mask shows '
                                f'({lost/total:.1%}): give the Recipe a larger `size`')
-    return _save(dir, key, y, dict(about, total=total, lost=lost))
+    shows = [np.setdiff1d(o, 0).tolist() for o in map(np.unique, y)]
+    return _save(dir, key, y, dict(about, total=total, lost=lost, shows=shows))
 
 _known = dict(image=('n','bytes','sum','share','voxels','profile'), mask=('bytes','sum','total','lost'))
 
@@ -281,6 +282,12 @@ class SliceStore:
         about = _unseal(self.dir/f'{self._key(scan, 0)}.json')
         if not about: raise self._damaged(scan, self._key(scan, 0), 'what is said about them is not what was written')
         return Placement.from_dict(about['where'])
+
+    def shows(self, scan)->list[list]: # for each slice the classes in its mask, background left out
+        "What the slices of a scan show"
+        about = _unseal(self.dir/f'{self._key(scan, 1)}.json')
+        if not about: raise self._damaged(scan, self._key(scan, 1), 'what is said about them is not what was written')
+        return about['shows']
 
     def verify(self)->SliceStore:
         "Compare all slices of this cohort with their checksums now, instead of each scan when its first slice is read"

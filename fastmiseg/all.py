@@ -27,6 +27,7 @@ from .callback.paired import *
 from .losses import *
 from .callback.mireg import *
 from .callback.pseudo import PseudoLabelCallback
+from .callback.copypaste import CopyPasteCallback
 from .metrics import *
 from .surface import *
 from .optimizer import *

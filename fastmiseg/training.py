@@ -71,6 +71,7 @@ class Settings:
     consistency:weight=None  # Weight of the consistency of predictions, with a teacher too
     entropy:weight=None      # Weight of entropy minimisation
     pseudo:weight=None       # Weight of pseudo-labels
+    copypaste:weight=None    # Weight of copy-paste
     flips:str=None           # Axes along which T flips: h, v, hv or none; by default those that the recipe allows
     flip_p:float=.5          # Probability of a flip of T along each axis
     shift:float=0.           # Largest shift of T, as a share of height and width (0.5); the paper only flips
@@ -80,6 +81,7 @@ class Settings:
     decay:float=.999         # Of the teacher's average, for each step
     mireg:json_object=field(default_factory=dict) # Other arguments of MIRegCallback, as JSON
     labels:json_object=field(default_factory=dict) # Other arguments of PseudoLabelCallback, as JSON
+    paste:json_object=field(default_factory=dict) # Other arguments of CopyPasteCallback, as JSON
     loss:str='ce'            # Of the labelled slices: ce (cross-entropy, the paper's) or ce+dice
     arch:str='unet'          # Network: unet (the paper's), dynamic_unet, or the timm name of an encoder
     width:int=16             # Channels of the first stage of unet and dynamic_unet
@@ -201,7 +203,7 @@ def _read_toml(path):
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
 
 # %% ../nbs/54_training.ipynb #860e2887
-terms = ('global_mi','local_mi','consistency','entropy','pseudo')
+terms = ('global_mi','local_mi','consistency','entropy','pseudo','copypaste')
 
 @dataclass(frozen=True)
 class Method:
@@ -240,18 +242,23 @@ def _teacher(s, w):
     from fastmiseg.callback.teacher import EMATeacherCallback
     return [EMATeacherCallback(s.decay, w['consistency'], T=s.T)]
 
-def _mireg_teacher(s, w):
-    from fastmiseg.callback.teacher import EMATeacherCallback
-    return [*_mireg(s, w), EMATeacherCallback(s.decay, 0.)]
-
 def _pseudo(s, w):
     from fastmiseg.callback.pseudo import PseudoLabelCallback
     with _arguments('labels', s.labels, PseudoLabelCallback, ('weight','unlabeled')):
         return [PseudoLabelCallback(w['pseudo'], **s.labels)]
 
-def _pseudo_teacher(s, w):
-    from fastmiseg.callback.teacher import EMATeacherCallback
-    return [*_pseudo(s, w), EMATeacherCallback(s.decay, 0.)]
+def _copypaste(s, w):
+    from fastmiseg.callback.copypaste import CopyPasteCallback
+    return [CopyPasteCallback(w['copypaste'], **s.paste)]
+
+def _pseudo_copypaste(s, w): return [*_pseudo(s, w), *_copypaste(s, w)]
+
+def _taught(make):
+    "The same, with a teacher that answers for the unlabelled images"
+    def with_teacher(s, w):
+        from fastmiseg.callback.teacher import EMATeacherCallback
+        return [*make(s, w), EMATeacherCallback(s.decay, 0.)]
+    return with_teacher
 
 def _none(s, w): return []
 
@@ -264,10 +271,17 @@ methods = {
     'consistency': Method('predictions for x and T(x) agree', dict(consistency=5.), _consistency),
     'entropy': Method('predictions are confident', dict(entropy=.01), _entropy, uses_T=False),
     'teacher': Method('Mean Teacher', dict(consistency=5.), _teacher),
-    'mireg+teacher': Method('the paper with a teacher (section 5.2)', _paper, _mireg_teacher),
+    'mireg+teacher': Method('the paper with a teacher (section 5.2)', _paper, _taught(_mireg)),
     'pseudo': Method('confident predictions are masks of strongly changed copies', dict(pseudo=1.), _pseudo,
                      uses_T=False),
-    'pseudo+teacher': Method('the same, with the labels of a teacher', dict(pseudo=1.), _pseudo_teacher, uses_T=False),
+    'pseudo+teacher': Method('the same, with the labels of a teacher', dict(pseudo=1.), _taught(_pseudo),
+                             uses_T=False),
+    'copypaste': Method('boxes of labelled scans in unlabelled ones, and back', dict(copypaste=1.), _copypaste,
+                        uses_T=False),
+    'copypaste+teacher': Method('the same, with the labels of a teacher', dict(copypaste=1.), _taught(_copypaste),
+                                uses_T=False),
+    'pseudo+copypaste+teacher': Method('both, with the labels of a teacher', dict(pseudo=1., copypaste=1.),
+                                       _taught(_pseudo_copypaste), uses_T=False),
     'pretrain': Method("the paper's terms alone in the first half, then the labelled scans alone (Figure 7)", _paper,
                        _mireg),
 }

@@ -73,9 +73,9 @@ def test_folders_that_do_not_fit_are_refused(results):
     assert results[0]['refused'][2:]==results[1]['refused'][2:]
 
 def test_methods_that_mix_images(results):
-    "Random boxes and pairs of images are those of one process with the double batch"
+    "Random boxes, pairs of images, and what is remembered are those of one process with the double batch"
     a,b,one = (r['own'] for r in results)
-    assert set(a)=={'SameSizeCallback','CutMixCallback','PasteCallback','PseudoLabelCallback'}
+    assert set(a)=={'SameSizeCallback','CutMixCallback','PasteCallback','PseudoLabelCallback','CopyPasteCallback','balanced_mireg'}
     for name in a:
         close(a[name], b[name], atol=0)
         close(a[name], one[name])

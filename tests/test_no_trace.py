@@ -3,12 +3,13 @@ import subprocess, sys
 import pytest, torch
 from fastai.basics import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException)
 from fastmiseg.callback.baselines import ConsistencyCallback, EntropyMinCallback
+from fastmiseg.callback.copypaste import CopyPasteCallback
 from fastmiseg.callback.pseudo import PseudoLabelCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
 from toy import SemiSupCallback, UNet, hooks, learner, quiet, small_mireg
 from fastmiseg.models import create_unet
 
-METHODS = [lambda: [ConsistencyCallback()], lambda: [EntropyMinCallback(.1)], lambda: [PseudoLabelCallback(threshold=.5), EMATeacherCallback()], lambda: [small_mireg(), EMATeacherCallback()]]
+METHODS = [lambda: [ConsistencyCallback()], lambda: [EntropyMinCallback(.1), CopyPasteCallback()], lambda: [PseudoLabelCallback(threshold=.5), EMATeacherCallback()], lambda: [small_mireg(), EMATeacherCallback()]]
 
 class Bomb(Callback):
     order = 70

@@ -1,12 +1,16 @@
-"""The methods of the tutorial train in one forward pass, go on to the bit, and leave no trace (in two processes: test_distributed)"""
+"""The methods that mix images, the tutorial's and ours, train in one forward pass, go on to the bit, and leave no trace
+(in two processes: test_distributed)"""
 import pytest, torch
+from fastmiseg.callback.copypaste import CopyPasteCallback
 from fastmiseg.callback.pseudo import PseudoLabelCallback
 from fastmiseg.callback.resume import ResumeCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
 from own_methods import METHODS, shown
 from test_no_trace import Bomb, state
-from toy import hooks, learner, loaders, quiet
-from two_processes import Stop
+from toy import balanced_mireg, hooks, learner, loaders, quiet, small_mireg
+from two_processes import Stop, plain_loaders
+
+OURS = [PseudoLabelCallback, CopyPasteCallback]
 
 def train(path, cbs, stops=()):
     for k,stop in enumerate([*stops, None]):
@@ -20,7 +24,7 @@ def train(path, cbs, stops=()):
 def test_twenty_lines():
     assert len(shown)==3 and all(len([l for l in s.splitlines() if l.strip()])<=20 for s in shown)
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', [*METHODS, *OURS])
 @pytest.mark.parametrize('teacher', [False, True])
 def test_one_forward_pass(tmp_path, method, teacher):
     "The network runs once a step (and the teacher once), and the term reaches the loss"
@@ -31,14 +35,14 @@ def test_one_forward_pass(tmp_path, method, teacher):
     assert calls==[10,10,10] if not teacher else sorted(calls)==[4,4,4,6,6,6]
     assert torch.tensor(learn.recorder.values[-1]).isfinite().all()
 
-@pytest.mark.parametrize('method', [*METHODS, PseudoLabelCallback])
+@pytest.mark.parametrize('method', [*METHODS, *OURS, balanced_mireg])
 def test_goes_on_to_the_bit(tmp_path, method):
     cbs = lambda: [method(), EMATeacherCallback(.9)]
     whole,pieces = train(tmp_path/'a', cbs),train(tmp_path/'b', cbs, stops=(1,3,4,6))
     for p,q in zip(whole.model.state_dict().values(), pieces.model.state_dict().values()): assert torch.equal(p, q)
     assert torch.equal(torch.stack(list(whole.recorder.losses)), torch.stack(list(pieces.recorder.losses)))
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', [*METHODS, *OURS])
 def test_no_trace(tmp_path, method):
     learn = quiet(learner(tmp_path, dls=loaders(bs=2, unlabeled_bs=4)))
     learn.fit(1)
@@ -47,3 +51,19 @@ def test_no_trace(tmp_path, method):
         with pytest.raises(type(exc)): learn.fit(1, 1e-3, cbs=[method(), Bomb(exc, when, True)])
         learn._end_cleanup(); learn.opt.zero_grad()
         assert state(learn)==before and hooks(learn.model)==0
+
+@pytest.mark.parametrize('teacher', [False, True])
+def test_all_of_them_together(tmp_path, teacher):
+    "One forward pass of all images, a term of each method, and the same training in pieces"
+    cbs = lambda: [PseudoLabelCallback(threshold=.5), CopyPasteCallback(start=.3), small_mireg(), *[EMATeacherCallback(.9)]*teacher]
+    whole,pieces = train(tmp_path/'a', cbs),train(tmp_path/'b', cbs, stops=(2,5))
+    for p,q in zip(whole.model.state_dict().values(), pieces.model.state_dict().values()): assert torch.equal(p, q)
+    assert {'pseudo','copypaste','global_mi','local_mi','consistency'}<=set(whole.recorder.metric_names)
+    assert torch.tensor(whole.recorder.values[-1]).isfinite().all()
+
+@pytest.mark.parametrize('method', OURS)
+def test_plain_learner(tmp_path, method):
+    "A learner that knows nothing of unlabelled images gets them from the callback"
+    learn = quiet(learner(tmp_path, dls=plain_loaders(3)))
+    learn.fit(1, 1e-2, cbs=[cb:=method(unlabeled=list(range(13,21))), EMATeacherCallback(.9)])
+    assert torch.tensor(learn.recorder.values[-1]).isfinite().all() and cb.terms

@@ -15,7 +15,7 @@ scans.phantom scans.recipe scans.profile scans.store
 augment transforms warps data
 pair_products pair_kernels pair_sums mutual_info projectors losses models average optimizer
 callback.stream callback.step callback.method callback.heads callback.guard callback.paired callback.install
-callback.baselines callback.mireg callback.teacher callback.pseudo callback.log
+callback.baselines callback.mireg callback.teacher callback.pseudo callback.copypaste callback.log
 callback.state callback.plan callback.place callback.resume
 metrics surface learner training
 inference segmenter plots commands

@@ -7,6 +7,7 @@ from fastai.basics import Callback, Datasets, defaults, set_seed
 from fastai.distributed import *
 from fastai.vision.core import TensorImage, TensorMask
 from fastmiseg.callback.baselines import ConsistencyCallback
+from fastmiseg.callback.copypaste import CopyPasteCallback
 from fastmiseg.callback.pseudo import PseudoLabelCallback
 from fastmiseg.callback.resume import ResumeCallback
 from fastmiseg.callback.state import checkpoints, load_state, save_state
@@ -16,7 +17,7 @@ from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.processes import processes
 from fastmiseg.metrics import VolumeDice
 from own_methods import METHODS
-from toy import MIRegCallback, UNet, disc, learner, loaders, quiet, small_mireg
+from toy import MIRegCallback, UNet, balanced_mireg, disc, learner, loaders, quiet, small_mireg
 
 class GroupNormed(UNet):
     "Without batch norm, whose statistics would be those of a process"
@@ -115,7 +116,7 @@ if __name__=='__main__':
     path,world,rank = sys.argv[1],int(os.environ.get('WORLD_SIZE', 1)),int(os.environ.get('RANK', 0))
     torch.set_num_threads(1)
     res = {k: run(k, path, world) for k in ('paired','norm','files')}
-    res['own'] = {m.__name__: own(m, path, world) for m in [*METHODS, PseudoLabelCallback]}
+    res['own'] = {m.__name__: own(m, path, world) for m in [*METHODS, PseudoLabelCallback, CopyPasteCallback, balanced_mireg]}
     if world>1:
         for k in ('paired','files'): res[f'resumed {k}'] = [resume(k, path, rank, stops) for stops in ((), (1,2,3) if k=='files' else (3,4,6))]
         res['refused'] = refused(path, rank)

@@ -66,8 +66,8 @@ class GradientBalance:
     def __init__(self,
         decay:float=.9 # of the running means of squared sizes
     ):
-        self.decay,self.steps = decay,0
-        self.sizes = {}  # stage -> (2,): squared size of the supervised gradient, and of the term's without its weight
+        self.decay,self._steps = decay,0
+        self._sizes = {}  # stage -> (2,): squared size of the supervised gradient, and of the term's without its weight
         self._seen = {}  # the same, of the step that is under way
 
     def _see(self, stage, which, g):
@@ -84,7 +84,7 @@ class GradientBalance:
         self._seen[stage] = [zero, zero]
         if not weight: return maps
         step.on_gradient('l', stage, partial(self._see, stage, 0))
-        supervised,ours = self.sizes.get(stage, (zero, zero))
+        supervised,ours = self._sizes.get(stage, (zero, zero))
         factor = (supervised/ours.clamp_min(torch.finfo(torch.float).tiny)).sqrt().clamp_max(1.)
         show = lambda g: self._see(stage, 1, g.float()/weight)
         return [_Scaled.apply(o, factor, show) if o.requires_grad else o for o in maps]
@@ -92,16 +92,16 @@ class GradientBalance:
     @torch.no_grad()
     def take_in(self):
         "After the optimiser's step: what this step has shown becomes part of the means"
-        self.steps += 1
+        self._steps += 1
         for stage,seen in self._seen.items():
             new = mean_of_all(torch.stack(seen))
-            old = self.sizes.get(stage, new)
-            mean = old.lerp(new, max(1/self.steps, 1-self.decay))
-            self.sizes[stage] = torch.where(mean.isfinite(), mean, old) # a step that mixed precision skips
+            old = self._sizes.get(stage, new)
+            mean = old.lerp(new, max(1/self._steps, 1-self.decay))
+            self._sizes[stage] = torch.where(mean.isfinite(), mean, old) # a step that mixed precision skips
         self._seen = {}
 
-    def state_dict(self)->dict: return dict(sizes=dict(self.sizes), steps=self.steps)
-    def load_state_dict(self, sd): self.sizes,self.steps = dict(sd['sizes']),sd['steps']
+    def state_dict(self)->dict: return dict(sizes=dict(self._sizes), steps=self._steps)
+    def load_state_dict(self, sd): self._sizes,self._steps = dict(sd['sizes']),sd['steps']
 
 # %% ../../nbs/42_callback.mireg.ipynb #0836b630
 class MIRegCallback(SemiSupCallback):

@@ -33,20 +33,31 @@ class Step:
         self.images = {}     # name -> (n,C,H,W), in the order in which they were asked for
         self.logits = {}     # name -> (n,classes,H,W); the labelled images are called 'l'
         self.feats  = {}     # name -> {stage: (n,channels,h,w)}
-        self._probs,self._wholes = {},{}
+        self._probs,self._wholes,self._moves = {},{},{}
 
     def see(self,
         name:str,           # 'x': the unlabelled images, 'tx': T(x); or a name of your own
-        make:Callable=None  # makes the images of another name; called once, however many ask
+        make:Callable=None, # makes the images of another name; called once, however many ask
+        move:Callable=None  # moves what was said of x (maps (N,...,h,w)) as the images of another name were moved
     )->Tensor:              # the images
         "Have the network see images in this step's forward pass"
-        known = dict(x=lambda: self.x_u, tx=lambda: self.T.images(self.x_u, self.normalize))
+        known = dict(x=(lambda: self.x_u, None), tx=(lambda: self.T.images(self.x_u, self.normalize), self.T))
         if name not in self.images:
-            make = make or known.get(name)
+            make,move = known.get(name, (None,None)) if make is None else (make,move)
             if make is None:
                 raise ValueError(f"see: {name!r} is neither 'x' nor 'tx', so say how to make it: see({name!r}, make)")
-            self.images[name] = make()
+            self.images[name],self._moves[name] = make(),move
         return self.images[name]
+
+    def moved(self,
+        name:str,      # of images that were asked for
+        maps:Tensor    # (N,...,h,w) of x, at any resolution: features, probabilities, masks
+    )->Tensor:         # of the same shape
+        "What was said of x, where it is in these images"
+        if name not in self.images:
+            raise ValueError(f"step: nobody asked for {name!r}; there are {', '.join(self.images)}")
+        move = self._moves[name]
+        return maps if move is None else move(maps)
 
     def see_target(self):
         "Have the network see the unlabelled images, unless a teacher answers for them"

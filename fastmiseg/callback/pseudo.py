@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .method import SemiSupCallback
 from ..losses import soft_dice_loss
-from ..transforms import Light, boxes
+from ..transforms import Light, Pool, boxes
 
 # %% ../../nbs/44_callback.pseudo.ipynb #77ab4ac8
 def light_from(
@@ -54,33 +54,36 @@ class PseudoLabelCallback(SemiSupCallback):
         blurred:float=.5,   # share of the images that are blurred
         cutmix:float=.5,    # share of the images with a box of their neighbour
         area:tuple=(.02,.4),# smallest and largest share of the image in that box
-        unlabeled=None      # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
+        moved:bool=False,   # the strongly changed copy is of T(x), not of x
+        unlabeled=None,     # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
+        T:Pool=None         # what T is drawn from, where `moved`; default: `RandomFlips()`, as the recipe allows
     ):
         if not 0<=threshold<1: raise ValueError(f'threshold: {threshold} is not in [0,1)')
-        super().__init__(unlabeled, pseudo=weight)
-        self.threshold,self.dice,self.light,self.blurred,self.cutmix,self.area = threshold,dice,light,blurred,cutmix,area
+        super().__init__(unlabeled, T, pseudo=weight)
+        self.moved,self.threshold,self.dice,self.light,self.blurred,self.cutmix,self.area = moved,threshold,dice,light,blurred,cutmix,area
 
     matches_target = True
 
-    def _mix(self, a):
+    def _mix(self, a, box):
         "A box of the neighbour in the batch, where one is drawn; the last of an odd number has none"
         n = len(a)//2*2
         swapped = torch.cat([a[:n].unflatten(0, (-1,2)).flip(1).flatten(0,1), a[n:]])
-        box = self._box if a.ndim==4 else self._box[:,0]
+        if box.shape[2:]!=a.shape[2:]: box = F.interpolate(box.float(), a.shape[2:])>.5
         return torch.where(box, swapped, a)
 
-    def _strong(self, step, u):
-        x = blur(step.x_u, u[:,4:6], self.blurred)
-        return self._mix(light_from(u[:,:4], self.light).images(x, step.normalize))
+    def _strong(self, step, u, box):
+        x = step.T.images(step.x_u, step.normalize) if self.moved else step.x_u
+        return self._mix(light_from(u[:,:4], self.light).images(blur(x, u[:,4:6], self.blurred), step.normalize), box)
 
     def views(self, step):
         u = step.rand(10)
-        self._box = boxes(u[:,6:9], step.x_u.shape[2:], self.area) & (u[:,9]<self.cutmix)[:,None,None,None]
+        box = boxes(u[:,6:9], step.x_u.shape[2:], self.area) & (u[:,9]<self.cutmix)[:,None,None,None]
         step.see_target()
-        step.see('strong', lambda: self._strong(step, u))
+        step.see('strong', lambda: self._strong(step, u, box),
+                 lambda maps: self._mix(step.T(maps) if self.moved else maps, box))
 
     def penalty(self, step):
-        sure,label = map(self._mix, step.target.detach().max(1))
+        sure,label = step.moved('strong', step.target.detach()).max(1)
         counts = (sure>=self.threshold).float()
         logits = step.logits['strong'].float()
         ce = F.cross_entropy(logits, label, reduction='none')

@@ -182,14 +182,87 @@ def test_lost_masks(tmp_path):
 
 def test_too_few_masks_to_split(tmp_path):
     for i in range(3): put(tmp_path/'images', f'{i}.nii.gz')
-    asked = r'labeled=1, valid=2, test=10: these are more than the '
-    with pytest.raises(CohortError, match=asked+r"0 subjects with masks in this cohort: none of its 3 scans has a mask\. Expected a folder `images` \(and `masks`\).*\(layout 'folder'\); put the masks there, or"):
+    asked = 'labeled=1, valid=2, test=10: '
+    none = asked+r'none of the 3 scans of this cohort has a mask\. Expected '
+    with pytest.raises(CohortError, match=none+r"a folder `images` \(and `masks`\).*\(layout 'folder'\); put the masks there, or"):
         split_cohort(load_cohort(tmp_path), 1, 2, 10)
-    with pytest.raises(CohortError, match=asked+r'0 subjects.*none of its 3 scans has a mask\. Expected names of files in the column `mask`;'):
+    with pytest.raises(CohortError, match=none+'names of files in the column `mask`;'):
         split_cohort(load_cohort(pd.DataFrame(dict(load_cohort(tmp_path)))), 1, 2, 10)
     masks = [str(tmp_path/'m'/f'{i}.nii.gz') for i in range(2)]
-    with pytest.raises(CohortError, match=asked+r'2 subjects with masks in this cohort; 13 subjects asked for, 2 with masks found: ask for fewer'):
+    with pytest.raises(CohortError, match=asked+'these are 13 subjects with masks, and there are 2 in this cohort; ask for fewer'):
         split_cohort(load_cohort(tmp_path).assign(mask=[*masks, None]), 1, 2, 10)
+    with pytest.raises(CohortError, match='there is 1 subject with a mask in this cohort, and a split needs two'):
+        split_cohort(load_cohort(tmp_path).assign(mask=[masks[0], None, None]), duplicates=False)
+
+def ten(annotated, n=10):
+    return pd.DataFrame([dict(subject=f's{i}', scan=f's{i}', image=f's{i}.nii', mask=f'm{i}.nii' if i<annotated else None)
+                         for i in range(n)], dtype=object)
+
+@pytest.mark.parametrize('annotated,parts', [(2,(1,1,0)), (3,(2,1,0)), (4,(3,1,0)), (5,(4,1,0)), (8,(6,2,0)), (10,(6,2,2))])
+def test_ten_scans_are_enough(annotated, parts, capsys):
+    s = split_cohort(ten(annotated), duplicates=False)
+    assert tuple((s.split==o).sum() for o in ('labeled','valid','test'))==parts
+    assert set(s.scan[s.split=='unlabeled'])==set(s.scan[s['mask'].isna()])       # nothing annotated is left unused
+    labeled,valid,test = parts
+    assert capsys.readouterr().out==f'split of {annotated} annotated subjects: {labeled} labelled, {valid} for validation, {test} for test\n'
+    assert split_cohort(ten(annotated), duplicates=False, show=False).equals(s) and not capsys.readouterr().out
+
+def test_masks_that_are_not_used_are_said(capsys):
+    split_cohort(ten(4), 1, 1, duplicates=False)
+    assert '2 of 4 annotated subjects are used as unlabelled' in capsys.readouterr().out
+    split_cohort(ten(4), 3, 1, 0, duplicates=False)
+    assert not capsys.readouterr().out                                            # just what was asked for
+    split_cohort(ten(4), scans=True, labeled=2, duplicates=False)
+    assert '1 of 4 annotated scans is used as unlabelled' in capsys.readouterr().out
+
+def test_some_parts_asked_for():
+    def n(annotated, **kw): return split_cohort(ten(annotated, 30), duplicates=False, **kw).split.value_counts().to_dict()
+    assert n(20, test=5)==dict(labeled=11, valid=4, test=5, unlabeled=10)
+    assert n(20, valid=0)==dict(labeled=16, test=4, unlabeled=10)
+    assert n(10, labeled=8)==dict(labeled=8, valid=2, unlabeled=20)
+    assert n(10, labeled=9)==dict(labeled=9, valid=1, unlabeled=20)
+    assert n(3, test=1)==dict(labeled=1, valid=1, test=1, unlabeled=27)
+    with pytest.raises(CohortError, match='labeled=10, valid=1, test=0: these are 11 subjects with masks, and there are 10'): n(10, labeled=10)
+    with pytest.raises(CohortError, match='labeled=all others, valid=1, test=2: these are 4 subjects with masks, and there are 3'): n(3, test=2)
+
+@settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0,2**31), n=st.integers(6,30), folds=st.integers(2,5), test=st.integers(0,2), scans=st.booleans(), stratify=st.sampled_from([None,'group']))
+def test_laws_of_folds(seed, n, folds, test, scans, stratify):
+    rng = np.random.default_rng(seed)
+    df = table(n, rng)
+    annotated = set(df.subject[df['mask'].notna()])
+    ties = [tuple(rng.choice(df.scan, 2, replace=False))] if rng.random()<.5 else ()
+    def split(fold, df=df, **kw):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            return split_cohort(df, test=test, seed=seed, scans=scans, stratify=stratify, duplicates=ties, folds=folds, fold=fold, show=False, **kw)
+    if len(annotated)<folds+test+4: return
+    parts = [split(k) for k in range(folds)]
+    tests = [set(o.subject[o.split=='test']) for o in parts]
+    assert all(o==tests[0] for o in tests) and len(tests[0])>=min(test, 1)
+    valid = [s for o in parts for s in set(o.subject[o.split=='valid'])]
+    assert len(valid)==len(set(valid)) and set(valid)==annotated-tests[0]         # everybody once
+    for o in parts:
+        part = o.drop_duplicates('subject').set_index('subject').split.replace('labeled','unlabeled')
+        assert o.assign(split=o.split.replace('labeled','unlabeled')).groupby('subject').split.nunique().max()==1
+        for x,y in ties:
+            x,y = x.split('_')[0],y.split('_')[0]
+            assert x not in part or y not in part or part[x]==part[y]
+        assert set(o.subject[o.split=='labeled'])==annotated-set(o.subject[o.split.isin(['valid','test'])])
+    if not scans and not ties:
+        sizes = [o.subject[o.split=='valid'].nunique() for o in parts]
+        assert max(sizes)-min(sizes)<=1
+    other = split(1, df.sample(frac=1, random_state=seed%1000)).set_index('scan').split
+    assert other.sort_index().equals(parts[1].set_index('scan').split.sort_index())
+    assert split(0, labeled=1).query('split=="labeled"').subject.nunique()==1 or scans or ties
+
+@pytest.mark.parametrize('kw,said', [
+    (dict(folds=5), 'folds=5: expected a whole number from 2 to 4, as many as there are annotated subjects'), (dict(folds=1), 'folds=1: expected a whole'),
+    (dict(folds=2.), r'folds=2\.0: expected a whole'), (dict(folds=True), 'folds=True: expected a whole'), (dict(folds=4, fold=4), 'fold=4: expected a whole number from 0 to 3'),
+    (dict(fold=1), 'fold=1: which of how many'), (dict(folds=2, valid=1), 'with folds, one of them validates'), (dict(folds=2, test=4), 'needs at least 2 .* and there are 0'),
+    (dict(folds=2, test=3), 'needs at least 2 annotated subjects to validate in turn, and there is 1'), (dict(folds=2, labeled=3), r'labeled=3, valid=2, test=0 \(folds=2\): these are 5')])
+def test_folds_that_cannot_be(kw, said):
+    with pytest.raises(CohortError, match=said): split_cohort(ten(4), duplicates=False, **kw)
 
 def table(n, rng, labelled=.8):
     rows = []

@@ -337,7 +337,7 @@ def test_command(scans, tmp_path):
     assert 'figure4' in cli('--help').stdout
     rows = ['--rows', 'Partial supervision;Entropy min.', '--epochs', 1, '--n-iters', 1]
     done = cli('table1', '--data', scans, *out, '--score', 'valid', *rows)
-    assert done.returncode==2 and 'these are more than the 12 subjects' in done.stderr # the preset wants 56
+    assert done.returncode==2 and 'there are 12 in this cohort' in done.stderr # the preset wants 56
     parts = ['--labeled', 1, '--valid', 1, '--test', 1]
     done = cli('table1', '--data', scans, '--recipe', 'auto', *out, *rows, *parts)
     assert done.returncode==0 and '--labeled 1 --valid 1 --test 1' in done.stdout and 'labeled 1 (1 scans), test 1' in done.stdout, done.stderr

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['CohortWarning', 'load_cohort', 'related', 'voxel_digest', 'find_duplicates', 'split_cohort', 'check_split',
-           'check_images_apart', 'advice', 'save_cohort', 'check_cohort', 'CohortError']
+__all__ = ['CohortWarning', 'load_cohort', 'related', 'voxel_digest', 'find_duplicates', 'default_parts', 'split_cohort',
+           'check_split', 'check_images_apart', 'advice', 'save_cohort', 'check_cohort', 'CohortError']
 
 # %% ../../nbs/14_scans.cohort.ipynb #1b8ce810
 import hashlib, json, os, re, warnings
@@ -132,82 +132,199 @@ def find_duplicates(
     with collect_warnings(): return [tuple(o.scan for o in g) for rows in _same(df.sort_values('scan').itertuples(), read_size) for g in _same(rows, _content)]
 
 # %% ../../nbs/14_scans.cohort.ipynb #56ad9597
-def _rank(seed, name): return int.from_bytes(hashlib.blake2b(f'{seed}/{name}'.encode('utf-8','surrogateescape'), digest_size=8).digest(), 'big')/2**64
+def _rank(seed, name):
+    "A place in [0,1) that depends on nothing but the seed and the name"
+    name = f'{seed}/{name}'.encode('utf-8', 'surrogateescape')
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), 'big')/2**64
 
-def _units(df, duplicates, scans, stratify):
-    "A row per unit that stays together: its subjects, how many it counts, its stratum"
-    boss = {s:s for s in df.subject}
+def _bosses(df, duplicates):
+    "subject -> the first, in the alphabet, of those with whom it shares images"
+    boss,subject = {s:s for s in df.subject},dict(zip(df.scan, df.subject))
     def top(s):
         while boss[s]!=s: s = boss[s]
         return s
-    subject = dict(zip(df.scan, df.subject))
     for group in duplicates:
         for o in group[1:]:
             a,b = sorted((top(subject[group[0]]), top(subject[o])))
             boss[b] = a
-    has = df['mask'].notna()
-    units = {}
-    for s,m,g in zip(df.subject, has, df[stratify] if stratify else [None]*len(df)):
-        u = units.setdefault(top(s), dict(subjects=set(), masked=set(), n=0, strata=set()))
-        u['subjects'].add(s); u['strata'].add('' if pd.isna(g) else str(g)); u['n'] += bool(m)
-        if m: u['masked'].add(s)
-    return [dict(name=k, subjects=u['subjects'], n=u['n'] if scans else len(u['masked']), tied=len(u['subjects'])>1, stratum=min(u['strata'])) for k,u in units.items() if u['masked']]
+    return {s:top(s) for s in boss}
+
+def _units(df, duplicates, scans, stratify):
+    "A row per unit that stays together and has a mask: its subjects, how many it counts, its stratum"
+    df = df.assign(unit=df.subject.map(_bosses(df, duplicates)), has=df['mask'].notna())
+    units = []
+    for name,rows in df.groupby('unit', sort=False):
+        subjects,masked = set(rows.subject),rows[rows.has]
+        if not len(masked): continue
+        strata = {'' if pd.isna(o) else str(o) for o in rows[stratify]} if stratify else {''}
+        units.append(dict(name=name, subjects=subjects, n=len(masked) if scans else masked.subject.nunique(),
+                          tied=len(subjects)>1, stratum=min(strata)))
+    return units
 
 def _queue(units, seed):
-    "The units in the order in which they are taken: any stretch of it has the strata in about the proportions of the whole"
+    "The units as they are taken: any stretch has the strata in about the proportions of the whole"
     strata = {}
-    for u in sorted(units, key=lambda u: _rank(seed,u['name'])): strata.setdefault(u['stratum'],[]).append(u)
-    place = {u['name']: (i+_rank(seed,f'stratum/{k}'))/len(uu) if len(strata)>1 else i for k,uu in strata.items() for i,u in enumerate(uu)}
+    for u in sorted(units, key=lambda u: _rank(seed, u['name'])): strata.setdefault(u['stratum'], []).append(u)
+    place = {}
+    for k,members in strata.items():
+        shift = _rank(seed, f'stratum/{k}')
+        for i,u in enumerate(members): place[u['name']] = (i+shift)/len(members) if len(strata)>1 else i
     return sorted(units, key=lambda u: (u['tied'], place[u['name']], u['name']))
 
-# %% ../../nbs/14_scans.cohort.ipynb #b4618b3d
+# %% ../../nbs/14_scans.cohort.ipynb #ea3424ba
+def default_parts(
+    total:int,    # Annotated subjects there are
+    labeled=None, # As many as were asked for, if they were; the others are chosen
+    valid=None,
+    test=None
+)->dict: # name of a part -> how many; `labeled` is `None` for all that remain
+    "A fifth validates (1 to 25), as many test if there are 10 or more, all the others are labelled"
+    fifth = min(25, max(1, round(total/5)))
+    # at least one is left to train on, and those that were asked for
+    free = total - sum(o for o in (valid, test) if o) - (1 if labeled is None else labeled)
+    if valid is None:
+        valid = max(1, min(fifth, free))
+        free -= valid
+    if test is None: test = max(0, min(fifth if total>=10 else 0, free))
+    return dict(test=test, valid=valid, labeled=labeled)
+
+# %% ../../nbs/14_scans.cohort.ipynb #e5aefab7
 def split_cohort(
     df:pd.DataFrame, # A cohort
-    labeled=8,       # Subjects to train on with their masks: a number, a fraction (float), or None for all that remain
-    valid=25,        # Subjects to validate on: a number or a fraction
-    test=0,          # Subjects to test on: a number or a fraction
+    labeled=None,    # Subjects to train on with their masks: a number, a fraction (float); `None`: all that remain
+    valid=None,      # Subjects to validate on: a number or a fraction; `None`: as `default_parts` chooses
+    test=None,       # Subjects to test on, likewise
     seed=0,          # Which split
-    scans=False,     # Count scans with masks instead of subjects, as the paper does? Subjects stay whole, so the counts come out as near as they can
+    scans=False,     # Count scans with masks instead of subjects, as the paper does? Subjects stay whole all the same
     stratify=None,   # Column in whose proportions each part is drawn, like 'group' of ACDC
-    duplicates=True  # Look for one image under several subjects (`find_duplicates`) and keep them together?
+    duplicates=True, # Look for one image under several subjects (`find_duplicates`), or a list of them, kept together
+    folds=None,      # Cross-validation: the annotated subjects that do not test are divided among as many folds
+    fold=0,          # Which of them validates: 0 to `folds`-1
+    show=True        # Say what was chosen, and which annotated subjects are used as unlabelled?
 )->pd.DataFrame:     # With a column `split`: 'labeled', 'unlabeled', 'valid' or 'test'
     "Divide the subjects of a cohort; those without any mask, and all that are left, are 'unlabeled'"
-    if stratify and stratify not in df: raise CohortError(f'stratify={stratify!r}: is no column of the cohort; there are {", ".join(df.columns)}')
-    if duplicates is True:
-        duplicates = find_duplicates(df)
-        if duplicates: warnings.warn(f'{len(duplicates)} images are there under several subjects, which are kept together in the split: {"; ".join(" = ".join(o) for o in duplicates[:5])}{" ..." if len(duplicates)>5 else ""}', stacklevel=2)
-    units = _units(df, duplicates or (), scans, stratify)
-    total,what = sum(u['n'] for u in units),'scans' if scans else 'subjects'
-    want = {k: _number(k,v,total) for k,v in dict(test=test, valid=valid, labeled=labeled).items()}
-    if (asked:=sum(v for v in want.values() if v is not None))>total:
-        more = f'labeled={labeled}, valid={valid}, test={test}: these are more than the {total} {what} with masks in this cohort'
-        if total: raise CohortError(f'{more}; {asked} {what} asked for, {total} with masks found: ask for fewer')
+    if stratify and stratify not in df:
+        raise CohortError(f'stratify={stratify!r}: is not a column of the cohort; there are {", ".join(df.columns)}')
+    if duplicates is True: duplicates = _said_duplicates(df)
+    units,what = _units(df, duplicates or (), scans, stratify),'scans' if scans else 'subjects'
+    total = sum(u['n'] for u in units)
+    if folds is None:
+        if fold: raise CohortError(f'fold={fold!r}: which of how many? Give folds, too, like folds=5')
+        asked = {k: _number(k, v, total) for k,v in dict(labeled=labeled, valid=valid, test=test).items()}
+        want,queue = default_parts(total, **asked),_queue(units, seed)
+    else: want,queue = _fold(units, total, folds, fold, labeled, valid, test, seed)
+    _check_enough(df, total, what, want, folds)
+    part = _take(queue, want, what)
+    if show and (said := _said_split(units, part, what, None in (labeled,valid,test), folds, fold)): print(said)
+    return _with_split(df, part)
+
+# %% ../../nbs/14_scans.cohort.ipynb #18e13667
+def _said_duplicates(df):
+    "Found, and said"
+    found = find_duplicates(df)
+    if found:
+        some = '; '.join(' = '.join(o) for o in found[:5]) + (' ...' if len(found)>5 else '')
+        what = '1 image is' if len(found)==1 else f'{len(found)} images are'
+        warnings.warn(f'{what} there under several subjects, which are kept together in the split: {some}',
+                      stacklevel=3)
+    return found
+
+def _number(name, v, total):
+    "A number or a fraction as a number"
+    if v is None: return None
+    if isinstance(v, (int,np.integer)) and not isinstance(v, bool) and v>=0: return int(v)
+    if isinstance(v, (float,np.floating)) and 0<=v<=1: return max(round(v*total), v>0)
+    raise CohortError(f'{name}={v!r}: expected a number of subjects, or a fraction between 0.0 and 1.0')
+
+def _check_enough(df, total, what, want, folds):
+    "Raise a `CohortError` if there are fewer annotated subjects than are needed"
+    need = {k: 1 if v is None else v for k,v in want.items()}
+    if sum(need.values())<=total: return
+    asked = ', '.join(f'{k}={"all others" if want[k] is None else want[k]}' for k in ('labeled','valid','test'))
+    if folds: asked += f' (folds={folds})'
+    if not total:
         layout = layouts.get(df.attrs.get('layout'))
-        raise CohortError(f'{more}: none of its {len(df)} scans has a mask. Expected '+(f'{layout.expects} (layout {layout.name!r})' if layout and 'mask' in layout.expects else 'names of files in the column `mask`')
-                          +'; put the masks there, or call load_cohort with the `layout` that the files have')
-    queue,part = _queue(units, seed),{}
+        expected = 'names of files in the column `mask`'
+        if layout and 'mask' in layout.expects: expected = f'{layout.expects} (layout {layout.name!r})'
+        raise CohortError(f'{asked}: none of the {len(df)} scans of this cohort has a mask. Expected {expected}; '
+                          'put the masks there, or call load_cohort with the `layout` that the files have')
+    one = what[:-1] if total==1 else what
+    if want['labeled'] is None and total==1:
+        raise CohortError(f'{asked}: there is 1 {one} with a mask in this cohort, and a split needs two, one to train '
+                          'on and one to validate on; annotate another, or validate on none with valid=0')
+    raise CohortError(f'{asked}: these are {sum(need.values())} {what} with masks, and there are {total} in this '
+                      'cohort; ask for fewer')
+
+# %% ../../nbs/14_scans.cohort.ipynb #4e4377d1
+def _take(queue, want, what):
+    "subject -> its part; the parts are filled in their order"
+    queue,part = list(queue),{}
     for k,n in want.items():
         got = 0
         while queue and (n is None or got<n):
-            if n is not None and got and got+queue[0]['n']-n>n-got: break # one more would be further from n than stopping here
-            u = queue.pop(0); got += u['n']
-            part.update(dict.fromkeys(u['subjects'],k))
-        if n!=0 and not got: raise CohortError(f'{k}={dict(test=test, valid=valid, labeled=labeled)[k]}: no {what} with masks are left for it; ask for fewer elsewhere')
-    out = df.copy()
-    out['split'] = pd.Series([part.get(s,'unlabeled') for s in df.subject], index=df.index, dtype=object)
-    bare = df['mask'].isna()
-    out.loc[bare&(out.split=='labeled'),'split'] = 'unlabeled'
-    rest = bare&out.split.isin(['valid','test'])
-    if rest.any():
-        warnings.warn(f'{rest.sum()} scans without a mask are left out: they belong to validation or test subjects, for example {df.scan[rest].iloc[0]}', stacklevel=2)
-        out = out[~rest].reset_index(drop=True)
-    return out
+            # one more unit would be further from n than stopping here
+            if n is not None and got and got+queue[0]['n']-n>n-got: break
+            u = queue.pop(0)
+            got += u['n']
+            part.update(dict.fromkeys(u['subjects'], k))
+        if n!=0 and not got:
+            asked = 'all others' if n is None else n
+            raise CohortError(f'{k}={asked}: no {what} with masks are left for it, because people (and subjects that '
+                              'share an image) stay together; ask for fewer elsewhere')
+    return part
 
-def _number(name, v, total):
-    if v is None and name=='labeled': return None
-    if isinstance(v,(int,np.integer)) and not isinstance(v,bool) and v>=0: return int(v)
-    if isinstance(v,(float,np.floating)) and 0<=v<=1: return max(round(v*total), v>0)
-    raise CohortError(f'{name}={v!r}: expected a number of subjects, or a fraction between 0.0 and 1.0')
+def _with_split(df, part):
+    "The cohort with its column `split`, without scans that would give away a subject of validation or test"
+    out = df.copy()
+    out['split'] = pd.Series([part.get(s, 'unlabeled') for s in df.subject], index=df.index, dtype=object)
+    bare = df['mask'].isna()
+    out.loc[bare & (out.split=='labeled'), 'split'] = 'unlabeled'
+    rest = bare & out.split.isin(['valid','test'])
+    if not rest.any(): return out
+    warnings.warn(f'{rest.sum()} scans without a mask are left out: they belong to validation or test subjects, '
+                  f'for example {df.scan[rest].iloc[0]}', stacklevel=3)
+    return out[~rest].reset_index(drop=True)
+
+def _said_split(units, part, what, chosen, folds, fold):
+    "What a user should know of a split that was not asked for in full, or that leaves masks unused; else None"
+    count,total = Counter(),sum(u['n'] for u in units)
+    for u in units: count[part.get(min(u['subjects']), 'unlabeled')] += u['n']
+    left = count['unlabeled']
+    if not chosen and not left: return None
+    said = f'split of {total} annotated {what}: ' if not folds else f'fold {fold} of {folds}, {total} annotated {what}: '
+    said += f'{count["labeled"]} labelled, {count["valid"]} for validation, {count["test"]} for test'
+    if left: said += f'; {left} of {total} annotated {what} {"is" if left==1 else "are"} used as unlabelled'
+    return said
+
+# %% ../../nbs/14_scans.cohort.ipynb #c14f52fb
+def _deal(units, folds, seed):
+    "The units in `folds` parts of about the same size, each stratum spread over all of them"
+    parts = [[] for _ in range(folds)]
+    def size(part, stratum=None): return sum(u['n'] for u in part if stratum in (None, u['stratum']))
+    for u in sorted(units, key=lambda u: (u['stratum'], -u['n'], _rank(seed, u['name']))):
+        min(parts, key=lambda o: (size(o, u['stratum']), size(o))).append(u)
+    return parts
+
+def _whole(name, v, low, high, why=''):
+    if isinstance(v, (int,np.integer)) and not isinstance(v, bool) and low<=v<=high: return int(v)
+    raise CohortError(f'{name}={v!r}: expected a whole number from {low} to {high}{why}')
+
+def _fold(units, total, folds, fold, labeled, valid, test, seed):
+    "How many for what, and the queue, if fold `fold` of `folds` validates"
+    if valid is not None:
+        raise CohortError(f'valid={valid!r}, folds={folds!r}: with folds, one of them validates; leave valid out')
+    queue,test = _queue(units, seed),_number('test', test, total) or 0
+    testing = set(_take(queue, dict(test=test), 'subjects'))
+    tests = [u for u in queue if u['subjects']<=testing]
+    rest = [u for u in queue if u not in tests]
+    if len(rest)<2:
+        raise CohortError(f'folds={folds!r}: needs at least 2 annotated subjects to validate in turn, and there '
+                          f'{"is" if len(rest)==1 else "are"} {len(rest)}; annotate more, or ask for fewer to test')
+    folds = _whole('folds', folds, 2, len(rest), ', as many as there are annotated subjects that validate in turn')
+    mine = _deal(rest, folds, seed)[_whole('fold', fold, 0, folds-1)]
+    want = dict(test=sum(u['n'] for u in tests), valid=sum(u['n'] for u in mine),
+                labeled=_number('labeled', labeled, total))
+    return want, [*tests, *mine, *(u for u in rest if u not in mine)]
 
 # %% ../../nbs/14_scans.cohort.ipynb #4e5f6071
 _parts = dict(labeled='training', unlabeled='training', valid='validation', test='test')

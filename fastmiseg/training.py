@@ -77,7 +77,7 @@ class Settings:
     shift:float=0.           # Largest shift of T, as a share of height and width (0.5); the paper only flips
     jitter:float=0.          # Intensity changes of the transformed images, 0..1 (0.5); the paper has none
     warp:float=0.            # Rotation, scaling and shift of T with a mirrored border, 0..1; the paper has none
-    passes:int=1             # Passes through the network in a step: 1, or 2 with the labelled images apart
+    passes:int=1             # Through the network in a step: 1; 2, labelled images apart; 3, each kind of images apart
     decay:float=.999         # Of the teacher's average, for each step
     mireg:json_object=field(default_factory=dict) # Other arguments of MIRegCallback, as JSON
     labels:json_object=field(default_factory=dict) # Other arguments of PseudoLabelCallback, as JSON
@@ -109,7 +109,7 @@ class Settings:
         if self.loss not in ('ce','ce+dice'): raise ValueError(f"loss: got {self.loss!r}, expected ce or ce+dice")
         if self.augment not in (None,'light','strong'):
             raise ValueError(f"augment: got {self.augment!r}, expected light or strong")
-        if self.passes not in (1,2): raise ValueError(f"passes: {self.passes!r} is neither 1 nor 2")
+        if self.passes not in (1,2,3): raise ValueError(f"passes: {self.passes!r} is not 1, 2 or 3")
         for k in ('width','epochs','n_iters','bs','unlabeled_bs'):
             if getattr(self, k)<1: raise ValueError(f'{k}: {getattr(self, k)} is below 1')
         for k,(low,high,words) in _ranges.items():

@@ -1,4 +1,4 @@
-"""The callback that takes paired batches apart: one pass or two, what methods share, and a sentence for each wrong use"""
+"""The callback that takes paired batches apart: one pass or several, what methods share, and a sentence for each wrong use"""
 import pytest, torch
 from torch import nn
 from fastai.basics import Callback, DataLoader
@@ -44,20 +44,40 @@ def test_two_passes_leave_the_labelled_images_alone(tmp_path):
     assert (alone.calls, one.calls, two.calls)==([2],[8],[2,6])
     assert torch.equal(alone.pred[0], two.pred[0]) and not torch.allclose(alone.pred[0], one.pred[0])
 
+class Noted(SemiSupCallback):
+    "What the network says to x and to zeros, in one step"
+    layers = ('Conv5',)
+    def __init__(self, *views): super().__init__(noted=0.); self.asked = views
+    def views(self, step):
+        for k in self.asked: step.see(k, (lambda: torch.zeros_like(step.x_u)) if k=='zeros' else None)
+    def penalty(self, step):
+        self.said = {k: (step.logits[k].detach().clone(), step.feats[k]['Conv5'].detach().clone()) for k in self.asked}
+        return step.logits[self.asked[0]].mean()
+
+def test_three_passes_keep_each_view_apart(tmp_path):
+    "What is said of x, and its maps, are what they are where x is the only view; with two passes they are not"
+    def said(passes, *views):
+        _,seen = train(tmp_path, [cb:=Noted(*views)], passes)
+        return cb.said['x'],seen.calls
+    (alone,_),(two,calls_of_2),(three,calls_of_3) = said(2, 'x'),said(2, 'x', 'zeros'),said(3, 'x', 'zeros')
+    assert (calls_of_2,calls_of_3)==([2,6],[2,3,3])
+    for a,b,c in zip(alone, three, two): assert torch.equal(a, b) and not torch.allclose(a, c)
+
+@pytest.mark.parametrize('passes', [2, 3])
 @pytest.mark.parametrize('make', [lambda: [small_mireg()], lambda: [small_mireg(), EMATeacherCallback(.9)], lambda: [EntropyMinCallback()]])
-def test_two_passes_go_on_to_the_bit(tmp_path, make):
+def test_several_passes_go_on_to_the_bit(tmp_path, make, passes):
     def run(path, stops=()):
         for k,stop in enumerate([*stops, None]):
             learn = quiet(learner(path, seed=k, dls=loaders(n_iters=3)))
-            learn.paired_batch.passes = 2
+            learn.paired_batch.passes = passes
             try: learn.fit(2, 1e-2, cbs=[*make(), ResumeCallback(path/'ckpt', every=1), Stop(stop)])
             except KeyboardInterrupt: pass
         return learn.model.state_dict().values()
     for p,q in zip(run(tmp_path/'a'), run(tmp_path/'b', (2,4))): assert torch.equal(p, q)
 
-def test_no_second_pass_for_nothing(tmp_path):
+def test_no_pass_for_nothing(tmp_path):
     "A teacher without a weight asks for no images, so that the labelled ones go through alone, once"
-    assert train(tmp_path, [EMATeacherCallback(weight=0.)], passes=2)[1].calls==[2]
+    for n in (2,3): assert train(tmp_path, [EMATeacherCallback(weight=0.)], passes=n)[1].calls==[2]
 
 def test_who_answers(tmp_path):
     "The network for x without a teacher, the teacher beside it; asked before the forward pass it says the same"
@@ -92,8 +112,8 @@ def test_wrong_uses_have_a_sentence(tmp_path):
     with pytest.raises(ValueError, match=r'T: RandomFlips\(axes=\(\), p=0.5\) does nothing'): bad(tmp_path, ConsistencyCallback(T=RandomFlips(())))
     with pytest.raises(ValueError, match="give the loss reduction='mean'"):
         bad(tmp_path, Nothing(), loss_func=CrossEntropyLossFlat(axis=1, reduction='none'))
-    with pytest.raises(ValueError, match='passes: 3 is neither 1 nor 2'):
-        (learn:=quiet(learner(tmp_path))).paired_batch.passes = 3
+    with pytest.raises(ValueError, match='passes: 0 is not 1, 2 or 3'):
+        (learn:=quiet(learner(tmp_path))).paired_batch.passes = 0
         learn.fit(1, cbs=Nothing())
 
 def test_projectors_belong_to_a_network(tmp_path):

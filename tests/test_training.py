@@ -57,7 +57,7 @@ def test_settings_from_files(tmp_path):
     (dict(lr=0.), 'lr: 0.0 is not above 0, and below 1000'), (dict(lr=float('nan')), 'lr: nan is not above 0'), (dict(div=0.), 'div: 0.0 is not above 0'),
     (dict(pct_start=1.), 'pct_start: 1.0 is not between 0 and 1'), (dict(wd=-1.), 'wd: -1.0 is below 0'), (dict(decay=1.), 'decay: 1.0 is not between 0 and 1'),
     (dict(width=10**6), 'width: 1000000 is not at most 4096'),
-    (dict(loss='dice'), "loss: got 'dice', expected ce or ce\\+dice"), (dict(passes=3), 'passes: 3 is neither 1 nor 2')])
+    (dict(loss='dice'), "loss: got 'dice', expected ce or ce\\+dice"), (dict(passes=4), 'passes: 4 is not 1, 2 or 3')])
 def test_wrong_settings(bad, said):
     with pytest.raises(ValueError, match=said): Settings.from_dict(bad)
 

@@ -7,28 +7,30 @@ __all__ = ['RunError', 'prepare_run', 'train_run', 'settings_from', 'resume_run'
 
 # %% ../nbs/59_commands.ipynb #760d2ee4
 import json, shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pandas as pd
 
 import fastmiseg
 from .callback.mireg import MIRegCallback
-from .files import write_text
+from .files import read_json, write_text
 from .inference import evaluate_cohort, predict_cohort
 from .plots import plot_clusters, plot_joints, plot_scans, plot_scores, plot_training, plot_tsne
-from .scans.cohort import CohortError, load_cohort, save_cohort, split_cohort
-from .scans.intact import extension
+from .preparing import Preparation, Reading
+from .scans.cohort import load_cohort, save_cohort
 from .scans.recipe import Recipe
 from .scans.store import SliceStore
 from .segmenter import export_segmenter, load_segmenter, method_of
-from .training import Settings, fit, read_settings
+from .training import Settings, callbacks_of, check_scans, fit
 
 # %% ../nbs/59_commands.ipynb #c328bc21
 class RunError(ValueError): "A run folder that cannot be used, or a setting that does not exist"
 
 _format = 1
+_notes = '.evaluating.jsonl' # scans that are scored, while others are not yet
 _written_by_us = ('config.json','split.csv','checkpoints','log.csv','pretraining','pretraining.csv','model.safetensors',
-                  'metrics.csv','figures')
+                  'metrics.csv','figures',_notes)
 
 def _new_run(out, overwrite):
     out = Path(out)
@@ -48,44 +50,49 @@ def _write_config(out, store, seed, recipe, settings=None):
     write_text(out/'config.json', json.dumps({**config, 'recipe':recipe.to_dict()}, indent=1))
 
 def _config(run):
-    "What `config.json` of a run says"
+    "What `config.json` of a run says, checked"
     file = Path(run)/'config.json'
-    try: c = json.loads(file.read_text(encoding='utf-8'))
-    except FileNotFoundError: raise RunError(f'{run}: is not a run folder, for there is no config.json in it') from None
-    except (OSError, ValueError) as e: raise RunError(f'{file}: cannot be used ({e})') from None
+    try: c = read_json(file)
+    except FileNotFoundError:
+        raise RunError(f'{run}: is not a run folder, for there is no config.json in it') from None
+    except ValueError as e: raise RunError(str(e)) from None
     known = c if isinstance(c, dict) else {}
     if known.get('format')!=_format:
         raise RunError(f"{file}: has format {known.get('format')!r} and was written by fastmiseg "
                        f"{known.get('fastmiseg')}, this is fastmiseg {fastmiseg.__version__}, which knows format "
                        f'{_format}; use that version, or train again')
     try:
+        for k,kind in (('store',str), ('seed',int)):
+            if type(c[k]) is not kind: raise ValueError(f'{k}: expected {kind.__name__}, got {str(c[k])[:100]!r}')
+        if '\0' in c['store']: raise ValueError('store: is not a name of a folder')
         c.update(recipe=Recipe.from_dict(c['recipe']), store=Path(run)/c['store'])
         if 'train' in c: c['train'] = Settings.from_dict(c['train'])
-    except (KeyError, TypeError, ValueError) as e: raise RunError(f'{file}: is damaged ({e})') from None
+    except KeyError as e: raise RunError(f'{file}: is damaged (there is no {e.args[0]!r} in it)') from None
+    except (TypeError, ValueError) as e: raise RunError(f'{file}: is damaged ({e})') from None
     return c
+
+def _check_store(run, store):
+    "Slices are made in the run's own folder; elsewhere they must be there already"
+    if store.resolve().is_relative_to(Path(run).resolve()) or store.is_dir(): return
+    raise RunError(f"{Path(run)/'config.json'}: its slices are in {store}, which is not a folder that is there; put it "
+                   "back, or write 'slices' for `store`, to prepare them anew in the run")
 
 # %% ../nbs/59_commands.ipynb #6513607f
 def prepare_run(
     data,            # folder or CSV of scans; a column `split` is taken as it is
     out,             # run folder to make
-    layout=None,     # as for `load_cohort`
-    # a `Recipe`, 'auto', a preset (acdc, promise12, spleen, mmwhs, hippocampus), or a JSON file with the arguments
-    # of `Recipe`
-    recipe='auto',
-    labeled=8,       # subjects to train on with their masks: a number, a fraction, or 'all' that remain
-    valid=.2,        # subjects to validate on, a number or a fraction
-    test=.2,         # subjects to test on, a number or a fraction
     seed:int=0,      # of the split
     workers=None,    # processes; default: one per core
     skip_bad:bool=False, # leave out scans that cannot be used, instead of stopping
     overwrite:bool=False, # replace the run that is in `out`
-    settings:Settings=None # of a training that is to begin here, and can be resumed from here on
+    settings:Settings=None, # of a training that is to begin here, and can be resumed from here on
+    **choices        # fields of `Preparation`: layout, labeled, valid, test, recipe, ...
 )->pd.DataFrame:     # problems: subject, scan, image, problem
     "Recognise the scans, split them by subject, choose a recipe, and prepare the slices"
-    df = load_cohort(data, layout)
-    if 'split' not in df:
-        df = split_cohort(df, labeled=None if labeled=='all' else labeled, valid=valid, test=test, seed=seed)
-    recipe = Recipe.named(recipe, df)
+    choice = Preparation(**choices)
+    df = choice.split(data, seed)
+    if settings: check_scans(settings, df)
+    recipe = choice.recipe_for(df)
     if settings: settings.check_T(recipe)
     out = _new_run(out, overwrite)
     def announce(df):
@@ -106,31 +113,35 @@ def train_run(
     settings=None,   # `Settings`, or a JSON or TOML file of them; default: those of the next arguments
     overwrite:bool=False, # replace the run that is in `out`
     workers=None,    # processes that prepare slices
-    layout=None,     # as for `prepare_run`, like the next four
-    recipe='auto',
-    labeled=8,
-    valid=.2,
-    test=.2,
-    **changes        # fields of `Settings`, on top of `settings`
+    **changes        # fields of `Settings`, on top of `settings`; and of `Preparation`, as for `prepare_run`
 )->pd.DataFrame:     # scores, as from `evaluate_cohort`
     "Train, and leave a run folder: config, split, log, checkpoints, model, metrics and figures"
+    choices,changes = _sorted(Preparation, changes)
     settings = settings_from(settings, **changes)
-    given = dict(layout=(layout, None), recipe=(recipe, 'auto'), labeled=(labeled, 8), valid=(valid, .2),
-                 test=(test, .2))
-    if (Path(data)/'config.json').exists():
-        if Path(data).resolve()==Path(out).resolve():
-            raise RunError(f'{out}: is the folder with the prepared slices; make the run in another one, or resume it')
-        if changed := [k for k,(now,usual) in given.items() if now is not usual and now!=usual]:
-            raise RunError(f"{', '.join(changed)}: cannot be changed, for {data} is prepared already")
-        c,df = _config(data),load_cohort(Path(data)/'split.csv', 'csv')
-        settings.check_T(c['recipe'])
-        out = _new_run(out, overwrite)
-        _write_config(out, str(c['store'].resolve()), c['seed'], c['recipe'], settings)
-        save_cohort(df, out/'split.csv')
-    else:
-        prepare_run(data, out, layout, recipe, labeled, valid, test, settings.seed, workers, settings.skip_bad,
-                    overwrite, settings)
+    callbacks_of(settings) # wrong arguments are errors before anything is prepared
+    if (Path(data)/'config.json').exists(): _begin_from(data, out, settings, overwrite, choices)
+    else: prepare_run(data, out, settings.seed, workers, settings.skip_bad, overwrite, settings, **choices)
     return resume_run(out, workers)
+
+def _sorted(cls, given):
+    "Arguments that are fields of a dataclass, and the others"
+    known = {f.name for f in fields(cls)}
+    return {k:v for k,v in given.items() if k in known}, {k:v for k,v in given.items() if k not in known}
+
+def _begin_from(prepared, out, settings, overwrite, choices):
+    "A run folder with the recipe, split and slices of another one"
+    if Path(prepared).resolve()==Path(out).resolve():
+        raise RunError(f'{out}: is the folder with the prepared slices; make the run in another one, or resume it')
+    usual = Preparation.usual()
+    if changed := [k for k,o in choices.items() if o is not usual[k] and o!=usual[k]]:
+        raise RunError(f"{', '.join(changed)}: cannot be changed, for {prepared} is prepared already")
+    c,df = _config(prepared),load_cohort(Path(prepared)/'split.csv', 'csv')
+    _check_store(prepared, c['store'])
+    check_scans(settings, df)
+    settings.check_T(c['recipe'])
+    out = _new_run(out, overwrite)
+    _write_config(out, str(c['store'].resolve()), c['seed'], c['recipe'], settings)
+    save_cohort(df, out/'split.csv')
 
 def settings_from(
     settings=None, # `Settings`, a JSON or TOML file of them, or None
@@ -162,10 +173,11 @@ def resume_run(
     run,c = Path(run),_config(run)
     if 'train' not in c:
         raise RunError(f'{run}: is prepared, but no training was begun in it; train from it into another folder')
+    _check_store(run, c['store'])
     s,df = settings_from(c['train'], **changes),load_cohort(run/'split.csv', 'csv')
     learn,cbs = fit(s, df, c['recipe'], c['store'], run, workers=workers, change=bool(changes))
     if changes:
-        config = {**read_settings(run/'config.json'), 'train':s.to_dict()}
+        config = {**read_json(run/'config.json'), 'train':s.to_dict()}
         write_text(run/'config.json', json.dumps(config, indent=1))
     export_segmenter(learn, run/'model.safetensors', cohort=df.attrs.get('layout'), seed=s.seed, method=s.method,
                      weights=method_of(cbs), training=s.to_dict())
@@ -183,40 +195,31 @@ def _load(model):
         raise RunError(f'{model}: has no model yet, its training is not finished; resume it')
     return load_segmenter(model/'model.safetensors')
 
-def _scans_in(data, layout=None):
-    "A scan, a folder of them or a CSV as a cohort"
-    data = Path(data)
-    if data.is_file() and extension(data): return [data]
-    try: return load_cohort(data, layout)
-    except CohortError:
-        if layout is not None or not data.is_dir(): raise
-    return load_cohort(data, 'folder')
-
 def predict_scans(
     model,        # run folder, or a file from `export_segmenter`
     data,         # a scan, or a folder or CSV of scans
     out,          # folder for the segmentations
-    layout=None,  # as for `load_cohort`
-    **kwargs      # for `predict_cohort`
+    **kwargs      # fields of `Reading`: layout, subject, series, ...; and arguments of `predict_cohort`
 )->pd.DataFrame:  # subject, scan, image, out, problem
     "Segment scans; one that cannot be used is listed, and does not stop the others"
-    return predict_cohort(_load(model), _scans_in(data, layout), out, **kwargs)
+    reading,kwargs = _sorted(Reading, kwargs)
+    return predict_cohort(_load(model), Reading(**reading).load_any(data), out, **kwargs)
 
 def evaluate_run(
     model,       # run folder, or a file from `export_segmenter`
     data=None,   # folder or CSV of scans with masks; default: the test scans of the run, else its validation scans
     out=None,    # folder for metrics.csv and figures; default: the run
-    layout=None, # as for `load_cohort`
     split=None,  # 'test', 'valid', ...: only these scans
     overwrite:bool=True, # replace the metrics that are in `out`
-    **kwargs     # for `evaluate_cohort`
+    **kwargs     # fields of `Reading`, and arguments of `evaluate_cohort`
 )->pd.DataFrame: # scores, as from `evaluate_cohort`
     "Segment and score scans; write metrics.csv, box plots and the worst scans"
     seg,run = _load(model),Path(model)
     if not run.is_dir() and (data is None or out is None):
         raise RunError(f'{model}: is a model without its run, so say which scans (data) and where to write (out)')
+    reading,kwargs = _sorted(Reading, kwargs)
     out = run if out is None else Path(out)
-    df = load_cohort(run/'split.csv', 'csv') if data is None else load_cohort(data, layout)
+    df = load_cohort(run/'split.csv', 'csv') if data is None else Reading(**reading).load(data)
     if data is None and split is None: split = 'test' if (df.split=='test').any() else 'valid'
     if split is not None:
         if 'split' not in df or not (df.split==split).any():
@@ -224,9 +227,17 @@ def evaluate_run(
         df = df[df.split==split]
     if (out/'metrics.csv').exists() and not overwrite:
         raise FileExistsError(f'{out/"metrics.csv"}: exists; choose another folder, or overwrite it')
-    scores = evaluate_cohort(seg, df, **kwargs)
+    scores = _score(seg, df, out/_notes, overwrite, **kwargs)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out/'metrics.csv', scores.to_csv(index=False))
     for m in ('dice','hd95'): plot_scores(scores, m, out=out/'figures'/f'{m}.png')
     plot_scans(seg, df, scores, out=out/'figures'/'worst.png')
     return scores
+
+def _score(seg, df, notes, overwrite, **kwargs):
+    "`evaluate_cohort`, which goes on where it was killed; with `overwrite`, another model's notes are no obstacle"
+    try: return evaluate_cohort(seg, df, notes=notes, **kwargs)
+    except FileExistsError:
+        if not (overwrite and notes.exists()): raise
+    notes.unlink()
+    return evaluate_cohort(seg, df, notes=notes, **kwargs)

@@ -5,6 +5,7 @@ import pandas as pd, pytest, torch
 from fastai.basics import Callback
 from fastmiseg import cli
 from fastmiseg.callback.method import SemiSupCallback
+from fastmiseg.preparing import Preparation
 from fastmiseg.training import Settings, callbacks_of, check_scans, fit, json_object, methods, read_settings, terms, weight
 
 tiny = Settings(epochs=2, n_iters=3, width=2, bs=2, unlabeled_bs=2)
@@ -12,8 +13,8 @@ tiny = Settings(epochs=2, n_iters=3, width=2, bs=2, unlabeled_bs=2)
 def test_options_are_the_fields_of_settings():
     "No option of a training is written a second time, and none is missing"
     options = inspect.signature(cli.train).parameters
-    own = {'data','out','resume','settings','layout','recipe','labeled','valid','test','workers','overwrite'}
-    assert set(options)==own|{f.name for f in fields(Settings)}
+    own = {'data','out','resume','settings','workers','overwrite'}
+    assert set(options)==own|{f.name for f in (*fields(Preparation), *fields(Settings))}
 
 @pytest.mark.parametrize('method', methods)
 def test_usual_weights_are_those_of_the_callbacks(method):

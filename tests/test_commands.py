@@ -1,0 +1,162 @@
+"""What the functions behind the commands accept, refuse, and go on with"""
+import inspect, json, os, shutil
+from dataclasses import fields
+from pathlib import Path
+
+import pandas as pd, pytest
+
+import fastmiseg.commands as C
+import fastmiseg.inference as inference
+import fastmiseg.preparing as P
+from fastmiseg import cli
+from fastmiseg.commands import RunError, evaluate_run, predict_scans, prepare_run, resume_run, train_run
+from fastmiseg.preparing import Preparation, Reading
+from fastmiseg.scans.cohort import load_cohort, save_cohort
+from fastmiseg.scans.readers import CohortError, layouts
+
+tiny = dict(epochs=1, n_iters=2, width=2, bs=2, unlabeled_bs=2)
+
+def cohort_of(hearts, n, path, **columns):
+    "The first hearts as a CSV file"
+    df = hearts.df[:n].drop(columns='split').assign(**columns)
+    df.attrs.update(hearts.df.attrs)
+    return save_cohort(df, path)
+
+@pytest.fixture(scope='module')
+def prepared(hearts, tmp_path_factory):
+    out = tmp_path_factory.mktemp('commands')/'prepared'
+    csv = cohort_of(hearts, 8, out.parent/'eight.csv')
+    prepare_run(csv, out, recipe=hearts.recipe, labeled=2, valid=2, test=2, workers=0)
+    return out
+
+@pytest.fixture(scope='module')
+def run(prepared):
+    train_run(prepared, prepared.parent/'run', workers=0, **tiny)
+    return prepared.parent/'run'
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+def test_every_option_of_the_readers_is_one_of_the_commands():
+    of_readers = {k for o in layouts.values() for k in list(inspect.signature(o.read).parameters)[1:]}
+    of_load = set(inspect.signature(load_cohort).parameters)-{'root','labels','options'}
+    assert of_readers|of_load=={o.name for o in fields(Reading)}
+    for command in (cli.prepare, cli.train, cli.predict, cli.evaluate):
+        assert of_readers|of_load<=set(inspect.signature(command).parameters)
+
+@pytest.mark.parametrize('name,value', [('series',2), ('phase',0), ('suffix','T1w'), ('derivative','manual'), ('mask','desc-x'), ('channel','CT'),
+    ('subject',r'^\w+?(?=_)'), ('form','qform'), ('straddle',True), ('layout','bids'), ('image_suffix','_t1')])
+def test_options_reach_the_reader(monkeypatch, name, value):
+    def seen(root, **options): raise ValueError(repr(options))
+    monkeypatch.setattr(P, 'load_cohort', seen)
+    with pytest.raises(ValueError, match=r"^\{'%s': .*\}$" % name): Reading(**{name:value}).load('scans')
+
+@pytest.mark.parametrize('command', ['prepare','train','predict','evaluate'])
+def test_options_come_from_the_command_line(monkeypatch, capsys, tmp_path, run, command):
+    "The same options in all commands that read scans"
+    def seen(root, **options): raise ValueError(repr(options))
+    monkeypatch.setattr(P, 'load_cohort', seen)
+    first = [] if command in ('prepare','train') else [str(run)]
+    with pytest.raises(SystemExit, match='2'): getattr(cli, command)(*first, str(tmp_path/'scans'), subject='^p', series=1, form='sform')
+    assert "{'subject': '^p', 'form': 'sform', 'series': 1}" in capsys.readouterr().err
+
+def test_subject_pattern(hearts, tmp_path):
+    "Two scans of each person, whom only the names tell"
+    (tmp_path/'images').mkdir()
+    (tmp_path/'masks').mkdir()
+    for i,r in enumerate(hearts.df[:8].itertuples()):
+        for o,d in ((r.image,'images'), (r.mask,'masks')): os.link(o, tmp_path/d/f'p{i//2}_ct{i%2}.nii.gz')
+    prepare_run(tmp_path, tmp_path/'out', subject=r'^(p\d+)_', classes=['background','RV','Myo','LV'], labeled=1, valid=1, test=1, spacing=4., size=[32], workers=0)
+    df = load_cohort(tmp_path/'out'/'split.csv', 'csv')
+    assert df.groupby('subject').split.nunique().eq(1).all() and df.subject.nunique()==4
+    assert C._config(tmp_path/'out')['recipe'].size==(32,32)
+
+def test_prediction_of_a_folder_in_no_order_says_what_is_wrong_with_one_in_order(run, hearts, tmp_path):
+    os.link(hearts.df.image[0], tmp_path/'a.nii.gz')
+    assert predict_scans(run, tmp_path, tmp_path/'segs', progress=False).problem.isna().all()
+    (tmp_path/'b').mkdir()
+    (tmp_path/'b'/'sub-1').mkdir()
+    for o in ('T1w','T2w'): os.link(hearts.df.image[0], tmp_path/'b'/'sub-1'/f'sub-1_{o}.nii.gz')
+    with pytest.raises(CohortError, match='several kinds'): predict_scans(run, tmp_path/'b', tmp_path/'segs', progress=False)
+    assert len(predict_scans(run, tmp_path/'b', tmp_path/'segs2', suffix='T2w', progress=False))==1
+
+# -- before any work -------------------------------------------------------------------------------------------------
+def test_nothing_unlabelled_is_said_before_slices_are_prepared(hearts, prepared, tmp_path, monkeypatch):
+    def never(*args, **kwargs): raise AssertionError('slices were prepared')
+    csv = cohort_of(hearts, 6, tmp_path/'c.csv', split=['labeled']*4+['valid','test'])
+    monkeypatch.setattr(C.SliceStore, 'prepare', never)
+    with pytest.raises(ValueError, match="method: 'mireg' learns from unlabelled scans, and there are none.*method='partial'"):
+        train_run(csv, tmp_path/'run', recipe=hearts.recipe, workers=0, **tiny)
+    with pytest.raises(ValueError, match="mireg: MIRegCallback takes no 'heads' here"):
+        train_run(csv, tmp_path/'run', recipe=hearts.recipe, mireg=dict(heads=3), workers=0, **tiny)
+    assert not (tmp_path/'run').exists()
+    with pytest.raises(AssertionError, match='slices were prepared'): train_run(csv, tmp_path/'run', recipe=hearts.recipe, method='partial', workers=0, **tiny)
+
+def test_in_the_words_of_the_command_line(hearts, tmp_path, capsys):
+    csv = cohort_of(hearts, 6, tmp_path/'c.csv', split=['labeled']*4+['valid','test'])
+    with pytest.raises(SystemExit, match='2'): cli.train(str(csv), str(tmp_path/'run'), recipe=hearts.recipe)
+    said = capsys.readouterr().err
+    assert "fastmiseg-train: --method: 'mireg' learns from unlabelled scans" in said and "take --method 'partial'" in said and '--labeled 2' in said
+    (tmp_path/'bad.nii.gz').write_bytes(b'x')
+    df = load_cohort(csv, 'csv').assign(image=str(tmp_path/'bad.nii.gz'))
+    df.loc[1:,'image'] = hearts.df.image[1:6].tolist()
+    with pytest.raises(SystemExit, match='2'): cli.prepare(str(save_cohort(df, tmp_path/'d.csv')), str(tmp_path/'run'), recipe=hearts.recipe, workers=0)
+    said = capsys.readouterr().err
+    assert '1 of 6 scans cannot be used' in said and 'leave them out with --skip-bad:' in said and 'skip_bad' not in said
+
+# -- config.json -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('changes,said', [
+    (dict(store=5), "config.json: is damaged .store: expected str, got '5'"), (dict(store=None), 'store: expected str'), (dict(seed='x'), 'seed: expected int'),
+    (dict(recipe=[1]), 'is damaged .Recipe: expected names and values'), (dict(recipe={'size':[1e99,1]}), 'Recipe: size='), (dict(recipe={'sise':3}), "there is no 'sise'"),
+    (dict(train={'lr':'1'}), "lr: expected float, got '1'"), (dict(train={'width':10**9}), 'width: 1000000000 is not at most 4096'), (dict(train={'x':1}), "there is no 'x'"),
+    (dict(train=[[]]), 'settings: expected names and values'), (dict(train={'mireg':{'a':[[[[]]]]}}), "mireg: MIRegCallback takes no 'a' here"), (dict(format=True, x=1), None)])
+def test_damaged_config(run, tmp_path, changes, said):
+    config = json.loads((run/'config.json').read_text())
+    shutil.copy(run/'split.csv', tmp_path)
+    (tmp_path/'config.json').write_text(json.dumps({**config, **changes}))
+    if said is None: return
+    with pytest.raises(ValueError, match=said): resume_run(tmp_path, 0)
+    assert sorted(os.listdir(tmp_path))==['config.json','split.csv']
+
+def test_config_that_is_no_json(run, tmp_path):
+    for text,said in (('{', 'is not JSON'), ('['*10**5, 'is nested too deeply'), ('[]', 'has format None'), ('{"format": NaN}', 'holds NaN'), ('{"format": 1}', "is damaged .there is no 'store'")):
+        (tmp_path/'config.json').write_text(text)
+        with pytest.raises(RunError, match=f'config.json: {said}'): resume_run(tmp_path)
+    (tmp_path/'config.json').unlink()
+    os.mkfifo(tmp_path/'config.json')
+    with pytest.raises(RunError, match='config.json: is not a regular file'): predict_scans(tmp_path, tmp_path, tmp_path/'out')
+
+def test_slices_elsewhere_must_be_there(run, prepared, tmp_path):
+    "A run that was copied from another machine does not fill folders there"
+    shutil.copy(run/'split.csv', tmp_path)
+    config = json.loads((run/'config.json').read_text())
+    assert Path(config['store'])==(prepared/'slices').resolve()
+    for store in (str(tmp_path.parent/'nowhere'), '../nowhere'):
+        (tmp_path/'config.json').write_text(json.dumps({**config, 'store':store}))
+        with pytest.raises(RunError, match="nowhere, which is not a folder that is there; put it back, or write 'slices'"): resume_run(tmp_path, 0)
+        with pytest.raises(RunError, match='nowhere'): train_run(tmp_path, tmp_path/'run', workers=0, **tiny)
+    assert not (tmp_path.parent/'nowhere').exists() and not (tmp_path/'run').exists()
+
+# -- evaluation ------------------------------------------------------------------------------------------------------
+def test_evaluation_goes_on_where_it_was_killed(run, tmp_path, monkeypatch):
+    whole = evaluate_run(run, out=tmp_path/'whole', progress=False)
+    segment,seen = inference._segment,[]
+    def stop(model, recipe, vol, *args, **kwargs):
+        if len(seen)==1: raise KeyboardInterrupt
+        seen.append(vol.path)
+        return segment(model, recipe, vol, *args, **kwargs)
+    with monkeypatch.context() as m:
+        m.setattr(inference, '_segment', stop)
+        with pytest.raises(KeyboardInterrupt): evaluate_run(run, out=tmp_path/'a', progress=False)
+    assert os.listdir(tmp_path/'a')==['.evaluating.jsonl']
+    def count(model, recipe, vol, *args, **kwargs):
+        seen.append(vol.path)
+        return segment(model, recipe, vol, *args, **kwargs)
+    monkeypatch.setattr(inference, '_segment', count)
+    monkeypatch.setattr(C, 'plot_scans', lambda *args, **kwargs: None) # it segments the worst once more
+    again = evaluate_run(run, out=tmp_path/'a', progress=False)
+    pd.testing.assert_frame_equal(again, whole)
+    assert len(seen)==len(set(seen))==2 and not (tmp_path/'a'/'.evaluating.jsonl').exists()
+
+def test_notes_of_another_evaluation_are_no_obstacle(run, tmp_path):
+    (tmp_path/'.evaluating.jsonl').write_text('{"of": "another"}\n')
+    with pytest.raises(FileExistsError, match='unfinished run with another network or other settings'): evaluate_run(run, out=tmp_path, overwrite=False, progress=False)
+    assert evaluate_run(run, out=tmp_path, progress=False).scan.nunique()==2

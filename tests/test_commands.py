@@ -10,7 +10,7 @@ import fastmiseg.inference as inference
 import fastmiseg.preparing as P
 from fastmiseg import cli
 from fastmiseg.commands import RunError, evaluate_run, predict_scans, prepare_run, resume_run, train_run
-from fastmiseg.preparing import Preparation, Reading
+from fastmiseg.preparing import Reading
 from fastmiseg.scans.cohort import load_cohort, save_cohort
 from fastmiseg.scans.readers import CohortError, layouts
 

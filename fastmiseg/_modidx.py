@@ -1628,6 +1628,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fastmiseg.training._none': ('training.html#_none', 'fastmiseg/training.py'),
                                     'fastmiseg.training._pseudo': ('training.html#_pseudo', 'fastmiseg/training.py'),
                                     'fastmiseg.training._pseudo_copypaste': ('training.html#_pseudo_copypaste', 'fastmiseg/training.py'),
+                                    'fastmiseg.training._pseudo_mi': ('training.html#_pseudo_mi', 'fastmiseg/training.py'),
                                     'fastmiseg.training._read_toml': ('training.html#_read_toml', 'fastmiseg/training.py'),
                                     'fastmiseg.training._run_schedule': ('training.html#_run_schedule', 'fastmiseg/training.py'),
                                     'fastmiseg.training._scans_for': ('training.html#_scans_for', 'fastmiseg/training.py'),

@@ -245,12 +245,14 @@ def _teacher(s, w):
 def _pseudo(s, w):
     from fastmiseg.callback.pseudo import PseudoLabelCallback
     with _arguments('labels', s.labels, PseudoLabelCallback, ('weight','unlabeled')):
-        return [PseudoLabelCallback(w['pseudo'], **s.labels)]
+        T = dict(T=s.T) if s.labels.get('moved') else {}
+        return [PseudoLabelCallback(w['pseudo'], **T, **s.labels)]
 
 def _copypaste(s, w):
     from fastmiseg.callback.copypaste import CopyPasteCallback
     return [CopyPasteCallback(w['copypaste'], **s.paste)]
 
+def _pseudo_mi(s, w): return [*_pseudo(s, w), *_mireg(s, w)]
 def _pseudo_copypaste(s, w): return [*_pseudo(s, w), *_copypaste(s, w)]
 
 def _taught(make):
@@ -276,6 +278,8 @@ methods = {
                      uses_T=False),
     'pseudo+teacher': Method('the same, with the labels of a teacher', dict(pseudo=1.), _taught(_pseudo),
                              uses_T=False),
+    'pseudo+mi+teacher': Method('pseudo-labels of a teacher, and mutual information', dict(pseudo=1., **_mi),
+                                _taught(_pseudo_mi)),
     'copypaste': Method('boxes of labelled scans in unlabelled ones, and back', dict(copypaste=1.), _copypaste,
                         uses_T=False),
     'copypaste+teacher': Method('the same, with the labels of a teacher', dict(copypaste=1.), _taught(_copypaste),

@@ -163,6 +163,7 @@ def train(
         if not resume and data is None: raise ValueError('DATA: missing; give a folder or CSV of scans, or --resume')
         if resume: scores = resume_run(out, workers, **options)
         else: scores = train_run(data, out, settings, overwrite, workers, **options)
+        if scores is None: return # one of several processes, and not the first
         _print_means(scores)
         _report([f'{k}: {v}' for k,v in scores.attrs['problems'].items()])
 

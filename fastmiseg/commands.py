@@ -6,7 +6,8 @@
 __all__ = ['RunError', 'prepare_run', 'train_run', 'settings_from', 'resume_run', 'predict_scans', 'evaluate_run']
 
 # %% ../nbs/59_commands.ipynb #760d2ee4
-import json, shutil
+import json, shutil, sys
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from .files import read_json, write_text
 from .inference import evaluate_cohort, predict_cohort
 from .plots import plot_clusters, plot_joints, plot_scans, plot_scores, plot_training, plot_tsne
 from .preparing import Preparation, Reading
+from .processes import alone, gather, join_processes, processes
 from .scans.cohort import load_cohort, save_cohort
 from .scans.recipe import Recipe
 from .scans.store import SliceStore
 from .segmenter import export_segmenter, load_segmenter, method_of
-from .training import Settings, callbacks_of, check_scans, fit
+from .training import Settings, callbacks_of, check_processes, check_scans, fit
 
 # %% ../nbs/59_commands.ipynb #c328bc21
 class RunError(ValueError): "A run folder that cannot be used, or a setting that does not exist"
@@ -114,14 +116,30 @@ def train_run(
     overwrite:bool=False, # replace the run that is in `out`
     workers=None,    # processes that prepare slices
     **changes        # fields of `Settings`, on top of `settings`; and of `Preparation`, as for `prepare_run`
-)->pd.DataFrame:     # scores, as from `evaluate_cohort`
+)->pd.DataFrame:     # scores, as from `evaluate_cohort`; None in all processes but the first
     "Train, and leave a run folder: config, split, log, checkpoints, model, metrics and figures"
     choices,changes = _sorted(Preparation, changes)
     settings = settings_from(settings, **changes)
+    with _by_the_first() as first:
+        if first: _begin(data, out, settings, overwrite, workers, choices)
+    return resume_run(out, workers)
+
+def _begin(data, out, settings, overwrite, workers, choices):
+    "A run folder in which a training can be resumed from its first step"
+    check_processes(settings)
     callbacks_of(settings) # wrong arguments are errors before anything is prepared
     if (Path(data)/'config.json').exists(): _begin_from(data, out, settings, overwrite, choices)
     else: prepare_run(data, out, settings.seed, workers, settings.skip_bad, overwrite, settings, **choices)
-    return resume_run(out, workers)
+
+@contextmanager
+def _by_the_first():
+    "Of several processes the first does what is inside, and the others wait; its error ends all, and is said once"
+    rank,_ = join_processes()
+    try: yield not rank
+    except Exception:
+        gather(True)
+        raise
+    if gather(False)[0]: sys.exit(2)
 
 def _sorted(cls, given):
     "Arguments that are fields of a dataclass, and the others"
@@ -168,7 +186,7 @@ def resume_run(
     run,          # run folder
     workers=None, # processes that prepare slices
     **changes     # fields of `Settings` that are to be otherwise from here on, for instance more epochs
-)->pd.DataFrame:  # scores
+)->pd.DataFrame:  # scores; None in all processes but the first
     "Go on with a training where it was interrupted; without changes it ends as if nobody had disturbed it"
     run,c = Path(run),_config(run)
     if 'train' not in c:
@@ -176,9 +194,15 @@ def resume_run(
     _check_store(run, c['store'])
     s,df = settings_from(c['train'], **changes),load_cohort(run/'split.csv', 'csv')
     learn,cbs = fit(s, df, c['recipe'], c['store'], run, workers=workers, change=bool(changes))
-    if changes:
-        config = {**read_json(run/'config.json'), 'train':s.to_dict()}
-        write_text(run/'config.json', json.dumps(config, indent=1))
+    if processes()[0]: return None
+    with alone():
+        if changes:
+            config = {**read_json(run/'config.json'), 'train':s.to_dict()}
+            write_text(run/'config.json', json.dumps(config, indent=1))
+        return _finish(run, s, c, learn, cbs, df)
+
+def _finish(run, s, c, learn, cbs, df):
+    "Model, figures and scores of a training"
     export_segmenter(learn, run/'model.safetensors', cohort=df.attrs.get('layout'), seed=s.seed, method=s.method,
                      weights=method_of(cbs), training=s.to_dict())
     _draw_figures(learn, cbs, run/'figures')

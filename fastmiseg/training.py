@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['terms', 'methods', 'weight', 'schedule', 'json_object', 'Settings', 'read_settings', 'Method', 'callbacks_of',
-           'check_scans', 'fit']
+           'check_scans', 'check_processes', 'fit']
 
 # %% ../nbs/54_training.ipynb #d31181b9
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from inspect import signature
 from pathlib import Path
@@ -99,6 +99,8 @@ class Settings:
     augment:str=None         # Changes of the training slices: light or strong; by default what the recipe says
     seed:int=0               # Of the split, the network and the draws
     skip_bad:bool=False      # Leave out scans that cannot be used, instead of stopping
+    # With several processes: BatchNorm's statistics over the batches of all, on GPUs; else each has those of its own
+    sync_bn:bool=False
 
     def __post_init__(self):
         if self.method not in methods: raise ValueError(f"method: {self.method!r} is none of {', '.join(methods)}")
@@ -351,6 +353,30 @@ def _run_schedule(learn, s, epochs, cbs):
     if s.one_cycle: learn.fit_one_cycle(epochs, s.lr, **shape, cbs=cbs)
     else: learn.fit(epochs, cbs=[_warmup_cosine(s.lr, **shape), *cbs])
 
+def check_processes(
+    settings:Settings
+):
+    "An error, before any work, where several processes cannot train as the settings want it"
+    import torch
+    from fastmiseg.processes import started_together
+    if settings.sync_bn and started_together()>1 and not torch.cuda.is_available():
+        raise ValueError("sync_bn: PyTorch takes the statistics of BatchNorm over several processes on GPUs only, and "
+                         "there is none here; leave it out, or train in one process")
+
+@contextmanager
+def _in_all_processes(learn, s):
+    "Inside, all processes that were started together train one network; nothing changes for one alone"
+    from torch.nn.modules.batchnorm import _BatchNorm
+    import fastai.distributed # gives learners their `distrib_ctx`
+    from fastmiseg.processes import processes, sync_batchnorm
+    rank,n = processes()
+    on_cpu = next(learn.model.parameters()).device.type=='cpu'
+    if n>1 and not rank and not s.sync_bn and any(isinstance(o, _BatchNorm) for o in learn.model.modules()):
+        print(f'{n} processes: each normalises with the statistics of its own part of a batch (BatchNorm)'
+              + ('' if on_cpu else '; sync_bn=True takes those of all'))
+    with (sync_batchnorm(learn.model) if n>1 and s.sync_bn else nullcontext(),
+          learn.distrib_ctx(sync_bn=False, cpu=on_cpu) if n>1 else nullcontext()): yield
+
 def fit(
     settings:Settings,
     df:pd.DataFrame,    # cohort with a column `split`
@@ -366,15 +392,19 @@ def fit(
     "Train"
     from fastmiseg.callback.log import TrainingLogCallback
     from fastmiseg.callback.resume import ResumeCallback
+    from fastmiseg.processes import join_processes
     check_scans(settings, df)
+    check_processes(settings)
+    rank,_ = join_processes()
     s,learn = settings,_learner(settings, df, recipe, store, path, workers)
     cbs = callbacks_of(s) if cbs is None else cbs
     def run(epochs, cbs, checkpoints, log):
         if path is not None:
-            cbs = [*cbs, ResumeCallback(Path(path)/checkpoints, every=every, change=change),
-                   TrainingLogCallback(Path(path)/log)]
-        if not quiet: return _run_schedule(learn, s, epochs, cbs)
-        with learn.no_bar(), learn.no_logging(): _run_schedule(learn, s, epochs, cbs)
+            cbs = [*cbs, ResumeCallback(Path(path)/checkpoints, every=every, change=change)]
+            if not rank: cbs.append(TrainingLogCallback(Path(path)/log))
+        with _in_all_processes(learn, s):
+            if not quiet: return _run_schedule(learn, s, epochs, cbs)
+            with learn.no_bar(), learn.no_logging(): _run_schedule(learn, s, epochs, cbs)
     if s.method=='pretrain':
         loss,learn.loss_func = learn.loss_func,_no_supervision
         run(s.epochs-s.epochs//2, cbs, 'pretraining', 'pretraining.csv')

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .scans.cohort import CohortError, load_cohort, split_cohort
+from .scans.cohort import load_cohort, split_cohort
 from .scans.intact import extension
 from .scans.readers import layouts
 from .scans.recipe import Recipe

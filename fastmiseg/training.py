@@ -367,7 +367,7 @@ def check_processes(
 def _in_all_processes(learn, s):
     "Inside, all processes that were started together train one network; nothing changes for one alone"
     from torch.nn.modules.batchnorm import _BatchNorm
-    import fastai.distributed # gives learners their `distrib_ctx`
+    import fastai.distributed  # noqa: F401, for it gives learners their `distrib_ctx`
     from fastmiseg.processes import processes, sync_batchnorm
     rank,n = processes()
     on_cpu = next(learn.model.parameters()).device.type=='cpu'

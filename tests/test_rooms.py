@@ -12,14 +12,14 @@ root = Path(__file__).parents[1]
 order = '''files processes lock show
 scans.intact scans.grid scans.nifti scans.dicom scans.volume scans.table scans.readers scans.standards scans.cohort
 scans.phantom scans.recipe scans.profile scans.store
-augment transforms warps data
+augment transforms warps packed data
 pair_products pair_kernels pair_sums mutual_info projectors losses models average optimizer
 callback.stream callback.step callback.method callback.heads callback.guard callback.paired callback.install
 callback.baselines callback.mireg callback.teacher callback.pseudo callback.copypaste callback.log
 callback.state callback.plan callback.place callback.resume
 metrics surface learner training
 inference segmenter preparing plots commands
-study.preset study.plans study.evidence study.report study.protocol study.run
+study.preset study.plans study.evidence study.report study.protocol study.work study.run
 cli demo all'''.split()
 
 def room_of(path): return '.'.join(path.relative_to(root/'fastmiseg').with_suffix('').parts)

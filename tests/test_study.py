@@ -1,6 +1,6 @@
 "Studies: rows, columns, arithmetic, evidence, and the same figures again"
-import importlib.util, json, os, subprocess, sys
-from concurrent.futures import ProcessPoolExecutor
+import importlib.util, json, os, pickle, subprocess, sys, time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -13,13 +13,17 @@ from fastmiseg import training
 from fastmiseg.scans.cohort import load_cohort, split_cohort
 from fastmiseg.scans.phantom import make_phantom
 from fastmiseg.scans.recipe import Recipe
-from fastmiseg.study import run as study_run
-from fastmiseg.study.evidence import Evidence, decides, describe_run, name_of, split_name
+from fastmiseg.study import work as study_work
+from fastmiseg.study.evidence import Evidence, decides, describe_run, name_of, split_name, student_of
 from fastmiseg.study.plans import Study, find_study, studies
 from fastmiseg.study.preset import Preset, presets, settings_of
 from fastmiseg.study.protocol import changes_of, made_with
 from fastmiseg.study.report import paired_p, study_curves, study_scores, study_table, table_text
-from fastmiseg.study.run import compare_study, make_run, report_study, run_study, scored, wanted_runs
+from fastmiseg.study.run import compare_study, report_study, run_study, scored, wanted_runs
+from fastmiseg.study.work import evaluate_slices, make_run
+from fastmiseg.metrics import VolumeDice
+from fastmiseg.packed import open_store, pack_slices
+from fastmiseg.surface import VolumeHD95
 from fastmiseg.training import Settings, callbacks_of
 
 recipe = Recipe(spacing=6., size=32, classes=('background','RV','Myo','LV'), flip='hv')
@@ -218,7 +222,7 @@ def test_an_interrupted_run_goes_on(one_cycle, scans, tmp_path, monkeypatch):
             if self.training and self.train_iter==15: raise KeyboardInterrupt
     go('whole')
     with monkeypatch.context() as m:
-        m.setattr(training, 'callbacks_of', lambda s: [*callbacks_of(s), PowerCut()])
+        m.setattr(study_work, 'callbacks_of', lambda s: [*callbacks_of(s), PowerCut()])
         with pytest.raises(KeyboardInterrupt): go('cut')
     assert not Evidence(tmp_path/'cut').runs() and list((tmp_path/'cut'/'work').glob('*/checkpoints/*.pt'))
     go('cut')
@@ -278,7 +282,7 @@ def test_processes_add_runs_at_the_same_time(tmp_path):
     of_run = dict(list(there.scores().groupby('run')))
     assert len(there.runs())==40
     for seed,o in enumerate(found):
-        pd.testing.assert_frame_equal(of_run[o['id']].drop(columns='run').reset_index(drop=True), some_scores(seed), check_exact=True)
+        pd.testing.assert_frame_equal(of_run[o['id']][[*some_scores(seed)]].reset_index(drop=True), some_scores(seed), check_exact=True)
 
 def test_a_run_that_was_cut_while_it_was_added(tmp_path, monkeypatch):
     "Scores without their run are no run, and do not stand beside those of the next call"
@@ -324,6 +328,102 @@ def test_scans_are_added_to_those_that_are_known(scans, tmp_path):
     assert there.parts(name).values.tolist()==df[3:][['subject','scan','split']].sort_values('scan').values.tolist()
     assert split_name(df.sample(frac=1, random_state=0))==split_name(df)
 
+# -- slices instead of scans, and draws ------------------------------------------------------------------------------------
+def test_scores_of_slices_are_those_of_the_metrics(scans, tmp_path):
+    df = split_cohort(load_cohort(scans), 1, 2, 3, seed=0)
+    s = settings_of(tiny, dict(method='teacher'))
+    learn,_ = training.fit(s, df, recipe, tmp_path/'slices', quiet=True)
+    found = evaluate_slices(learn, df, tmp_path/'slices', 'valid')
+    learn.metrics = [dice:=VolumeDice(), hd95:=VolumeHD95()]
+    with learn.no_bar(), learn.no_logging(): learn.validate()
+    for metric in (dice, hd95):
+        both = found.merge(metric.to_frame(), on=['scan','class'])
+        assert len(both)==len(found)==2*3 and np.allclose(both[f'{metric.base}_x'], both[f'{metric.base}_y'], equal_nan=True)
+    test = evaluate_slices(learn, df, tmp_path/'slices', 'test')
+    assert set(test.scan)==set(df.scan[df.split=='test']) and set(test.subject)==set(df.subject[df.split=='test'])
+    whole = study_work.evaluate_cohort(learn, df[df.split=='valid'], progress=False)
+    both = found.merge(whole, on=['scan','class'])
+    assert (both.dice_x-both.dice_y).abs().max()<.2 # the same scans on another grid
+    with pytest.raises(ValueError, match="part: the cohort has no 'test' scans"): evaluate_slices(learn, df[df.split!='test'], tmp_path/'slices', 'test')
+
+def test_student_and_teacher(scans, tmp_path):
+    "A teacher that is the student after each step is the student; one that forgets slowly is another"
+    for decay,same in ((0.,True),(.9,False)):
+        run_,df = a_run(scans, tmp_path, method='teacher', decay=decay, epochs=1, n_iters=60, bs=4, div=5.)
+        make_run(run_, df, tmp_path/'slices', tmp_path)
+        of_run = dict(list(Evidence(tmp_path).scores().drop(columns=['assd']).groupby('run')))
+        name = name_of(run_)
+        a,b = (of_run[o].drop(columns='run').reset_index(drop=True) for o in (name, student_of(name)))
+        assert a.equals(b)==same and max(a.dice.max(), b.dice.max())>0
+    run_,df = a_run(scans, tmp_path, method='partial')
+    make_run(run_, df, tmp_path/'slices', tmp_path)
+    assert student_of(name_of(run_)) not in set(Evidence(tmp_path).scores().run)
+
+def test_packed_slices_are_scored_as_slices_only(scans, tmp_path):
+    packed = pack_slices(load_cohort(scans), recipe, tmp_path/'a.slices.npz', tmp_path/'slices')
+    study = studies['table1'].only(['Partial supervision'])
+    for score in ('test','valid'):
+        with pytest.raises(ValueError, match=f'a.slices.npz has slices and no scans; score them as {score}-slices'):
+            run(study, packed, tmp_path/'s', score=score)
+    with pytest.raises(ValueError, match="score: 'slices' is none of test, valid, test-slices"): run(study, packed, tmp_path/'s', score='slices')
+    from_file,from_scans = (run(study, o, tmp_path/name, score='test-slices') for o,name in ((packed,'file'),(scans,'scans')))
+    assert from_file.equals(from_scans) # the same training and scores, and the same name
+
+def test_packed_slices_that_cannot_be_used(scans, tmp_path):
+    df = load_cohort(scans)
+    with pytest.raises(ValueError, match='b.npz: is not a name for packed slices; expected one that ends in .slices.npz'): pack_slices(df, recipe, tmp_path/'b.npz')
+    with pytest.raises(ValueError, match='recipe: has no `size`'): pack_slices(df, Recipe(spacing=6.), tmp_path/'b.slices.npz')
+    path = pack_slices(df[:2], recipe, tmp_path/'b.slices.npz', tmp_path/'slices')
+    with pytest.raises(ValueError, match='has the slices of Recipe.*, not those of .*; pack the scans with this recipe'): open_store(path, replace(recipe, size=16))
+    assert open_store(path, replace(recipe, rotate=5.)).recipe.rotate==5. # the slices are the same
+    with pytest.raises(ValueError, match=f'has no slices of 10 scans, {df.scan[2]} for one'): open_store(path, recipe).prepare(df)
+    some = open_store(path, recipe).prepare(df[:2].assign(split=['labeled','unlabeled']))
+    with pytest.raises(ValueError, match=f'{df.scan[1]}: has no mask here'): some.mask(df.scan[1], 0)
+    again = pickle.loads(pickle.dumps(some))
+    assert again.scans.equals(some.scans) and np.array_equal(again.mask(df.scan[0], 0), some.mask(df.scan[0], 0))
+    path.write_bytes(path.read_bytes()[:-900])
+    with pytest.raises(ValueError, match='cannot be read as packed slices .*; pack them again'): open_store(path, recipe)
+
+def test_each_seed_has_labelled_subjects_of_its_own(scans, tmp_path):
+    study = Study('draws', 'Draws', {f'Partial supervision, {n}': dict(method='partial', labeled=n) for n in (1,3)}, ours='Partial supervision', x='labeled', draws=True)
+    run(study, scans, tmp_path, seeds=3, processes=0)
+    there = Evidence(tmp_path)
+    parts = {(o['labeled'],o['settings']['seed']): there.parts(o['split']).groupby('split').subject.apply(set) for o in there.runs()}
+    assert len({frozenset(o.labeled) for (n,_),o in parts.items() if n==1})==3 and all(len(o.labeled)==n for (n,_),o in parts.items())
+    assert all(parts[1,k].labeled<parts[3,k].labeled for k in range(3)) # fewer are some of the more
+    for name in ('valid','test'): assert len({frozenset(o[name]) for o in parts.values()})==1
+    usual = split_cohort(load_cohort(scans), 3, 1, 2, seed=0)
+    assert parts[3,0].labeled==set(usual.subject[usual.split=='labeled']) # the first draw is the usual split
+
+def test_no_run_is_begun_that_cannot_be_finished(monkeypatch):
+    "By what its method has taken so far; a run that takes too long is left"
+    def job(method, steps): return dict(run=dict(settings=dict(method=method, epochs=1, n_iters=steps)))
+    begun = []
+    def pretend(run):
+        s = run['settings']
+        begun.append((s['method'],s['n_iters']))
+        time.sleep(s['n_iters']/100)
+        return s['n_iters']/100
+    monkeypatch.setattr(study_work, 'make_run', pretend)
+    jobs = {'a1':job('a',30), 'b1':job('b',10), 'a2':job('a',300), 'b2':job('b',10), 'c':job('c',500)}
+    with ThreadPoolExecutor(2) as pool: done = [k for k,e in study_work._finished(pool, jobs, 2, 2.)]
+    assert set(done)=={'a1','b1','b2'} and ('a',300) not in begun and ('c',500) not in begun
+    with ThreadPoolExecutor(2) as pool: assert {k for k,_ in study_work._finished(pool, {'a':job('a',1), 'b':job('b',1)}, 2, None)}=={'a','b'}
+
+def test_evidence_of_two_machines(tmp_path):
+    df = pd.DataFrame(dict(subject=list('abc'), scan=list('abc'), split=['labeled','valid','test'], content=list('xyz')))
+    for k,seeds in (('here',[0,1]),('there',[1,2])):
+        Evidence(tmp_path/k).keep_cohort({1:df if k=='here' else df.assign(split=['valid','labeled','test'])})
+        _add(tmp_path/k, seeds)
+    here = Evidence(tmp_path/'here')
+    assert here.merge(tmp_path/'there')==1 and here.merge(tmp_path/'there')==0 and here.merge(tmp_path/'nothing')==0
+    assert len(here.runs())==3 and len(here.scores())==3*18 and len(here.scans().columns)==5 and (here.scans()!='').all(None)
+    other = Evidence(tmp_path/'other')
+    other.keep_cohort({1:df.assign(content='w')})
+    _add(other.path, [7])
+    with pytest.raises(ValueError, match=r'made with other scans of the same names \(3 of 3 differ'): here.merge(other.path)
+    assert len(here.runs())==3
+
 # -- the command -----------------------------------------------------------------------------------------------------------
 def test_command(scans, tmp_path):
     env = {k:v for k,v in os.environ.items() if k!='FASTMISEG_DATA'}
@@ -345,7 +445,7 @@ def test_command(scans, tmp_path):
     assert again.returncode==0 and again.stdout.replace(' --n-iters', ' --recipe auto --n-iters').split()[-60:]==done.stdout.split()[-60:], again.stderr
     (plan:=tmp_path/'mine.json').write_text(json.dumps(dict(title='Mine', rows={'a': dict(method='partial'), 'b': dict(method='partial', wd=.1)}, ours='a', score='valid')))
     done = cli(plan, '--data', scans, *out, *rows[2:], *parts)
-    assert done.returncode==0 and '# Mine' in done.stdout and '- Otherwise in "b": wd 0.1.' in done.stdout and (tmp_path/'s'/'mine_valid.csv').exists(), done.stderr
+    assert done.returncode==0 and '# Mine' in done.stdout and '- Otherwise in "b": wd 0.1.' in done.stdout and (tmp_path/'s'/'mine_cpu-1-labelled_valid.csv').exists(), done.stderr
 
 # -- the committed results -------------------------------------------------------------------------------------------------
 def test_readme_says_what_the_table_says():

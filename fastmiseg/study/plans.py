@@ -23,6 +23,7 @@ class Study:
     x:str=None       # along the x axis: 'labeled'; the name of such a row is 'line, value'
     curve:bool=False # whether the figure is validation Dice over epochs instead
     score:str=None   # 'valid' where settings are chosen; None: also test scans
+    draws:bool=False # whether each seed has labelled subjects of its own
 
     def against(self, row):
         "The row that this one is tested against"

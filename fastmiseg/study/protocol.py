@@ -31,7 +31,8 @@ def changes_of(
     usual = settings_of(preset, dict(method=s.method)).to_dict()
     say = dict(one_cycle=_schedule, adam=_adam)
     def words(k, v): return say[k](v) if k in say else _listed(v) if isinstance(v, dict) else f'{k} {v}'
-    return [words(k, v) for k,v in s.to_dict().items() if v!=usual[k]]
+    recipe = [f'recipe with {_listed(row["recipe"])}'] if row.get('recipe') else []
+    return [words(k, v) for k,v in s.to_dict().items() if v!=usual[k]] + recipe
 
 # %% ../../nbs/64_study.protocol.ipynb #1e29b3e1
 def _subjects(parts, several):
@@ -57,12 +58,14 @@ def protocol(
     "What was done, in the words of the settings"
     s,runs = preset.settings,[o for _,o in found]
     score,threads = runs[0]['score'],sorted({o['threads'] for o in runs})
+    part = score.removesuffix('-slices')
     changes = {k:changes_of(preset, row) for k,row in rows.items()}
     odd = {k:o for k,o in changes.items() if not all(text in k for text in o)}
     seeds = ', '.join(map(str, sorted({o['settings']['seed'] for o in runs})))
     return [
         _subjects(parts, len({o['labeled'] for o in runs})>1),
-        f"- Scored: the {score} scans{' (no setting is chosen on them here)' if score=='test' else ''}, "
+        f"- Scored: the {part} scans{' on the grid of their slices' if score!=part else ''}"
+        f"{' (no setting is chosen on them here)' if part=='test' else ''}, "
         "with the final checkpoint (of the teacher, where a row has one); "
         "Dice of each class over the whole scan, mean over scans, then over classes.",
         f"- Budget: U-Net of width {s.width}, {s.epochs*s.n_iters} steps of {s.bs} labelled and {s.unlabeled_bs} "

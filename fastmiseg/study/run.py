@@ -74,7 +74,7 @@ def _splits(data, layout, preset, study, seeds, score):
     "`split_key` -> the cohort, split; all have the same validation and test scans"
     df,duplicates = _cohort(data, layout)
     def split(df, labeled, draw, valid, test):
-        return split_cohort(df, labeled, valid, test, preset.split_seed+draw, preset.scans, duplicates=duplicates)
+        return split_cohort(df, labeled, valid, test, preset.split_seed+draw, preset.scans, duplicates=duplicates, show=False)
     def one(labeled, draw):
         res = split(df, labeled, 0, preset.valid, preset.test)
         train = res[res.split.isin(['labeled','unlabeled'])]

@@ -970,3 +970,18 @@ def test_memory_under_a_limit(tmp_path):
         except ValueError as e: print(e)'''
     p = subprocess.run([sys.executable, '-c', textwrap.dedent(code), str(f)], capture_output=True, text=True)
     assert 'needs about 0.9 GB of memory, but 0.2 GB are free' in p.stdout, (p.stdout, p.stderr)
+
+@pytest.mark.parametrize('name, sform', [('steps of 1 mm', np.diag([-1,-1,1,1.])), ('turned, and half', np.array([[0,.75,0,5],[-.75,0,0,6],[0,0,5,7],[0,0,0,1.]]))])
+def test_an_sform_without_the_spacings(tmp_path, name, sform):
+    "As in the public ACDC hearts: pixdim has the spacings, the sform only the axes"
+    im = nibabel.Nifti1Image(np.zeros((6,5,4), np.int16), None)
+    im.header.set_zooms((1.5,1.5,10)); im.set_sform(sform, 2, update_affine=False); im.header.set_sform(sform, 2)
+    nibabel.save(im, p:=tmp_path/'a.nii.gz')
+    assert nibabel.load(p).header['qform_code']==0
+    with pytest.warns(UserWarning, match=r'has spacings \(1.5, 1.5, 10\) mm in pixdim, but .* those of the pixdim were taken, as SimpleITK does'):
+        vol = read_volume(p)
+    itk = sitk.ReadImage(str(p))
+    assert np.allclose(vol.spacing[::-1], itk.GetSpacing()) and np.allclose(vol.origin, itk.GetOrigin())
+    assert np.allclose(vol.direction, itk.GetDirection())
+    with pytest.warns(UserWarning, match='those of the sform were taken'): vol = read_volume(p, form='sform')
+    assert np.allclose(vol.spacing[::-1], np.linalg.norm(sform[:3,:3], axis=0))

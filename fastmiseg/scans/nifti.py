@@ -97,7 +97,10 @@ def _place(h, sizes, form):
     A = forms[taken]
     steps = np.linalg.norm(A[:3,:3], axis=0)
     if not np.allclose(steps, zooms, rtol=1e-2) and len(forms)==1:
-        notes.append(f'has spacings {_round(zooms)} mm in pixdim, but {_round(steps)} mm in its {taken}, which was taken')
+        which = 'sform' if form=='sform' else 'pixdim'
+        notes.append(f"has spacings {_round(zooms)} mm in pixdim, but {_round(steps)} mm in its {taken}: those of the "
+                     f"{which} were taken" + ("" if form=='sform' else ", as SimpleITK does; form='sform' takes the others"))
+        if form!='sform': A = np.column_stack([A[:,:3]/np.append(steps, 1)[:3]*zooms, A[:,3]])
     return A[:3,:3], A[:3,3], notes
 
 def _angle(h):

@@ -33,7 +33,7 @@ gpu:
 	bash benchmarks/gpu.sh $(if $(OUT),"$(OUT)",gpu-results)
 
 docs: .venv/installed
-	$(BIN)/nbdev-docs
+	$(BIN)/python docs/build.py
 
 clean:
 	rm -rf .venv build *.egg-info

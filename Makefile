@@ -36,4 +36,4 @@ docs: .venv/installed
 	$(BIN)/python docs/build.py
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build *.egg-info _proc _site

@@ -23,7 +23,8 @@ def build(stage=root/'_proc', site=root/'_site'):
     modules = pages.stage_all(stage)
     shutil.rmtree(site, ignore_errors=True)
     rendered = render(stage, quiet=True)
-    if rendered.out!=site.resolve(): raise SystemExit(f'{stage}/_quarto.yml: output-dir leads to {rendered.out}, not to {site}')
+    if rendered.out!=site.resolve():
+        raise SystemExit(f'{stage}/_quarto.yml: output-dir leads to {rendered.out}, not to {site}')
     finish.finish(site)
     return faults_of(site, modules)
 

@@ -2,7 +2,6 @@
 import json, re
 from html import unescape
 from html.parser import HTMLParser
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from latex2mathml.converter import convert
@@ -36,7 +35,8 @@ loader = '''(() => {
 def finish(site):
     "Formulas and search without a network, on every page"
     index = json.loads((site/'search.json').read_text(encoding='utf-8'))
-    (site/'search.js').write_text('window.searchIndex = ' + json.dumps(index, ensure_ascii=False) + ';', encoding='utf-8')
+    script = f'window.searchIndex = {json.dumps(index, ensure_ascii=False)};'
+    (site/'search.js').write_text(script, encoding='utf-8')
     (site/'site_libs'/'search-from-disk.js').write_text(loader, encoding='utf-8')
     for o in site.rglob('*.css'):
         o.write_text(fonts_elsewhere.sub('', o.read_text(encoding='utf-8')), encoding='utf-8')
@@ -76,7 +76,8 @@ def broken_links(site):
             if url.scheme or url.netloc: continue
             target = (page.parent/unquote(url.path)).resolve() if url.path else page
             if target.is_dir(): target = target/'index.html'
-            if not target.exists(): faults.append(f'{name} links to {href}, which is not there')
+            if not target.exists() or site.resolve() not in target.parents:
+                faults.append(f'{name} links to {href}, which is not there')
             elif url.fragment and target in pages and unquote(url.fragment) not in pages[target].ids:
                 faults.append(f'{name} links to {href}: the page has no such place')
     return faults

@@ -1,6 +1,6 @@
 "From notebooks, Markdown files and modules to a folder that Quarto and smalldocs render alike"
 import ast, json, os, re, shutil
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import reference
 
@@ -45,8 +45,8 @@ class Stage:
             self.needed.add((target, place))
             away = os.path.relpath(place, place_of(source).parent)
             return f"{bang}[{words}]({away}{'#' + anchor if anchor else ''})"
-        parts = re.split(r'(```.*?```|`[^`\n]*`(?!\]))', text, flags=re.S)
-        return ''.join(o if o.startswith('`') else link.sub(changed, o) for o in parts)
+        parts = re.split(r'(```.*?```)', text, flags=re.S)
+        return ''.join(o if o.startswith('```') else link.sub(changed, o) for o in parts)
 
     def copy_needed(self):
         "Pictures, tables and files that pages link to"
@@ -61,7 +61,9 @@ def only_imports(code):
     return all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in body)
 
 def module_of(cells):
-    return next((m[1] for o in cells if (m := re.search(r'^#\|\s*default_exp (\S+)', ''.join(o['source']), re.M))), None)
+    text = '\n'.join(''.join(o['source']) for o in cells)
+    m = re.search(r'^#\|\s*default_exp (\S+)', text, re.M)
+    return m and m[1]
 
 def lesson(path, stage):
     "A notebook as a reader wants it: no hidden cells, no directives, no imports of the module itself"
@@ -78,7 +80,8 @@ def lesson(path, stage):
         cells.append(c | dict(source=text))
     first = next((o for o in cells if o['cell_type']=='markdown'), None)
     if module and first and module!='all':
-        first['source'] += f'\n\n[Reference of `fastmiseg.{module}`](api/{module}.qmd) · [Source](source/{module}.qmd)'
+        first['source'] += (f'\n\n[Reference of `fastmiseg.{module}`](api/{module}.qmd) · '
+                            f'[Source](source/{module}.qmd)')
     stage.write(path.name, json.dumps(nb | dict(cells=cells)))
     return module
 
@@ -102,6 +105,7 @@ def stage_all(out, only=None):
         stage.write(f'source/{module}.qmd', reference.source_page(module, file))
     stage.write('api/index.qmd', reference.index_page(modules))
     stage.write('_symbols.json', json.dumps(reference.symbols(modules)))
-    for o in markdown: stage.write(place_of(PurePosixPath(o)), stage.links((root/o).read_text(encoding='utf-8'), PurePosixPath(o)))
+    for o in map(PurePosixPath, markdown):
+        stage.write(place_of(o), stage.links((root/o).read_text(encoding='utf-8'), o))
     stage.copy_needed()
     return modules

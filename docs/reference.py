@@ -14,11 +14,12 @@ root = Path(__file__).parents[1]
 empty = inspect.Parameter.empty
 # What a reader looks for first; other modules follow in the order of the house
 first = '''scans.cohort scans.recipe scans.volume scans.readers scans.standards scans.phantom scans.store
-data augment transforms callback.mireg callback.baselines callback.teacher callback.pseudo
-learner training metrics surface models inference segmenter plots commands cli demo callback.resume callback.log
-callback.method callback.step mutual_info losses projectors'''.split()
-plumbing = '''callback.stream callback.heads callback.guard callback.paired callback.install callback.state callback.plan
-callback.place'''.split()
+data augment transforms warps
+callback.mireg callback.baselines callback.teacher callback.pseudo callback.copypaste
+learner training metrics surface models inference segmenter plots commands cli demo
+callback.resume callback.log callback.method callback.step mutual_info losses projectors'''.split()
+plumbing = '''callback.stream callback.heads callback.guard callback.paired callback.install callback.state
+callback.plan callback.place'''.split()
 
 inherited = 'args', 'kwargs' # what a class passes on to the one that it is made of
 
@@ -214,3 +215,12 @@ def symbols(modules):
             index.setdefault(n.name, where)
             index[f'fastmiseg.{module}.{n.name}'] = where
     return index
+
+def undocumented(n):
+    "What a reader would miss about a public name: its docstring, its parameters"
+    o = n.value()
+    if not is_code(o) and not callable(o): return [] if n.comment else ['what it is for']
+    if not is_code(o): return [] if doc_of(o) or n.comment else ['docstring']
+    faults = [] if doc_of(o) else ['docstring']
+    said = documented(o)
+    return faults + [k for k in own_parameters(o) if k not in said or not said[k].docment]

@@ -1,0 +1,101 @@
+"The site is whole and needs no network, and every public name is documented"
+import re, sys
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).parents[1]
+sys.path.insert(0, str(root/'docs'))
+reference = pytest.importorskip('reference')
+
+names = [n for module,file in reference.module_files().items() for n in reference.public_names(module, file)]
+
+@pytest.fixture(scope='module')
+def undocumented():
+    found = {f'{n.module}.{n.name}': reference.undocumented(n) for n in names}
+    return {k: o for k,o in found.items() if o}
+
+# To be documented, then struck off; nothing is added here
+missing = set('''
+augment.draw_light callback.log.TrainingLogCallback callback.method.SemiSupCallback callback.plan.schedules
+callback.plan.differences callback.state.notes_of callback.state.set_notes callback.state.checkpoints cli.polite
+commands.train_run commands.settings_from commands.resume_run data.SliceRef data.ResidentSlices
+demo.settings_of_both learner.miseg_learner models.Stage optimizer.ForeachAdam pair_kernels.launch_options
+pair_kernels.cuda_pair_sums_backward pair_products.sums pair_products.sums_backward pair_sums.wide
+pair_sums.at_least_float32 pair_sums.sums_backward plots.plot_volume scans.cohort.load_cohort
+scans.grid.scale_values scans.intact.extensions scans.intact.extension scans.profile.how_far scans.readers.walk
+scans.readers.scans_in scans.readers.layouts scans.readers.read_msd scans.readers.read_acdc
+scans.readers.read_promise12 scans.readers.read_mmwhs scans.readers.read_folder scans.readers.read_dicom
+scans.readers.read_csv scans.standards.read_nnunet scans.standards.read_bids segmenter.Segmenter
+segmenter.export_segmenter show.show_slice study.evidence.decides study.plans.Study study.plans.studies
+study.preset.Preset study.preset.settings_of study.preset.presets study.protocol.changes_of study.protocol.protocol
+study.report.study_table study.report.legend study.report.plot_study study.run.make_run study.run.wanted_runs
+study.run.scored study.run.run_study study.run.report_study study.run.compare_study surface.surface_distances
+surface.hd95 surface.assd surface.dice surface.score_volume training.terms training.methods training.callbacks_of
+training.check_scans training.fit
+'''.split())
+
+def test_every_public_name_is_documented(undocumented):
+    "A docstring, and a comment beside each parameter"
+    new = {k: o for k,o in undocumented.items() if k not in missing}
+    assert not new, f'public, but not documented: {new}'
+
+def test_the_list_of_what_is_missing_shrinks(undocumented):
+    assert not missing-set(undocumented), f'documented by now, so take it off: {sorted(missing-set(undocumented))}'
+
+@pytest.fixture(scope='module')
+def built(tmp_path_factory):
+    pytest.importorskip('smalldocs')
+    pytest.importorskip('latex2mathml')
+    import build
+    out = tmp_path_factory.mktemp('docs')
+    faults = build.build(out/'_proc', out/'_site')
+    return out/'_site',faults
+
+def test_the_site_is_whole(built):
+    "Every link leads somewhere, every public name has its entry, every page is in the sidebar, nothing needs a network"
+    assert not built[1], '\n'.join(built[1])
+
+def test_readers_see_what_is_for_them(built):
+    "Formulas are drawn, names lead to the reference; directives and hidden cells stay in the notebooks"
+    lesson = next(built[0].glob('*_mutual_info.html')).read_text(encoding='utf-8')
+    first = (built[0]/'70_first.html').read_text(encoding='utf-8')
+    assert '<math' in lesson and '\\frac' not in re.sub(r'<pre.*?</pre>', '', lesson, flags=re.S)
+    assert 'href="api/learner.html#miseg_learner"' in first
+    for o in built[0].glob('*.html'):
+        text = re.sub('<[^>]+>', '', o.read_text(encoding='utf-8'))
+        assert not re.search(r'^#\s?\| ?(hide|export)', text, re.M), o.name
+
+def test_search_works_from_a_disk(built):
+    "Pages that were opened as files may not fetch; the index is a script too"
+    assert (built[0]/'search.js').read_text(encoding='utf-8').startswith('window.searchIndex = [')
+    assert 'MIRegCallback' in (built[0]/'search.js').read_text(encoding='utf-8')
+    for o in built[0].rglob('*.html'):
+        page = o.read_text(encoding='utf-8')
+        assert page.index('search-from-disk.js')>page.index('smalldocs:offset') # it reads the offset
+
+def test_entries_say_what_a_caller_needs(built):
+    page = (built[0]/'api'/'inference.html').read_text(encoding='utf-8')
+    entry = page.split('>predict_volume</h2>')[1].split('<h2')[0]
+    assert '../source/inference.html#L-' in entry
+    line = int(re.search(r'source/inference\.html#L-(\d+)', entry)[1])
+    assert 'predict_volume' in (root/'fastmiseg'/'inference.py').read_text(encoding='utf-8').splitlines()[line-1]
+    assert entry.count('<tr>')>3 and 'returns' in entry
+
+@pytest.mark.parametrize('body,fault', [
+    ('<a href="b.html">', 'links to b.html, which is not there'), ('<a href="#no">', 'has no such place'),
+    ('<img src="no.png">', 'no.png, which is not there'), ('<a href="c.html#no">', 'has no such place'),
+    ('<script src="https://x.y/z.js"></script>', 'from the network')])
+def test_broken_links_are_found(tmp_path, body, fault):
+    import finish
+    (tmp_path/'a.html').write_text(f'<p id="yes"><a href="#yes"><a href="c.html#there"><a href="https://x.y">{body}')
+    (tmp_path/'c.html').write_text('<p id="there">')
+    said = finish.broken_links(tmp_path)
+    assert len(said)==1 and fault in said[0]
+
+def test_a_name_without_an_entry_is_found(tmp_path):
+    import finish
+    (tmp_path/'api').mkdir()
+    (tmp_path/'api'/'files.html').write_text('<h2 id="read_json">')
+    of_files = [n for n in names if n.module=='files' and n.name in ('read_json','digest')]
+    assert finish.missing_names(tmp_path, of_files)==['files.digest']

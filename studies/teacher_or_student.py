@@ -12,7 +12,7 @@ from fastcore.script import call_parse
 from torch.func import functional_call
 
 from fastmiseg.callback.teacher import EMATeacherCallback
-from fastmiseg.inference import evaluate_cohort
+from fastmiseg.evaluation import evaluate_cohort
 from fastmiseg.scans.cohort import load_cohort, split_cohort
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.study.preset import presets, settings_of

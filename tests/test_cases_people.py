@@ -7,10 +7,11 @@ import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import fastmiseg.inference as I, fastmiseg.segmenter as S, fastmiseg.scans.store as ST
+import fastmiseg.evaluation as E, fastmiseg.inference as I, fastmiseg.segmenter as S, fastmiseg.scans.store as ST
 from fastmiseg.data import MISegDataLoaders
 from fastmiseg.files import WriteError, read_json, whole_file, write_text
-from fastmiseg.inference import evaluate_cohort, predict_cohort, predict_volume
+from fastmiseg.evaluation import evaluate_cohort, predict_cohort
+from fastmiseg.inference import predict_volume
 from fastmiseg.models import create_unet
 from fastmiseg.segmenter import Segmenter, SegmenterError, export_segmenter, load_segmenter
 from fastmiseg.scans.cohort import CohortError, CohortWarning, advice, load_cohort, related, save_cohort
@@ -143,7 +144,7 @@ def test_labels_of_a_real_training_are_in_the_model_file(tmp_path):
     seg = load_segmenter(export_segmenter(learn, tmp_path/'m.safetensors'), 'cpu')
     assert seg.recipe.labels=={0:0, 1:1, 3:2} and seg.recipe.stored==[0,1,3] and seg.about['training']['scans']==2
     assert set(np.unique(seg.predict(df.image[2]).array))<={0,1,3}
-    assert len(evaluate_cohort(seg, df, progress=False))==6
+    assert len(evaluate_cohort(seg, df, split='all', progress=False))==6
 
 @pytest.mark.parametrize('n,at', [(160,(24,24)), (160,(130,10)), ((96),(60,3))])
 def test_a_larger_field_of_view(tmp_path, n, at):
@@ -408,14 +409,14 @@ def test_going_on_after_a_kill(tmp_path, monkeypatch, what):
     def go(model=seg, **kw):
         if what=='predict': return predict_cohort(model, df, out, progress=False, **kw)
         return evaluate_cohort(model, df, progress=False, notes=tmp_path/'notes.jsonl', **kw)
-    whole,read = go(overwrite=True),I.read_volume
+    whole,read = go(overwrite=True),E.read_volume
     for o in (out.glob('*') if out.exists() else ()): o.unlink()
     n = [0]
     def killed(path, **kw):
         n[0] += path in set(df.image)
         if n[0]==4: raise KeyboardInterrupt
         return read(path, **kw)
-    monkeypatch.setattr(I, 'read_volume', killed)
+    monkeypatch.setattr(E, 'read_volume', killed)
     with pytest.raises(KeyboardInterrupt): go()
     n[0] = 10; before = len(seg.model.seen)
     other = bright(recipe); other.model.w.data += 1
@@ -428,8 +429,9 @@ def test_going_on_after_a_kill(tmp_path, monkeypatch, what):
 def test_a_scan_that_changed_is_segmented_again(tmp_path):
     df,seg,out = cohort(tmp_path, 'ab', ['valid']*2),bright(recipe),tmp_path/'out'
     predict_cohort(seg, df, out, progress=False)
-    notes = I._Notes(out/I._unfinished, I._identity(seg, recipe, what='predict', probabilities=False, flips=False, largest=False), True)
-    for r in df.itertuples(): notes.add(r.scan, looks=I._looks(r.image))
+    options = dict(what='predict', flips=False, largest=False, probabilities=False, uncertainty=False)
+    notes = E._Notes(out/E._unfinished, E._identity(seg, recipe, **options), True)
+    for r in df.itertuples(): notes.add(r.scan, looks=E._looks(r.image))
     put(df.image[1], square(7, at=(2,2))[0])
     assert predict_cohort(seg, df, out, progress=False).problem.isna().all()
     assert (read_volume(out/'b.nii.gz').array>0)[:,3:9,3:9].all()
@@ -437,7 +439,7 @@ def test_a_scan_that_changed_is_segmented_again(tmp_path):
 @pytest.mark.parametrize('where', ['read','network','room'])
 def test_a_scan_too_large_for_memory_does_not_end_the_others(tmp_path, monkeypatch, where):
     df,seg = cohort(tmp_path, 'abc', ['valid']*3),bright(recipe)
-    read,forward = I.read_volume,seg.model.forward
+    read,forward = E.read_volume,seg.model.forward
     def huge(path, **kw):
         if where=='read' and path==df.image[1]: raise MemoryError
         v = read(path, **kw)
@@ -446,7 +448,7 @@ def test_a_scan_too_large_for_memory_does_not_end_the_others(tmp_path, monkeypat
     def full(x):
         if where=='network' and len(seg.model.seen)==1: seg.model.seen.append(0); raise torch.OutOfMemoryError('CUDA out of memory')
         return forward(x)
-    monkeypatch.setattr(I, 'read_volume', huge); monkeypatch.setattr(seg.model, 'forward', full)
+    monkeypatch.setattr(E, 'read_volume', huge); monkeypatch.setattr(seg.model, 'forward', full)
     monkeypatch.setattr(I, 'scan_profile', lambda v, w: None); monkeypatch.setattr(I, 'how_far', lambda *a: [])
     done = predict_cohort(seg, df, tmp_path/'out', progress=False)
     assert done.problem.notna().tolist()==[False,True,False] and 'memory' in done.problem[1] and 'b.nii.gz' in done.problem[1]

@@ -227,7 +227,8 @@ def test_validation_is_that_of_the_cpu(tmp_path):
 
 def test_inference(heart):
     "Probabilities and masks of a whole scan are those of the CPU"
-    from fastmiseg.inference import evaluate_cohort, predict_volume
+    from fastmiseg.evaluation import evaluate_cohort
+    from fastmiseg.inference import predict_volume
     model,scan = heart.learn.model,heart.df[heart.df.split=='test'].image.iloc[0]
     home = next(model.parameters()).device
     try:

@@ -4,8 +4,9 @@ import errno, os, warnings
 import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 import SimpleITK as sitk
 
-import fastmiseg.inference as I, fastmiseg.scans.volume as V
-from fastmiseg.inference import evaluate_cohort, predict_cohort, predict_volume
+import fastmiseg.evaluation as E, fastmiseg.scans.volume as V
+from fastmiseg.evaluation import evaluate_cohort, predict_cohort
+from fastmiseg.inference import ask_network, predict_volume
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.surface import dice
 from fastmiseg.scans.volume import Volume, VolumeError, read_volume, resample, write_volume
@@ -67,7 +68,7 @@ def test_other_spacing_and_size(heart, scan, tmp_path, factor):
 
 def test_any_batch_size(heart, scan):
     vol = read_volume(scan)
-    a,b = (I._segment(heart.learn.model, heart.recipe, vol, bs=bs)[0] for bs in (1,64))
+    a,b = (ask_network(heart.learn, heart.recipe, vol, bs=bs).p for bs in (1,64))
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 # -- many scans ------------------------------------------------------------------------------------------------------------
@@ -79,7 +80,7 @@ def test_one_scan_in_memory_at_a_time(heart, tmp_path, monkeypatch):
         vol = read_volume(*args, **kw)
         alive.append(weakref.ref(vol))
         return vol
-    monkeypatch.setattr(I, 'read_volume', read)
+    monkeypatch.setattr(E, 'read_volume', read)
     assert len(predict_cohort(heart.learn, heart.df[:4], tmp_path, progress=False))==4==len(alive)
 
 def test_bar(heart, tmp_path, capfd):
@@ -98,8 +99,8 @@ def test_intensities_of_the_whole_subject(heart, tmp_path):
     done = predict_cohort(heart.learn, df, tmp_path/'out', recipe=recipe, progress=False)
     assert done.problem.notna().tolist()==[False,False,True]
     want = recipe.limits(vol, read_volume(bright))
-    p,where,_ = I._segment(heart.learn.model, recipe, vol, want)
-    assert np.array_equal(read_volume(tmp_path/'out'/'dim.nii.gz').array, where.inverse(p).argmax(0))
+    answer = ask_network(heart.learn, recipe, vol, want)
+    assert np.array_equal(read_volume(tmp_path/'out'/'dim.nii.gz').array, answer.where.inverse(answer.p).argmax(0))
 
 def test_same_dice_as_validation(heart):
     "Where the slices are the scan's own pixels, the metric of training and the score of the whole scan are one number"

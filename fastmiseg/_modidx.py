@@ -874,6 +874,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fastmiseg.packed.PackedSlices.image': ('packed.html#packedslices.image', 'fastmiseg/packed.py'),
                                   'fastmiseg.packed.PackedSlices.mask': ('packed.html#packedslices.mask', 'fastmiseg/packed.py'),
                                   'fastmiseg.packed.PackedSlices.prepare': ('packed.html#packedslices.prepare', 'fastmiseg/packed.py'),
+                                  'fastmiseg.packed.PackedSlices.shows': ('packed.html#packedslices.shows', 'fastmiseg/packed.py'),
                                   'fastmiseg.packed.PackedSlices.verify': ('packed.html#packedslices.verify', 'fastmiseg/packed.py'),
                                   'fastmiseg.packed.PackedSlices.where': ('packed.html#packedslices.where', 'fastmiseg/packed.py'),
                                   'fastmiseg.packed._checked': ('packed.html#_checked', 'fastmiseg/packed.py'),

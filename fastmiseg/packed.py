@@ -133,6 +133,10 @@ class PackedSlices:
         "A slice"
         return np.divide(self._held.images[self._held.scans[scan].image][i], _steps, dtype=np.float32)
 
+    def shows(self, scan)->list[list]: # for each slice the classes in its mask, background left out
+        "What the slices of a scan show"
+        return [[int(o) for o in np.unique(m) if o] for m in self.mask(scan, slice(None))]
+
     def mask(self, scan, i)->np.ndarray: # uint8 (H,W), class indices
         "The mask of a slice"
         if scan not in self._masked:

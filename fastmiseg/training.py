@@ -10,6 +10,7 @@ __all__ = ['terms', 'methods', 'weight', 'schedule', 'json_object', 'Settings', 
 import json
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Callable
@@ -138,8 +139,8 @@ class Settings:
             raise ValueError(f"{', '.join(self.weights)}: 0 leaves the unlabelled scans out; "
                              "for that, take the method partial")
 
-    @property
-    def T(self): # `Pool`
+    @cached_property
+    def T(self): # `Pool`, one for all callbacks of the method
         "What T is drawn from"
         from fastmiseg.transforms import RandomFlips, RandomLight, RandomShifts
         from fastmiseg.warps import RandomWarps

@@ -66,7 +66,8 @@ class Packed:
 def loaders(store, parts, augment=True, bs=4, unlabeled_bs=10, n_iters=300, val_bs=32, seed=0, device=None, path='.', resident=None):
     "Loaders of `store` for the splits (labelled, scored, unlabelled) in `parts`; a part may name several splits"
     from fastmiseg.augment import Augment
-    from fastmiseg.data import SemiSupDataBlock, SliceBlock, SliceMaskBlock, SliceRef
+    from fastmiseg.data import SemiSupDataBlock
+    from fastmiseg.slices import SliceBlock, SliceMaskBlock, SliceRef
     refs = [(SliceRef(r.scan, i), r.split) for r in store.scans.itertuples() for i in range(r.n)]
     split = np.array([s for _,s in refs])
     block = SemiSupDataBlock(blocks=(SliceBlock(store), SliceMaskBlock(store)), batch_tfms=Augment.from_recipe(store.recipe) if augment else None,

@@ -11,11 +11,13 @@ from fastai.vision.all import *
 from .scans.volume import *
 from .scans.cohort import *
 from .scans.phantom import *
+from .scans.placement import Placement
 from .scans.recipe import *
 from .scans.store import *
 from .augment import *
 from .transforms import *
 from .warps import *
+from .slices import *
 from .data import *
 from .show import *
 from .mutual_info import *

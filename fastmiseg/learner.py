@@ -15,7 +15,7 @@ from .optimizer import ForeachAdam
 
 # %% ../nbs/53_learner.ipynb #db8f9afe
 def reuse_memory()->bool: # whether the system took notice
-    "Let this process keep memory that it frees, for faster training on a CPU (Linux with glibc; nothing happens elsewhere)"
+    "Let this process keep memory that it frees, for faster training on a CPU (Linux with glibc; elsewhere nothing)"
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform=='linux' else None
     no_mmap,no_trim = (-4, 0),(-1, 2**31-1) # M_MMAP_MAX, M_TRIM_THRESHOLD
     return bool(mallopt and mallopt(*no_mmap) and mallopt(*no_trim))
@@ -63,7 +63,8 @@ def _as_foreach(opt_func, device):
     "`opt_func`; where it is fastai's `Adam` and the device a GPU, the same for all parameters at once"
     if torch.device(device or 'cpu').type!='cuda': return opt_func
     if opt_func is Adam: return ForeachAdam
-    if isinstance(opt_func, partial) and opt_func.func is Adam: return partial(ForeachAdam, *opt_func.args, **opt_func.keywords)
+    if isinstance(opt_func, partial) and opt_func.func is Adam:
+        return partial(ForeachAdam, *opt_func.args, **opt_func.keywords)
     return opt_func
 
 paper_adam = partial(Adam, eps=1e-8)
@@ -71,10 +72,10 @@ paper_adam = partial(Adam, eps=1e-8)
 @delegates(create_unet)
 def miseg_learner(
     dls,               # loaders of images and masks
-    arch='unet',       # 'unet' (the paper's), 'dynamic_unet' (its encoder in a `DynamicUnet`), a timm name, or a torchvision function
-    pretrained:bool=False, # start the encoder from ImageNet's weights, and freeze it as `unet_learner` does
+    arch='unet',       # 'unet' (the paper's), 'dynamic_unet', a timm name, or a torchvision function; see `create_unet`
+    pretrained:bool=False, # start an encoder from ImageNet's weights, and freeze it as `unet_learner` does
     loss_func=None,    # default: cross-entropy of each pixel
-    opt_func=paper_adam,    # as PyTorch's Adam, and the paper's, it adds 1e-8 to the denominator; fastai's 1e-5 stands above the gradients of rare classes
+    opt_func=paper_adam, # adds 1e-8 to the denominator; fastai's 1e-5 stands above the gradients of rare classes
     splitter=None,     # default: one group for the paper's U-Net; encoder and decoder for a `DynamicUnet`
     metrics=None,
     cbs=None,
@@ -83,15 +84,16 @@ def miseg_learner(
     learner_kwargs:dict=None, # anything else for `Learner`
     **kwargs           # for `create_unet`
 )->Learner:
-    "A learner for segmentation: the network's channels and classes come from `dls`; on a CPU, the process will `reuse_memory`"
+    "A learner for segmentation, with channels and classes from `dls`; on a CPU, the process will `reuse_memory`"
     if torch.device(dls.device or 'cpu').type=='cpu': reuse_memory()
     n_out = get_c(dls)
     if not n_out: raise ValueError("dls: the number of classes is not known; set dls.c, background included")
     x = dls.one_batch()[0]
     model = create_unet(arch, n_in=x.shape[1], n_out=n_out, size=x.shape[-2:], pretrained=pretrained, **kwargs)
     if splitter is None: splitter = _split_unet if isinstance(model, DynamicUnet) else trainable_params
-    learn = Learner(dls, model, loss_func=loss_func or CrossEntropyLossFlat(axis=1), opt_func=_as_foreach(opt_func, dls.device), splitter=splitter,
-                    metrics=metrics, cbs=[*L(cbs), LossOnDevice()], path=path, wd=wd, **(learner_kwargs or {}))
+    learn = Learner(dls, model, loss_func=loss_func or CrossEntropyLossFlat(axis=1),
+                    opt_func=_as_foreach(opt_func, dls.device), splitter=splitter, metrics=metrics,
+                    cbs=[*L(cbs), LossOnDevice()], path=path, wd=wd, **(learner_kwargs or {}))
     learn.arch = dict(arch=arch, n_in=x.shape[1], n_out=n_out, size=tuple(x.shape[-2:]), **kwargs)
     if pretrained: learn.freeze()
     return learn

@@ -9,12 +9,13 @@ __all__ = ['UNet', 'unet_encoder', 'evaluating', 'create_unet', 'Stage', 'Stages
 from collections import OrderedDict
 from contextlib import contextmanager
 from difflib import get_close_matches
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pandas as pd
 import torch
 from torch import nn, Tensor
+from torch.nn.modules.conv import _ConvNd
 from fastai.vision.learner import create_body, model_meta, _default_meta as _meta
 from fastai.vision.models.unet import DynamicUnet
 
@@ -117,6 +118,9 @@ def create_unet(
     **kwargs               # for `DynamicUnet`
 )->nn.Module: # maps (N, n_in, H, W) to logits (N, n_out, H, W)
     "A segmentation network by the name of its encoder, in channels-last order (faster on CPU and GPU)"
+    if pretrained and arch in ('unet','dynamic_unet'):
+        raise ValueError(f"pretrained: there are no pretrained weights of arch={arch!r}; leave pretrained out, or "
+                         "choose an encoder that has some, as in arch='resnet34'")
     return _network(arch, n_in, n_out, size, pretrained, width, **kwargs).to(memory_format=torch.channels_last)
 
 def _torchvision_body(arch, n_in, pretrained):
@@ -153,7 +157,9 @@ class Stages(dict):
 
 # %% ../nbs/31_models.ipynb #7c10558e
 def _scale(x, size):
-    return size//x.shape[-1] if isinstance(x, Tensor) and x.ndim>=4 and x.shape[-1]>1 else None
+    "How many times a map is smaller than the image; None for what is not a map, and for one with a border around it"
+    a_map = isinstance(x, Tensor) and x.ndim>=4 and x.shape[-1]>1 and size%x.shape[-1]==0
+    return size//x.shape[-1] if a_map else None
 
 def _trace(model, size):
     "(path, module, channels, scale in, scale out) of each module that returned a map, as they finished"
@@ -164,7 +170,7 @@ def _trace(model, size):
     seen = []
     def note(path, m, inp, out):
         s = _scale(out, size)
-        if s: seen.append((path, m, out.shape[1], _scale(inp[0], size) or s, s))
+        if s: seen.append((path, m, out.shape[1], _scale(inp[0], size) or s if inp else s, s))
     handles = [m.register_forward_hook(partial(note, n)) for n,m in model.named_modules() if n]
     try:
         with evaluating(model), torch.no_grad(): out = model(x)
@@ -189,7 +195,7 @@ def stages(
 )->Stages: # name -> `Stage`, in the order of execution
     "The stages of a network, named as in the paper by their way (down or up) and their scale"
     seen = _trace(model, size)
-    last = max(i for i,(_,m,*_) in enumerate(seen) if isinstance(m, (nn.Conv2d, nn.Conv3d))) # the classifier
+    last = max(i for i,(_,m,*_) in enumerate(seen) if isinstance(m, _ConvNd)) # the classifier
     blocks = _blocks(seen)
     parents = lambda p: ('.'.join(p.split('.')[:i]) for i in range(1, p.count('.')+1))
     maps = [(p,c,s) for p,_,c,_,s in seen[:last] if not any(o in blocks for o in parents(p))]
@@ -204,6 +210,13 @@ def stages(
     return Stages(found)
 
 # %% ../nbs/31_models.ipynb #e294b1cb
+def _by_order(known):
+    "The paper's names where the last stages are not at the image's own scale: counted from both ends"
+    down = [s for n,s in known.items() if n.startswith('Conv')]
+    up = [s for n,s in known.items() if n.startswith('Up')]
+    return {**{f'Conv{i+1}':s for i,s in enumerate(down)}, **{f'Upconv{i+2}':s for i,s in enumerate(reversed(up))},
+            **({} if len(down)>4 else {'Conv5':down[-1]})}
+
 def find_stages(
     model:nn.Module, # any convolutional segmentation network
     names:list,      # stages (`Conv5`, `Upconv3`, ...) or paths of modules (`decoder.block2`)
@@ -211,10 +224,13 @@ def find_stages(
 )->Stages: # those asked for; a `ValueError` names the unknown ones and what exists
     "Look stages up by the paper's names or by the paths of modules"
     known = stages(model, size)
-    modules = {} if all(n in known for n in names) else {p:(c,s) for p,_,c,_,s in _trace(model, size)}
-    unknown = [n for n in names if n not in known and n not in modules]
-    if unknown:
-        raise ValueError(f"layers: no stage {', '.join(map(repr,unknown))} in {type(model).__name__}; "
-                         f"there are {', '.join(known)}, and each module that returns a map can be given by its path, "
-                         "as in model.named_modules()")
-    return Stages({n: known[n] if n in known else Stage(n, n, *modules[n]) for n in names})
+    if all(n in known for n in names): return Stages({n: known[n] for n in names})
+    modules = {p:Stage(p, p, c, s) for p,_,c,_,s in _trace(model, size)}
+    ordered = _by_order(known)
+    for stand_in in (known, ordered):
+        found = {**modules, **stand_in}
+        if all(n in found for n in names): return Stages({n: replace(found[n], name=n) for n in names})
+    unknown = [n for n in names if n not in {**modules, **known}]
+    raise ValueError(f"layers: no stage {', '.join(map(repr, unknown))} in {type(model).__name__}; "
+                     f"there are {', '.join(known)}, and each module that returns a map can be given by its path, "
+                     "as in model.named_modules()")

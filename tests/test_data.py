@@ -97,9 +97,14 @@ def test_draws_with_masks_that_are_read():
     assert dls.train.get_idxs()==discs().train.get_idxs()
 
 def test_what_slices_show_is_kept_with_them(cohort, tmp_path, monkeypatch):
+    from fastmiseg.packed import PackedSlices, pack_slices
     from fastmiseg.scans.store import SliceStore
     make = lambda: SliceStore(tmp_path/'store', recipe).prepare(cohort, workers=0, progress=False)
     want = {s:[(set(np.unique(y).tolist())-{0}) for y in make().mask(s, slice(None))] for s in cohort.scan[cohort['split']=='labeled']}
+    packed = pack_slices(cohort, recipe, tmp_path/'all.slices.npz', tmp_path/'store')
+    assert all([set(o) for o in PackedSlices(packed).prepare(cohort).shows(s)]==o for s,o in want.items())
+    draws = [MISegDataLoaders.from_cohort(cohort, recipe, store=o, workers=0, n_iters=3, foreground=.5).train.get_idxs() for o in (packed, tmp_path/'store')]
+    assert draws[0]==draws[1]
     monkeypatch.setattr(SliceStore, 'mask', lambda *o: 1/0)
     store = make()
     assert {s:list(map(set, store.shows(s))) for s in want}==want and any(map(any, want.values()))

@@ -1,4 +1,5 @@
 "Regularisers on learners that people have: networks, data, optimisers and callbacks that know nothing of them"
+import itertools
 import numpy as np, pytest, torch
 from fastai.basics import Adam, Callback, CancelStepException, OptimWrapper, SGD, Transform, params
 from fastai.callback.progress import CSVLogger
@@ -11,7 +12,7 @@ from fastmiseg.callback.method import SemiSupCallback
 from fastmiseg.callback.paired import PairedBatchCallback
 from fastmiseg.callback.step import Step
 from fastmiseg.callback.teacher import EMATeacherCallback
-from fastmiseg.models import create_unet, find_stages
+from fastmiseg.models import create_unet, find_stages, stages
 from toy import UNet, hooks, learner, loaders, quiet, small_mireg
 
 def values(ps): return [p.detach().clone() for p in ps]
@@ -310,3 +311,33 @@ def test_no_number_without_regularisers(tmp_path):
     learn = quiet(learner(tmp_path))
     with pytest.raises(FloatingPointError, match=r'the supervised loss is nan at step 2 .*labelled: [\d, ]+; unlabelled: \d'): learn.fit(1, 1e-3, cbs=Bad())
     assert all(p.isfinite().all() for p in learn.model.parameters())
+
+def test_networks_of_monai_find_their_stages():
+    monai = pytest.importorskip('monai.networks.nets', reason='needs MONAI')
+    nets = [monai.UNet(2, 1, 3, (4,8,16,32,64), (2,2,2,2), num_res_units=n) for n in (0,2)]
+    nets += [monai.AttentionUnet(2, 1, 3, (4,8,16,32,64), (2,2,2,2)), monai.BasicUNet(2, 1, 3, (4,4,8,16,32,4)),
+             monai.SegResNet(2, 8, 1, 3), monai.DynUNet(2, 1, 3, [3]*5, [1,2,2,2,2], [2]*4, filters=[4,8,16,32,64])]
+    for net in nets:
+        found = list(find_stages(net, ['Conv5','Upconv3','Upconv2']).values())
+        assert [o.scale for o in found]==sorted((o.scale for o in found), reverse=True) and found[0].scale>found[1].scale>found[2].scale, (type(net).__name__, found)
+        assert all(net.get_submodule(o.module) is not None for o in found) and found[0].scale==max(o.scale for o in stages(net).values())
+
+def test_networks_of_segmentation_models_find_their_stages():
+    smp = pytest.importorskip('segmentation_models_pytorch', reason='needs segmentation-models-pytorch')
+    for arch,encoder in itertools.product((smp.Unet, smp.UnetPlusPlus, smp.MAnet, smp.Linknet), ('resnet18','efficientnet-b0')):
+        if arch is smp.Linknet and encoder!='resnet18': continue
+        found = find_stages(arch(encoder, encoder_weights=None, in_channels=1, classes=3), ['Conv5','Upconv3','Upconv2'])
+        assert [o.scale for o in found.values()]==[16,2,1], (arch.__name__, encoder, found)
+
+def test_networks_of_others_train(tmp_path):
+    smp = pytest.importorskip('segmentation_models_pytorch', reason='needs segmentation-models-pytorch')
+    monai = pytest.importorskip('monai.networks.nets', reason='needs MONAI')
+    for net in (monai.UNet(2, 1, 2, (4,8,16,32), (2,2,2)), smp.Unet('resnet18', encoder_weights=None, in_channels=1, classes=2)):
+        cb = MIRegCallback(n_clusters=3, n_heads=2)
+        learn = quiet(learner(tmp_path, dls=loaders(size=32, n_iters=1), net=net))
+        learn.fit(1, 1e-3, cbs=cb)
+        assert set(cb.projectors)=={'Conv5','Upconv3','Upconv2'} and np.isfinite(learn.recorder.values[-1]).all() and hooks(net)==0
+
+@pytest.mark.parametrize('arch', ['unet','dynamic_unet'])
+def test_weights_that_do_not_exist(arch):
+    with pytest.raises(ValueError, match=f"pretrained: there are no pretrained weights of arch='{arch}'; leave pretrained out"): create_unet(arch, pretrained=True)

@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch
 from fastai.basics import Transform
-from fastmiseg import data
+from fastmiseg import slices
 from fastmiseg.augment import Augment
 from fastmiseg.callback.guard import batch_items
-from fastmiseg.data import SemiSupDataBlock, SliceBlock, SliceMaskBlock, SliceRef
+from fastmiseg.data import SemiSupDataBlock
+from fastmiseg.slices import SliceBlock, SliceMaskBlock, SliceRef
 
 class Store:
     "Random slices, counting how often they are read"
@@ -89,17 +90,17 @@ def test_on_a_cpu_only_if_asked_for():
 
 def test_items_that_are_transformed_are_read():
     class Twice(Transform):
-        def encodes(self, x:data.SliceImage): return x*2
+        def encodes(self, x:slices.SliceImage): return x*2
     a,b = (loaders(item_tfms=Twice, resident=o) for o in (False,True))
     same(list(a.train), list(b.train))
     assert not b.train._here
 
 def test_memory_goes_with_the_loaders():
-    before = len(data._resident)
+    before = len(slices._resident)
     dls = loaders(resident=True)
     dls.one_batch()
-    assert len(data._resident)==before+2
+    assert len(slices._resident)==before+2
     pickle.dumps(dls.train.after_batch)
     del dls
     gc.collect()
-    assert len(data._resident)<=before
+    assert len(slices._resident)<=before

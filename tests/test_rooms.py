@@ -10,8 +10,8 @@ root = Path(__file__).parents[1]
 
 # A room imports only from rooms above it
 order = '''files processes lock show
-scans.intact scans.grid scans.nifti scans.dicom scans.volume scans.table scans.readers scans.standards scans.cohort
-scans.phantom scans.recipe scans.profile scans.store
+scans.intact scans.grid scans.nifti scans.dicom scans.volume slices scans.table scans.readers scans.standards scans.cohort
+scans.phantom scans.placement scans.recipe scans.profile scans.store
 augment transforms warps packed data
 pair_products pair_kernels pair_sums mutual_info projectors losses models average optimizer
 callback.stream callback.step callback.method callback.heads callback.guard callback.paired callback.install

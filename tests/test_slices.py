@@ -8,7 +8,8 @@ import SimpleITK as sitk
 from hypothesis import given, settings, strategies as st
 from scipy.ndimage import map_coordinates
 
-from fastmiseg.scans.recipe import Placement, Recipe, _canonical, _warp
+from fastmiseg.scans.placement import Placement, _warp, orient
+from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.volume import Volume, VolumeError, read_volume, resample, write_volume
 
 quick = settings(max_examples=60, deadline=None)
@@ -39,7 +40,7 @@ resizing = st.builds(lambda size, axis: Recipe(size=size, fit='resize', axis=axi
 @given(rotations(), st.sampled_from(codes))
 def test_orientation_is_simpleitks(d, code):
     a = np.random.default_rng(0).integers(0, 999, (3,4,5)).astype(np.int16)
-    order,flip = _canonical(tuple(d.ravel()), code)
+    order,flip = orient(tuple(d.ravel()), code)
     im = sitk.DICOMOrient(Volume(a, direction=tuple(d.ravel())).to_sitk(), code)
     assert np.array_equal(np.flip(a.transpose(order), [i for i,f in enumerate(flip) if f]), sitk.GetArrayFromImage(im))
 
@@ -196,6 +197,45 @@ def test_auto_of_mixed_and_bad_scans(tmp_path):
     assert Recipe.auto(df).axis==0
     with pytest.raises(VolumeError, match='0.nii.gz'): Recipe.auto(df[:1])
     with pytest.raises(ValueError, match='no training scans'): Recipe.auto(df[2:])
+
+def test_auto_of_a_given_size_holds_what_it_would_hold_anyway(tmp_path):
+    df = cohort(tmp_path)
+    usual,small = Recipe.auto(df),Recipe.auto(df, size=(32,40))
+    assert small.size==(32,40) and small.spacing[0]>usual.spacing[0] and np.isclose(*(r.spacing[0]/r.spacing[1] for r in (usual,small)), atol=.01)
+    for o in df.image[:2]: assert small.place(read_volume(o)).share>.98     # the field of view, but for half a pixel
+    assert Recipe.auto(df, size=256).spacing==usual.spacing                 # nothing is made finer
+    assert (Recipe.auto(df, spacing=2).spacing, Recipe.auto(df, spacing=2).size)==((2.,2.), (48,32))
+    assert (Recipe.auto(df, spacing=2, size=24).spacing, Recipe.auto(df, spacing=2, size=24).size)==((2.,2.), (24,24))
+    assert Recipe.auto(df, augment='strong')==Recipe(**{**usual.to_dict(), 'augment':'strong'})
+    with pytest.raises(ValueError, match=r'Recipe: size=\(0, 0\), expected two'): Recipe.auto(df, size=0)
+
+def test_auto_with_names(tmp_path):
+    df = cohort(tmp_path, values=(0,205,420))
+    r = Recipe.auto(df, classes=('background','ball','shell'))
+    assert (r.classes, r.labels)==(('background','ball','shell'), {0:0, 205:1, 420:2})
+    with pytest.raises(ValueError, match=r'classes: 2 names \(a, b\) for 3 values in the masks \(0, 205, 420\)'): Recipe.auto(df, classes=('a','b'))
+    df.attrs.update(classes=('background','x','y'), labels={205:1, 420:2})
+    assert (Recipe.auto(df, classes=('bg','ball','shell')).classes, Recipe.auto(df, classes=('bg','ball','shell')).labels)==(('bg','ball','shell'), {205:1, 420:2})
+
+def test_a_recipe_without_classes_takes_the_cohorts(tmp_path):
+    df = cohort(tmp_path, values=(0,205,420))
+    df.attrs.update(classes=('background','ball','shell'), labels={205:1, 420:2})
+    for r in (Recipe.named(Recipe(size=32), df), Recipe(size=32).for_cohort(df)): assert (r.classes, r.labels, r.size)==(('background','ball','shell'), {205:1, 420:2}, (32,32))
+    for kw in (dict(classes=('background','a','b')), dict(labels={205:1, 420:1})): assert Recipe.named(Recipe(**kw), df)==Recipe(**kw)
+
+def test_undeclared_values_are_told_with_both_cures():
+    img = Volume(np.random.default_rng(0).normal(size=(4,20,20)).astype(np.float32))
+    where = Recipe().place(img)
+    def cures(values, **kw):
+        m = img.like(np.array(values)[np.arange(1600).reshape(4,20,20)%len(values)])
+        with pytest.raises(VolumeError) as e: Recipe(**kw).masks(replace(m, path='m.nii'), where)
+        return str(e.value), m
+    said,m = cures((0,1,2,3))
+    assert said=="m.nii: holds the values 0, 1, 2, 3, declared are 0, 1. A class for each: Recipe(classes=('background', 'class1', 'class2', 'class3')). All as one: Recipe(labels={1: 1, 2: 1, 3: 1}). Or correct the mask"
+    for values,kw in (((0,1,2,3), {}), ((0,205,420), {}), ((0,1,2,5), dict(classes=('background','RV','Myo','LV'))), ((7,8), dict(labels={7:1}))):
+        said,m = cures(values, **kw)
+        for o in said.split('Recipe(')[1:]: eval('Recipe('+o.rsplit('). ', 1)[0]+')').masks(m, where) # both do
+    assert 'fractional' in cures((0,1,2.5))[0]
 
 # -- real scans --------------------------------------------------------------------------------------------------------
 

@@ -39,8 +39,9 @@ def summarise_profiles(
     mean = axes.mean(0)
     mean = mean/np.maximum(np.linalg.norm(mean, axis=-1, keepdims=True), 1e-6)
     plain = lambda v: np.round(v, 4).tolist()
+    middle = _middle([o['level'] for o in profiles])
     return dict(scans=len(profiles), spacing=plain(span('spacing')), fov=plain(span('fov')), axes=plain(mean),
-                tilt=plain(_angle(axes, mean).max(0)), level=plain(span('level')), middle=plain(_middle([o['level'] for o in profiles])))
+                tilt=plain(_angle(axes, mean).max(0)), level=plain(span('level')), middle=plain(middle))
 
 def _angle(a, b): return np.degrees(np.arccos(np.clip((np.asarray(a)*b).sum(-1), -1, 1)))
 
@@ -63,7 +64,8 @@ def how_far(
 )->list[str]: # sentences; none where the scan is like the others
     "What about a scan is far from the training scans"
     if not summary: return []
-    return [*_far_spacing(profile, summary, recipe), *_far_axes(profile, summary), *_far_levels(profile, summary, recipe)]
+    return [*_far_spacing(profile, summary, recipe), *_far_axes(profile, summary),
+            *_far_levels(profile, summary, recipe)]
 
 def _range(o, unit=''):
     lo,hi = o
@@ -79,8 +81,8 @@ def _far_axes(p, s):
     for what,v,mean,tilt in zip(('slices','rows','columns'), p['axes'], s['axes'], s['tilt']):
         angle = float(_angle(v, mean))
         if angle>tilt+_turn:
-            yield (f'its {what} run {angle:.0f} degrees away from those of the training scans (which differ by up to {tilt:.0f}): '
-                   'it lies in another orientation')
+            yield (f'its {what} run {angle:.0f} degrees away from those of the training scans (which differ by up to '
+                   f'{tilt:.0f}): it lies in another orientation')
             return
 
 def _far_levels(p, s, recipe):
@@ -92,5 +94,5 @@ def _far_levels(p, s, recipe):
         narrow = not recipe.window and hi-lo<(hi0-lo1)/4
         other = not seen[0]-.3<=rel<=seen[1]+.3
         if beyond or narrow or other:
-            yield (f'its intensities (1st, 50th and 99th percentile) are {lo:.4g}, {mid:.4g} and {hi:.4g}, those of the training scans '
-                   f'{_range((lo0,lo1))}, {_range((mid0,mid1))} and {_range((hi0,hi1))}')
+            yield (f'its intensities (1st, 50th and 99th percentile) are {lo:.4g}, {mid:.4g} and {hi:.4g}, those of '
+                   f'the training scans {_range((lo0,lo1))}, {_range((mid0,mid1))} and {_range((hi0,hi1))}')

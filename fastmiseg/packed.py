@@ -143,10 +143,6 @@ class PackedSlices:
             raise ValueError(f'{scan}: has no mask here: its `split` is unlabeled, or the cohort has none')
         return np.array(self._held.masks[self._held.scans[scan].mask][i])
 
-    def shows(self, scan)->list[list]: # for each slice the classes in its mask, background left out
-        "What the slices of a scan show"
-        return [np.setdiff1d(o, 0).tolist() for o in map(np.unique, self.mask(scan, slice(None)))]
-
     def where(self, scan)->Placement:
         "Where the slices of a scan lie"
         return self._held.scans[scan].where

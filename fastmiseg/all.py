@@ -42,6 +42,6 @@ from .callback.baselines import *
 from .callback.teacher import *
 from .callback.log import *
 from .callback.resume import *
-from .training import Settings
+from .training import Settings, pretrain, semisup_cbs
 
 __all__ = [o for o in globals() if not o.startswith('_')]

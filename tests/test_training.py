@@ -6,7 +6,8 @@ from fastai.basics import Callback
 from fastmiseg import cli
 from fastmiseg.callback.method import SemiSupCallback
 from fastmiseg.preparing import Preparation
-from fastmiseg.training import Settings, callbacks_of, check_scans, fit, json_object, methods, read_settings, terms, weight
+from fastmiseg.training import (Settings, callbacks_of, check_scans, fit, json_object, methods, pretrain, read_settings, recommended,
+    semisup_cbs, terms, weight)
 
 tiny = Settings(epochs=2, n_iters=3, width=2, bs=2, unlabeled_bs=2)
 
@@ -132,3 +133,33 @@ def test_training_on(hearts, some, tmp_path):
     with pytest.raises(ValueError, match='epochs.*1.*2'): train(replace(s, epochs=2))
     with pytest.warns(UserWarning, match='epochs'): learn,_ = train(replace(s, epochs=2), change=True)
     assert len(pd.read_csv(tmp_path/'log.csv'))==2
+
+def test_recommended_callbacks():
+    "New ones at each call, those of the method that is named in one place, with what is to be otherwise"
+    one,two = semisup_cbs(),semisup_cbs([3,4], decay=.5)
+    assert [type(o) for o in one]==[type(o) for o in two]==[type(o) for o in callbacks_of(Settings(**recommended))]
+    assert not {id(o) for o in one} & {id(o) for o in two}
+    assert two[0].unlabeled==[3,4] and two[-1].decay==.5 and one[-1].decay==recommended.get('decay', Settings().decay)
+    with pytest.raises(ValueError, match="settings: there is no 'rate'"): semisup_cbs(rate=1)
+    with pytest.raises(ValueError, match="paste: CopyPasteCallback takes no 'boxes' here"): semisup_cbs(method='copypaste', paste=dict(boxes=3))
+
+def test_pretraining_needs_no_masks(tmp_path):
+    "The same network comes of it whatever the masks are; loss and optimiser are as before, also after an interruption"
+    from toy import learner, loaders, quiet, small_mireg
+    class Other(Callback):
+        "Other masks"
+        def before_batch(self): self.learn.yb = (torch.zeros_like(self.yb[-1]),)
+    def run(change):
+        learn = quiet(learner(tmp_path, dls=loaders(n_iters=3)))
+        if change: learn.add_cb(Other())
+        loss = learn.loss_func
+        pretrain(learn, 1, 1e-2, cbs=[small_mireg()])
+        assert learn.loss_func is loss and learn.opt is None
+        return learn
+    before = [p.detach().clone() for p in learner(tmp_path).model.parameters()]
+    a,b = run(False),run(True)
+    for p,q in zip(a.model.parameters(), b.model.parameters()): assert torch.equal(p, q)
+    assert not all(torch.equal(p, q) for p,q in zip(before, a.model.parameters()))
+    with pytest.raises(KeyboardInterrupt): pretrain(a, 1, 1e-2, cbs=[small_mireg(), Stop(2)])
+    assert type(a.loss_func).__name__=='CrossEntropyLossFlat' and a.opt is None
+    a.fit(1)

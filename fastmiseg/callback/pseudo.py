@@ -60,7 +60,8 @@ class PseudoLabelCallback(SemiSupCallback):
     ):
         if not 0<=threshold<1: raise ValueError(f'threshold: {threshold} is not in [0,1)')
         super().__init__(unlabeled, T, pseudo=weight)
-        self.moved,self.threshold,self.dice,self.light,self.blurred,self.cutmix,self.area = moved,threshold,dice,light,blurred,cutmix,area
+        self.moved,self.threshold,self.dice = moved,threshold,dice
+        self.light,self.blurred,self.cutmix,self.area = light,blurred,cutmix,area
 
     matches_target = True
 

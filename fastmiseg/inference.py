@@ -158,7 +158,7 @@ class ScanAnswer:
     "What a network says of a scan, slice by slice"
     p:np.ndarray      # (n,K,H,W) class probabilities
     where:Placement   # of the slices
-    recipe:Recipe
+    recipe:Recipe     # of the network
     odd:list=field(default_factory=list) # sentences: what about the scan is far from the training scans
     doubt:np.ndarray=None # (n,H,W) how much several networks disagree, nats
 
@@ -192,8 +192,8 @@ def _networks(learn, doubt):
 
 def ask_network(
     learn,            # a `Learner`, or a `Segmenter`
-    recipe:Recipe,
-    vol:Volume,
+    recipe:Recipe,    # that it was trained with
+    vol:Volume,       # the scan
     limits=None,      # of the intensities; default: as the recipe says
     flips=False,      # as for `predict_volume`
     bs:int=16,        # slices to a batch

@@ -220,16 +220,17 @@ _list.__name__ = _list.__qualname__ = 'names'
 
 @call_parse
 def compare(
-    # table1, figure4, table2, table2-short, table3, table4, figure7, minimum, views, faithful, teacher or ramps;
-    # or a JSON or TOML file with a study of your own
+    # benchmark, table1, figure4, table2, table2-short, table3, table4, figure7, minimum, views, faithful, teacher or
+    # ramps; or a JSON or TOML file with a study of your own
     study:str,
     # Folder or CSV of scans; by default $FASTMISEG_DATA; without, the results are written again from the runs in OUT
     data:str=None,
     out:str='studies',  # Folder of runs and results; studies that share it share their runs
     # Budget, split and weights: cpu, cpu-jitter (T changes intensities too), cpu-shift (and shifts), cpu-wide (the
     # same in the paper's U-Net, half the steps), cpu-long (all the steps), or a data set of the paper at its full
-    # settings (acdc, promise12, spleen, mmwhs; for a GPU)
-    preset:str='cpu',
+    # settings (acdc, promise12, spleen, mmwhs; for a GPU); acdc-64, hippocampus and phantom are cpu-long with the
+    # recipes of these, acdc-224 and acdc-224-short the benchmark's for a GPU; by default the study's, mostly cpu
+    preset:str=None,
     # How a scan becomes slices: auto, or a preset (acdc, promise12, spleen, mmwhs, hippocampus); by default the
     # preset's
     recipe:str=None,

@@ -7,6 +7,7 @@ __all__ = ['changes_of', 'protocol', 'made_with']
 
 # %% ../../nbs/65_study.protocol.ipynb #abd60af1
 from ..scans.recipe import Recipe
+from .plans import Study
 from .preset import Preset, settings_of
 from ..training import Settings, methods
 
@@ -51,15 +52,15 @@ def _weights(preset, rows):
 
 def protocol(
     preset:Preset,
-    rows:dict,  # of the study
+    study:Study,
     found:list, # (row, run)
     parts       # who is in which part, with the fewest labelled subjects
 )->list: # of lines
     "What was done, in the words of the settings"
-    s,runs = preset.settings,[o for _,o in found]
+    s,rows,runs = preset.settings,study.rows,[o for _,o in found]
     score,threads = runs[0]['score'],sorted({o['threads'] for o in runs})
     part = score.removesuffix('-slices')
-    changes = {k:changes_of(preset, row) for k,row in rows.items()}
+    changes = {study.line(k):changes_of(preset, row) for k,row in rows.items()}
     odd = {k:o for k,o in changes.items() if not all(text in k for text in o)}
     seeds = ', '.join(map(str, sorted({o['settings']['seed'] for o in runs})))
     return [
@@ -76,7 +77,8 @@ def protocol(
         _weights(preset, rows),
         *(f'- Otherwise in "{k}": {"; ".join(o)}.' for k,o in odd.items()),
         f"- {Recipe.from_dict(runs[0]['recipe'])}",
-        f'- Seeds {seeds} (initialisation, draws, augmentation); one split.',
+        f'- Seeds {seeds} (initialisation, draws, augmentation)'
+        + ('; each has labelled subjects of its own, the other parts are the same.' if study.draws else '; one split.'),
         *made_with(found)]
 
 def made_with(

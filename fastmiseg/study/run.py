@@ -17,11 +17,11 @@ from ..packed import PackedSlices, is_packed
 from ..scans.cohort import load_cohort, split_cohort
 from ..scans.recipe import Recipe
 from ..scans.store import SliceStore
-from .evidence import Evidence, describe_run, name_of
+from .evidence import Evidence, describe_run, name_of, student_of
 from .plans import Study, find_study
 from .preset import Preset, presets, recipe_of_row, settings_of
 from .protocol import protocol
-from .report import legend, plot_study, study_curves, study_scores, study_table, table_text
+from .report import legend, pages_text, plot_study, study_curves, study_scores, study_table
 from .work import make_runs, part_of
 
 # %% ../../nbs/67_study.run.ipynb #08989e01
@@ -74,7 +74,8 @@ def _splits(data, layout, preset, study, seeds, score):
     "`split_key` -> the cohort, split; all have the same validation and test scans"
     df,duplicates = _cohort(data, layout)
     def split(df, labeled, draw, valid, test):
-        return split_cohort(df, labeled, valid, test, preset.split_seed+draw, preset.scans, duplicates=duplicates, show=False)
+        seed = preset.split_seed+draw
+        return split_cohort(df, labeled, valid, test, seed, preset.scans, duplicates=duplicates, show=False)
     def one(labeled, draw):
         res = split(df, labeled, 0, preset.valid, preset.test)
         train = res[res.split.isin(['labeled','unlabeled'])]
@@ -155,12 +156,14 @@ def report_study(
     found,score = [(k, o) for (k,_),o in zip(wanted, runs)],runs[0]['score']
     scores = study_scores(found, there.scores())
     if preset.name!='cpu': study = replace(study, title=f'{study.title}, preset {preset.name}')
-    table,parts = study_table(scores, study),there.parts(min(runs, key=lambda o: o['labeled'])['split'])
+    seconds = pd.DataFrame([(k, o['seconds']) for k,o in found]).groupby(0)[1].mean().to_dict()
+    table = study_table(scores, study, study_scores(found, there.scores(), student_of), seconds)
+    parts = there.parts(min(runs, key=lambda o: o['labeled'])['split'])
     minutes = sum({o['id']:o['seconds'] for o in runs}.values())/60
     text = [f'# {study.title}', '', *([f'    {command}', ''] if command else []),
-            *protocol(preset, study.rows, found, parts),
+            *protocol(preset, study, found, parts),
             f'- {len(found)} runs, {minutes:.0f} minutes of one process in all.', '',
-            table_text(table), '', legend(table, study), '']
+            pages_text(table, study), '', legend(table, study), '']
     file = '_'.join([study.name, *{preset.name}-{'cpu'}, *{score}-{'test'}])
     md,csv,png = (there.path/f'{file}.{o}' for o in ('md','csv','png'))
     write_text(md, '\n'.join(text))
@@ -174,7 +177,7 @@ def compare_study(
     study:str,         # name or file, as for `find_study`
     data=None,         # folder or CSV of scans; default: $FASTMISEG_DATA; without, the runs in `out` are reported
     out='studies',     # folder of the evidence and the results
-    preset:str='cpu',  # one of `presets`
+    preset:str=None,   # one of `presets`; default: the study's
     seeds:int=3,
     score=None,
     rows=None,         # names of some rows
@@ -185,13 +188,14 @@ def compare_study(
     **own              # recipe, labeled, valid, test
 )->str: # the report
     "Run a study, or write its report again"
-    if preset not in presets: raise ValueError(f"preset: {preset!r} is none of {', '.join(presets)}")
     plan,data = find_study(study),data or os.environ.get('FASTMISEG_DATA')
+    preset = preset or plan.preset
+    if preset not in presets: raise ValueError(f"preset: {preset!r} is none of {', '.join(presets)}")
     told = dict(preset=preset, seeds=seeds, score=score, rows=rows and ';'.join(rows), layout=layout,
                 epochs=epochs, n_iters=n_iters, **own)
     command = ['fastmiseg-compare', study, '--data', 'DATA']
     for k,v in told.items():
-        if v is not None and v!=dict(preset='cpu', seeds=3).get(k): command += [f"--{k.replace('_', '-')}", v]
+        if v is not None and v!=dict(preset=plan.preset, seeds=3).get(k): command += [f"--{k.replace('_', '-')}", v]
     command = shlex.join(map(str, command))
     if rows: plan = plan.only(rows)
     def given(**changes): return {k:o for k,o in changes.items() if o is not None}

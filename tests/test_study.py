@@ -98,6 +98,7 @@ def test_plans_in_files(tmp_path):
 def some_rows(study):
     "Rows at 1 and 2 labelled subjects; of the long studies the first and the last two"
     rows = list(study.rows)
+    if study.draws: return [k for k in rows if study.line(k) in ('All masks','Labels only','Recommended') and k.endswith((', 1','masks'))]
     return [k for k in rows if k.endswith((', 1',', 2'))] if study.x else rows if len(rows)<10 else [rows[0],*rows[-2:]]
 
 def check_arithmetic(scores, table, study):
@@ -109,16 +110,20 @@ def check_arithmetic(scores, table, study):
     for k,m in means.items():
         assert np.isclose(t['mean'][k], m.mean())
         assert np.isclose(t.mean_sd[k], m.std(ddof=1) if len(m)>1 else np.nan, equal_nan=True)
-    assert ('gap_closed' in t)==({'Partial supervision','Full supervision'}<=set(means))
-    if 'gap_closed' in t:
-        lo,hi = means['Partial supervision'].mean(),means['Full supervision'].mean()
-        for k,m in means.items(): assert np.isclose(t.gap_closed[k], (m.mean()-lo)/(hi-lo) if hi!=lo else np.nan, equal_nan=True)
+    base = {k: study.at(study.base, k) for k in means}
+    assert ('gap_closed' in t)==(study.bound in means and any(o in means for o in base.values()))
+    for k,m in means.items() if 'gap_closed' in t else ():
+        if study.x and k==study.bound: continue
+        lo,hi = means[base[k]].mean(),means[study.bound].mean()
+        assert np.isclose(t.gap_closed[k], (m.mean()-lo)/(hi-lo) if hi!=lo else np.nan, equal_nan=True)
     by = lambda k: [scores[(scores.row==k)&(scores.subject==s)].dice.mean() for s in sorted(set(scores.subject))]
     for k in set(means)-{study.against(k) for k in means}:
         ours = study.against(k)
-        if ours in means: assert np.isclose(t.p[k], ttest_rel(by(ours), by(k), alternative='greater').pvalue, equal_nan=True)
+        if ours not in means: continue
+        assert np.isclose(t.p[k], ttest_rel(by(ours), by(k), alternative='greater').pvalue, equal_nan=True)
+        if study.draws and len(seeds)>1: assert np.isclose(t.p_draws[k], ttest_rel(means[ours], means[k], alternative='greater').pvalue, equal_nan=True)
 
-@pytest.mark.parametrize('name', [k for k in everything if k!='table1'])
+@pytest.mark.parametrize('name', [k for k in everything if k!='table1' and not k.startswith('benchmark_')])
 def test_study_runs(name, scans, out, tmp_path):
     study = everything[name]
     rows,score = some_rows(study),study.score or 'test'
@@ -257,6 +262,55 @@ def test_subjects_are_paired():
     s = pd.DataFrame(dict(subject=list('aabbcc'), dice=[.5,.7,.4,.4,.9,.7]))
     expected = ttest_rel([.6,.4,.8], [.5,.2,.75], alternative='greater').pvalue
     assert np.isclose(paired_p(s, s.assign(dice=s.dice-[.1,.1,.2,.2,.05,.05])), expected)
+
+# -- the benchmark -----------------------------------------------------------------------------------------------------------
+def test_rows_of_the_benchmark():
+    "Every method at every number of labelled subjects, all masks once; the same methods on both cohorts"
+    lines = {}
+    for name,numbers in (('benchmark',(1,3,7)),('benchmark_acdc',(1,3,7)),('benchmark_hippocampus',(1,2,8))):
+        study = everything[name]
+        lines[name] = list(dict.fromkeys(map(study.line, study.rows)))
+        assert len(lines[name])==12 and len(study.rows)==1+11*3 and study.draws and study.ours in lines[name]
+        assert {o['labeled'] for k,o in study.rows.items() if k!='All masks'}==set(numbers) and presets[study.preset].test>=30
+        for n in numbers:
+            runs = [settings_of(presets[study.preset], o) for o in study.rows.values() if o.get('labeled')==n]
+            assert len(runs)==len({json.dumps(o.to_dict()) for o in runs})==11 # no two rows are the same training
+    assert lines['benchmark']==lines['benchmark_acdc']==lines['benchmark_hippocampus']
+    paper = settings_of(presets['acdc-64'], everything['benchmark'].rows["MI (the paper's settings), 3"])
+    assert (paper.loss,paper.shift,paper.jitter)==('ce',0.,0.) and paper.weights==dict(global_mi=.1, local_mi=.1, consistency=5.)
+
+def test_benchmark(scans, tmp_path):
+    """Two draws at two numbers of subjects: the arithmetic, both people of a teacher, one section for each number; a run that
+    is made again is the same to the last digit"""
+    rows = ['All masks', *(f'{k}, {n}' for n in (1,2) for k in ('Labels only','Recommended'))]
+    study = everything['benchmark_hippocampus'].only(rows)
+    # few steps, but as many as something is learnt in
+    preset = replace(tiny, settings=replace(small, epochs=1, n_iters=60, bs=4, div=5.), weights={})
+    scores = run(study, scans, tmp_path/'a', preset=preset, seeds=2, processes=2)
+    table = pd.read_csv(tmp_path/'a'/'benchmark_hippocampus.csv')
+    check_arithmetic(scores, table, study)
+    t = table.set_index('row')
+    assert t.student[['Recommended, 1','Recommended, 2']].notna().all() and t.student.isna().sum()==3 and (t.minutes>0).all()
+    students = Evidence(tmp_path/'a').scores()
+    found = Evidence(tmp_path/'a').find([o for k,o in wanted_runs(study, preset, 2, 'test', recipe) if k=='Recommended, 2'])
+    means = [students[students.run==student_of(o['id'])].groupby('class').dice.mean().mean() for o in found]
+    assert np.isclose(t.student['Recommended, 2'], np.mean(means)) and t['mean'].max()>.1
+    for c in ('RV','Myo','LV'): assert np.isclose(t[f'hd95_{c}']['Labels only, 1'], scores[(scores.row=='Labels only, 1')&(scores['class']==c)].hd95.mean(), equal_nan=True)
+    text = (tmp_path/'a'/'benchmark_hippocampus.md').read_text()
+    assert text.count('| All masks |')==2 and '## 1 labelled' in text and '## 2 labelled' in text and 'each has labelled subjects of its own' in text
+    assert text.count('Otherwise in "Recommended":')==1 and (tmp_path/'a'/'benchmark_hippocampus.png').stat().st_size>10000
+    same_figures(scores, run(study, scans, tmp_path/'b', ['Recommended, 2'], preset=preset, seeds=2, processes=1, store=tmp_path/'a'/'slices'))
+
+def test_plans_like_another(tmp_path):
+    def plan(**o):
+        (tmp_path/'p.json').write_text(json.dumps(o))
+        return find_study(tmp_path/'p.json')
+    s = plan(like='benchmark', title='t', labeled=[2], preset='phantom')
+    assert len(s.rows)==12 and s.rows['Mean Teacher, 2']['labeled']==2 and s.preset=='phantom' and s.at('a', 'Mean Teacher, 2')=='a, 2'
+    s = plan(title='t', rows={'a': dict(method='partial'), 'b': dict(method='full')}, labeled=[1,5])
+    assert list(s.rows)==['b','a, 1','a, 5'] and s.x=='labeled' and not s.draws
+    with pytest.raises(ValueError, match="p.json: like: 'table9' is none of table1"): plan(like='table9')
+    with pytest.raises(ValueError, match="p.json: preset: 'phone' is none of acdc"): plan(like='benchmark', preset='phone')
 
 # -- evidence --------------------------------------------------------------------------------------------------------------
 def test_other_scans_of_the_same_names(scans, tmp_path):

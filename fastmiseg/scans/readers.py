@@ -18,7 +18,7 @@ from typing import Callable
 
 import pandas as pd
 
-from .dicom import has_images
+from .headers import has_images
 from .intact import extension
 from .table import find_file, read_table
 from .volume import choose_volume

@@ -16,7 +16,7 @@ from pydicom.pixels import get_decoder
 
 from .grid import Grid, square_axes
 from .headers import (
-    DicomFrame, choose_series, frames_of, read_headers, reason, strong_tags, tag_name, text_of, weak_tags)
+    choose_series, frames_of, read_headers, reason, strong_tags, tag_name, text_of, weak_tags)
 from .intact import check_memory, check_regular
 
 # %% auto #0
@@ -148,7 +148,7 @@ def _check_alike(frames):
                          'expected two perpendicular directions of length 1; export the series again')
 
 # %% ../../nbs/08_scans.dicom.ipynb #6a752b96
-def _choose_phase(frames, phase):
+def _choose_phase(frames, phase=None):
     "The frames of one volume"
     parts,stacks = [],_split(frames, strong_tags)
     for words,o in stacks:

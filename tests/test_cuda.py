@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import numpy as np, pytest, torch
 from fastai.basics import Callback, SGD, load_learner, params, set_seed
 from fastmiseg.callback.baselines import ConsistencyCallback, EntropyMinCallback
+from fastmiseg.callback.copypaste import CopyPasteCallback, largest_pieces
+from fastmiseg.callback.pseudo import PseudoLabelCallback
 from fastmiseg.callback.resume import ResumeCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.learner import miseg_learner
@@ -25,7 +27,9 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(DEVICE=='cuda' and not torch.
 only_cuda = pytest.mark.skipif(DEVICE!='cuda', reason='means nothing on a CPU')
 
 METHODS = {'labels only': lambda: [], 'entropy': lambda: [EntropyMinCallback(.1)], 'consistency': lambda: [ConsistencyCallback()],
-           'teacher': lambda: [EMATeacherCallback()], 'mi': lambda: [small_mireg()], 'mi and teacher': lambda: [small_mireg(), EMATeacherCallback()]}
+           'teacher': lambda: [EMATeacherCallback()], 'mi': lambda: [small_mireg()], 'mi and teacher': lambda: [small_mireg(), EMATeacherCallback()],
+           'pseudo-labels': lambda: [PseudoLabelCallback(threshold=.5), EMATeacherCallback(.9)],
+           'copy-paste': lambda: [CopyPasteCallback(largest=False), EMATeacherCallback(.9)]} # which is the largest piece hangs on a pixel
 methods = pytest.mark.parametrize('method', METHODS)
 
 @pytest.fixture(autouse=True)
@@ -287,6 +291,17 @@ def resident_loaders(**kw):
     return dls
 
 @only_cuda
+def test_largest_pieces():
+    "The same as on the CPU, and nobody waits"
+    y = torch.nn.functional.avg_pool2d(torch.randn(6,1,96,96, generator=torch.Generator().manual_seed(0)), 9, 1)[:,0]
+    y = torch.bucketize(y, torch.tensor([0.,.05,.15]))
+    there = y.to(DEVICE)
+    if DEVICE=='cuda': torch.cuda.set_sync_debug_mode('error')
+    try: found = largest_pieces(there, 4)
+    finally:
+        if DEVICE=='cuda': torch.cuda.set_sync_debug_mode('default')
+    assert torch.equal(found.cpu(), largest_pieces(y, 4)) and not torch.equal(found.cpu(), y)
+
 def test_slices_on_the_device_are_those_that_are_read():
     from test_resident import same
     here,read = resident_loaders(),resident_loaders(resident=False)

@@ -22,7 +22,7 @@ setup(
     license=cfg['license'],
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={'onnx': cfg['onnx_requirements'].split(), 'dev': (cfg['dev_requirements']+'\n'+cfg['onnx_requirements']).split()},
+    extras_require={'onnx': cfg['onnx_requirements'].split(), 'viewer': cfg['viewer_requirements'].split(), 'dev': (cfg['dev_requirements']+'\n'+cfg['onnx_requirements']).split()},
     packages=find_packages(include=['fastmiseg', 'fastmiseg.*']),
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['fastmiseg=fastmiseg._modidx:d']},
 )

@@ -19,6 +19,7 @@ from .transforms import *
 from .warps import *
 from .slices import *
 from .data import *
+from .viewing import *
 from .show import *
 from .mutual_info import *
 from .projectors import *

@@ -18,7 +18,7 @@ callback.stream callback.step callback.method callback.heads callback.guard call
 callback.baselines callback.mireg callback.teacher callback.pseudo callback.copypaste callback.log
 callback.state callback.plan callback.place callback.resume
 metrics surface learner training
-inference evaluation segmenter preparing plots commands
+inference evaluation segmenter preparing viewing plots commands
 study.preset study.plans study.evidence study.report study.protocol study.work study.run
 cli demo all'''.split()
 

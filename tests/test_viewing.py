@@ -1,0 +1,61 @@
+"What a viewer of scans is handed"
+import gzip, sys
+
+import nibabel, numpy as np, pytest, SimpleITK as sitk
+from matplotlib.colors import to_rgb
+
+from fastmiseg.scans.volume import Volume, write_volume
+from fastmiseg.show import class_color
+from fastmiseg.viewing import view_scan
+
+rotated = (.8,-.6,0., .6,.8,0., 0.,0.,1.)
+
+def files(tmp_path):
+    "A scan of two channels with an oblique direction, its mask, and a prediction on a grid of its own"
+    rng = np.random.default_rng(0)
+    scan = Volume(rng.normal(size=(2,3,4,5)).astype(np.float32), (5.,1.5,1.), (10.,-20.,30.), rotated)
+    mask = Volume(rng.integers(0, 3, (3,4,5)).astype(np.uint8), (5.,1.5,1.), (10.,-20.,30.), rotated)
+    pred = Volume(rng.integers(0, 2, (6,4,5)).astype(np.uint8), (2.5,1.5,1.), (10.,-20.,28.75), rotated)
+    for k,o in dict(scan=scan, mask=mask, pred=pred).items(): write_volume(o, tmp_path/f'{k}.nii.gz')
+    return scan,mask,pred
+
+def handed(volume):
+    "A volume of the widget, as nibabel reads its bytes"
+    return nibabel.Nifti1Image.from_bytes(gzip.decompress(volume.data))
+
+def test_image_mask_and_prediction_are_handed_over_in_their_own_geometry(tmp_path):
+    pytest.importorskip('ipyniivue', reason='ipyniivue is not installed')
+    scan,mask,pred = files(tmp_path)
+    for given in ([tmp_path/f'{k}.nii.gz' for k in ('scan','mask','pred')], [scan,mask,pred]):
+        viewer,sliders = view_scan(*given, classes=['background','RV','LV']).children
+        assert [o.name for o in viewer.volumes]==['scan.nii.gz','mask.nii.gz','prediction.nii.gz']
+        for o,vol in zip(viewer.volumes, (Volume(scan.array[0], *geometry(scan)), mask, pred)):
+            im = handed(o)
+            np.testing.assert_allclose(im.get_fdata(), vol.array.T)
+            np.testing.assert_allclose(im.affine, affine_of(vol), atol=1e-5)
+
+def geometry(vol): return vol.spacing,vol.origin,vol.direction
+
+def affine_of(vol):
+    "From voxel (x,y,z) to NIfTI's world, computed by SimpleITK"
+    im = vol.to_sitk()
+    corner = np.array(im.TransformIndexToPhysicalPoint((0,0,0)))
+    steps = [np.array(im.TransformIndexToPhysicalPoint(i))-corner for i in ((1,0,0),(0,1,0),(0,0,1))]
+    return np.diag([-1,-1,1,1])@np.vstack([np.column_stack([*steps, corner]), [0,0,0,1]])
+
+def test_masks_have_the_colours_of_their_classes_and_a_slider(tmp_path):
+    pytest.importorskip('ipyniivue', reason='ipyniivue is not installed')
+    scan,mask,_ = files(tmp_path)
+    viewer,sliders = view_scan(scan, mask.array).children
+    image,overlay = viewer.volumes
+    assert image.cal_min<image.cal_max and image.colormap=='gray'
+    lut = np.reshape(overlay.colormap_label.lut, (-1,4))
+    assert lut[0,3]==0 and overlay.colormap_label.labels==['background','class 1','class 2']
+    for c in (1,2): assert lut[c].tolist()==[*np.round(255*np.array(to_rgb(class_color(c)))).astype(int), 255]
+    sliders.children[0].value = .2
+    assert overlay.opacity==pytest.approx(.2)
+
+def test_without_the_package_the_error_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'ipyniivue', None)
+    with pytest.raises(ImportError, match=r"needs the package ipyniivue.*pip install 'fastmiseg\[viewer\]'"):
+        view_scan(files(tmp_path)[0])

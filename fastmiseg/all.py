@@ -19,7 +19,6 @@ from .transforms import *
 from .warps import *
 from .slices import *
 from .data import *
-from .viewing import *
 from .show import *
 from .mutual_info import *
 from .projectors import *
@@ -38,6 +37,7 @@ from .learner import *
 from .inference import *
 from .evaluation import *
 from .segmenter import *
+from .viewing import *
 from .plots import *
 from .callback.baselines import *
 from .callback.teacher import *

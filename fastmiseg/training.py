@@ -407,17 +407,17 @@ def fit(
     rank,_ = join_processes()
     s,learn = settings,_learner(settings, df, recipe, store, path, workers)
     cbs = callbacks_of(s) if cbs is None else cbs
-    def run(epochs, cbs, checkpoints, log):
+    def run(epochs, cbs, checkpoints, log, picture):
         if path is not None:
             cbs = [*cbs, ResumeCallback(Path(path)/checkpoints, every=every, change=change)]
-            if not rank: cbs.append(TrainingLogCallback(Path(path)/log))
+            if not rank: cbs.append(TrainingLogCallback(Path(path)/log, Path(path)/'figures'/picture))
         with _in_all_processes(learn, s):
             if not quiet: return _run_schedule(learn, s, epochs, cbs)
             with learn.no_bar(), learn.no_logging(): _run_schedule(learn, s, epochs, cbs)
     if s.method=='pretrain':
-        with _without_masks(learn): run(s.epochs-s.epochs//2, cbs, 'pretraining', 'pretraining.csv')
-        run(s.epochs//2, [], 'checkpoints', 'log.csv')
-    else: run(s.epochs, cbs, 'checkpoints', 'log.csv')
+        with _without_masks(learn): run(s.epochs-s.epochs//2, cbs, 'pretraining', 'pretraining.csv', 'pretraining.png')
+        run(s.epochs//2, [], 'checkpoints', 'log.csv', 'training.png')
+    else: run(s.epochs, cbs, 'checkpoints', 'log.csv', 'training.png')
     for o in cbs:
         if getattr(o, 'evaluate', None)=='teacher': o.to_model(learn.model)
     return learn,cbs

@@ -1,7 +1,7 @@
 "What a viewer of scans is handed"
 import gzip, sys
 
-import nibabel, numpy as np, pytest, SimpleITK as sitk
+import nibabel, numpy as np, pytest
 from matplotlib.colors import to_rgb
 
 from fastmiseg.scans.volume import Volume, write_volume

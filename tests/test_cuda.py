@@ -290,7 +290,6 @@ def resident_loaders(**kw):
     dls.train.after_batch.fs[0].crop = (16,16)
     return dls
 
-@only_cuda
 def test_largest_pieces():
     "The same as on the CPU, and nobody waits"
     y = torch.nn.functional.avg_pool2d(torch.randn(6,1,96,96, generator=torch.Generator().manual_seed(0)), 9, 1)[:,0]
@@ -302,6 +301,7 @@ def test_largest_pieces():
         if DEVICE=='cuda': torch.cuda.set_sync_debug_mode('default')
     assert torch.equal(found.cpu(), largest_pieces(y, 4)) and not torch.equal(found.cpu(), y)
 
+@only_cuda
 def test_slices_on_the_device_are_those_that_are_read():
     from test_resident import same
     here,read = resident_loaders(),resident_loaders(resident=False)

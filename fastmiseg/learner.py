@@ -72,7 +72,7 @@ paper_adam = partial(Adam, eps=1e-8)
 @delegates(create_unet)
 def miseg_learner(
     dls,               # loaders of images and masks
-    arch='unet',       # 'unet' (the paper's), 'dynamic_unet', a timm name, or a torchvision function; see `create_unet`
+    arch='unet',       # 'unet' (the paper's), a timm name, a torchvision function, or what else `create_unet` knows
     pretrained:bool=False, # start an encoder from ImageNet's weights, and freeze it as `unet_learner` does
     loss_func=None,    # default: cross-entropy of each pixel
     opt_func=paper_adam, # adds 1e-8 to the denominator; fastai's 1e-5 stands above the gradients of rare classes

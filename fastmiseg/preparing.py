@@ -110,10 +110,11 @@ class Preparation(Reading):
         df:pd.DataFrame # cohort with its column `split`
     )->Recipe:
         "The recipe, with what is to be otherwise"
-        recipe = Recipe.named(self.recipe, df)
         one = lambda o: o[0] if isinstance(o, list) and len(o)==1 else o
         given = dict(size=one(self.size), spacing=one(self.spacing), classes=self.classes)
         given = {k:o for k,o in given.items() if o is not None}
+        if self.recipe=='auto': return Recipe.auto(df, **given)
+        recipe = Recipe.named(self.recipe, df)
         if 'size' in given and recipe.crop: given['crop'] = None
         return replace(recipe, **given) if given else recipe
 

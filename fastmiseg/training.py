@@ -84,8 +84,8 @@ class Settings:
     labels:json_object=field(default_factory=dict) # Other arguments of PseudoLabelCallback, as JSON
     paste:json_object=field(default_factory=dict) # Other arguments of CopyPasteCallback, as JSON
     loss:str='ce'            # Of the labelled slices: ce (cross-entropy, the paper's) or ce+dice
-    arch:str='unet'          # Network: unet (the paper's), dynamic_unet, or the timm name of an encoder
-    width:int=16             # Channels of the first stage of unet and dynamic_unet
+    arch:str='unet'          # Network: unet (the paper's), residual_unet, dynamic_unet, or the timm name of an encoder
+    width:int=16             # Channels of the first stage of unet, residual_unet and dynamic_unet
     epochs:int=10            # Epochs of n_iters steps
     n_iters:int=300          # Steps to an epoch
     lr:float=1e-3            # Highest learning rate
@@ -345,12 +345,13 @@ def _learner(s, df, recipe, store, path, workers):
     from fastmiseg.learner import miseg_learner, paper_adam
     from fastmiseg.losses import CrossEntropyDiceLoss
     from fastmiseg.metrics import VolumeDice
+    from fastmiseg.models import own_networks
     if s.augment: recipe = replace(recipe, augment=s.augment)
     dls = MISegDataLoaders.from_cohort(
         _scans_for(s.method, df), recipe, store=store, bs=s.bs, unlabeled_bs=s.unlabeled_bs, n_iters=s.n_iters,
         foreground=s.foreground, seed=s.seed, workers=workers, skip_bad=s.skip_bad, path=path or '.')
     set_seed(s.seed)
-    size = dict(width=s.width) if s.arch in ('unet','dynamic_unet') else {}
+    size = dict(width=s.width) if s.arch in own_networks else {}
     loss = dict(loss_func=CrossEntropyDiceLoss()) if s.loss=='ce+dice' else {}
     learn = miseg_learner(dls, s.arch, **loss, opt_func=partial(paper_adam, **s.adam), wd=s.wd,
                           metrics=[VolumeDice(), *VolumeDice.per_class(dls.vocab)], **size)

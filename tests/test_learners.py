@@ -338,6 +338,14 @@ def test_networks_of_others_train(tmp_path):
         learn.fit(1, 1e-3, cbs=cb)
         assert set(cb.projectors)=={'Conv5','Upconv3','Upconv2'} and np.isfinite(learn.recorder.values[-1]).all() and hooks(net)==0
 
-@pytest.mark.parametrize('arch', ['unet','dynamic_unet'])
+@pytest.mark.parametrize('arch', ['unet','residual_unet','dynamic_unet'])
 def test_weights_that_do_not_exist(arch):
     with pytest.raises(ValueError, match=f"pretrained: there are no pretrained weights of arch='{arch}'; leave pretrained out"): create_unet(arch, pretrained=True)
+
+def test_a_residual_network_trains(tmp_path):
+    cb = MIRegCallback(n_clusters=3, n_heads=2)
+    net = create_unet('residual_unet', width=2)
+    assert {k:(s.channels,s.scale) for k,s in stages(net).items()}=={k:(s.channels,s.scale) for k,s in stages(UNet(width=2)).items()}
+    learn = quiet(learner(tmp_path, net=net))
+    learn.fit(1, 1e-3, cbs=cb)
+    assert np.isfinite(learn.recorder.values[-1]).all() and hooks(net)==0

@@ -106,7 +106,7 @@ def put(*keys, value):
     (put('arch', value='unet'), 'arch is not a table'),
     (lambda a,t: a['arch'].pop('n_out'), 'the network has n_out=None'),
     (put('training', value=dict(spacing=3)), 'what it says of the training scans cannot be used'),
-    (put('arch','arch', value='nonet'), "the architecture 'nonet' cannot be built .*neither 'unet', 'dynamic_unet' nor a timm model"),
+    (put('arch','arch', value='nonet'), "the architecture 'nonet' cannot be built .*neither 'unet', 'residual_unet', 'dynamic_unet' nor a timm model"),
     (put('arch','arch', value=None), 'the architecture None cannot be built'),
     (put('arch','arch', value='torchvision.models.resnet.os.system'), 'cannot be built'),
     (put('arch','pretrained', value=True), 'pretrained=True is not an argument'),

@@ -315,14 +315,15 @@ def _listed(o): return ', '.join(map(str, o))
 def _undeclared(a, path, recipe):
     "The error for a mask with other values than are declared: what there is, and both cures"
     if a.dtype.kind=='f' and np.abs(a-np.rint(a)).max()>.05: return None
-    found = sorted({0, *np.unique(np.rint(a)).astype(int).tolist()})
+    found = np.unique(np.rint(a)).astype(int).tolist()
     declared = sorted({0, *recipe.labels} if recipe.labels else range(len(recipe.classes)))
     if len(found)>256 or set(found)<=set(declared): return None
-    numbered = ('background', *(f'class{i}' for i in range(1, len(found))))
-    names = recipe.classes if len(recipe.classes)>=len(found) else numbered
-    values = '' if found==list(range(len(found))) else f', labels={({v:i for i,v in enumerate(found)})}'
+    classes = sorted({0, *found})
+    numbered = ('background', *(f'class{i}' for i in range(1, len(classes))))
+    names = recipe.classes if len(recipe.classes)>=len(classes) else numbered
+    values = '' if classes==list(range(len(classes))) else f', labels={({v:i for i,v in enumerate(classes)})}'
     return VolumeError(
-        f'{path}: holds the values {_listed(found)}, declared are {_listed(declared)}. '
+        f'{path}: holds the value{"s"*(len(found)>1)} {_listed(found)}, declared are {_listed(declared)}. '
         f'A class for each: Recipe(classes={names}{values}). '
         f'All as one: Recipe(labels={({v:1 for v in found if v})}). Or correct the mask')
 

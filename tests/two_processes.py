@@ -3,7 +3,7 @@ import os, sys, warnings; warnings.filterwarnings('ignore')
 from contextlib import nullcontext
 import torch, torch.distributed as dist
 from torch import nn
-from fastai.basics import Callback, Datasets, defaults, set_seed
+from fastai.basics import Callback, Datasets, L, defaults, set_seed
 from fastai.distributed import *
 from fastai.vision.core import TensorImage, TensorMask
 from fastmiseg.callback.baselines import ConsistencyCallback
@@ -57,11 +57,14 @@ def run(kind, path, world):
     return dict(model=dict(learn.model.state_dict()), heads=mi.projectors.state_dict(), teacher=teacher.average.tensors, x=seen.x, T=[list(map(list,t)) for t in seen.T],
                 terms=seen.terms, names=list(learn.recorder.metric_names)[1:-1], values=list(learn.recorder.values[-1]), hooks=sum(len(m._forward_hooks) for m in learn.model.modules()))
 
+def pseudo_labels(): return [PseudoLabelCallback(threshold=.5)]
+def all_together(): return [PseudoLabelCallback(threshold=.5, moved=True), CopyPasteCallback(start=.3), balanced_mireg()]
+
 def own(method, path, world):
-    "Network and terms of a method of the tutorial, with a teacher"
+    "The network after a training with a method, or several, and a teacher"
     n = 1 if world>1 else 2
     learn = quiet(learner(path, net=GroupNormed, dls=loaders(bs=2*n, unlabeled_bs=4*n, n_iters=4)))
-    cbs = [method(**(dict(threshold=.5) if method is PseudoLabelCallback else {})), EMATeacherCallback(decay=.5)]
+    cbs = [*L(method()), EMATeacherCallback(decay=.5)]
     if world>1:
         with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit_one_cycle(1, 1e-2, cbs=cbs)
     else: learn.fit_one_cycle(1, 1e-2, cbs=cbs)
@@ -116,7 +119,7 @@ if __name__=='__main__':
     path,world,rank = sys.argv[1],int(os.environ.get('WORLD_SIZE', 1)),int(os.environ.get('RANK', 0))
     torch.set_num_threads(1)
     res = {k: run(k, path, world) for k in ('paired','norm','files')}
-    res['own'] = {m.__name__: own(m, path, world) for m in [*METHODS, PseudoLabelCallback, CopyPasteCallback, balanced_mireg]}
+    res['own'] = {m.__name__: own(m, path, world) for m in [*METHODS, pseudo_labels, CopyPasteCallback, balanced_mireg, all_together]}
     if world>1:
         for k in ('paired','files'): res[f'resumed {k}'] = [resume(k, path, rank, stops) for stops in ((), (1,2,3) if k=='files' else (3,4,6))]
         res['refused'] = refused(path, rank)

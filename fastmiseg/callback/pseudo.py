@@ -51,6 +51,7 @@ class PseudoLabelCallback(SemiSupCallback):
         threshold:float=.95,# probability from which a prediction counts as a label
         dice:float=1.,      # weight of the Dice loss beside cross-entropy
         light:float=.8,     # share of the images in another light
+        jitter:float=.8,    # how different that light may be; see `light_from`
         blurred:float=.5,   # share of the images that are blurred
         cutmix:float=.5,    # share of the images with a box of their neighbour
         area:tuple=(.02,.4),# smallest and largest share of the image in that box
@@ -61,7 +62,7 @@ class PseudoLabelCallback(SemiSupCallback):
         if not 0<=threshold<1: raise ValueError(f'threshold: {threshold} is not in [0,1)')
         super().__init__(unlabeled, T, pseudo=weight)
         self.moved,self.threshold,self.dice = moved,threshold,dice
-        self.light,self.blurred,self.cutmix,self.area = light,blurred,cutmix,area
+        self.light,self.jitter,self.blurred,self.cutmix,self.area = light,jitter,blurred,cutmix,area
 
     matches_target = True
 
@@ -74,7 +75,8 @@ class PseudoLabelCallback(SemiSupCallback):
 
     def _strong(self, step, u, box):
         x = step.T.images(step.x_u, step.normalize) if self.moved else step.x_u
-        return self._mix(light_from(u[:,:4], self.light).images(blur(x, u[:,4:6], self.blurred), step.normalize), box)
+        light = light_from(u[:,:4], self.light, self.jitter)
+        return self._mix(light.images(blur(x, u[:,4:6], self.blurred), step.normalize), box)
 
     def views(self, step):
         u = step.rand(10)

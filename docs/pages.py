@@ -1,6 +1,9 @@
 "From notebooks, Markdown files and modules to a folder that Quarto and smalldocs render alike"
 import ast, json, os, re, shutil
+from fnmatch import fnmatch
 from pathlib import PurePosixPath
+
+import yaml
 
 import reference
 
@@ -85,19 +88,34 @@ def lesson(path, stage):
     stage.write(path.name, json.dumps(nb | dict(cells=cells)))
     return module
 
-def stage_all(out, only=None):
-    "Write every page of the site to `out`; with `only`, these notebooks and modules"
+def configuration(modules):
+    "nbs/_quarto.yml, with the modules that no section of the sidebar names in a section of their own"
+    config = yaml.safe_load((root/'nbs'/'_quarto.yml').read_text(encoding='utf-8'))
+    named = []
+    def collect(items):
+        for o in items:
+            if isinstance(o, str): named.append(o)
+            elif isinstance(o, dict): collect(o.get('contents', []))
+    sidebar = config['website']['sidebar']['contents']
+    collect(sidebar)
+    others = [p for p in (f'api/{o}.qmd' for o in modules) if not any(fnmatch(p, n) for n in named)]
+    section = next(o for o in sidebar if isinstance(o, dict) and o['section']=='Reference')
+    if others: section['contents'].append(dict(section='Other modules', contents=others))
+    return yaml.safe_dump(config, sort_keys=False)
+
+def stage_all(out):
+    "Write every page of the site to `out`"
     from fastai.callback.core import event
     shutil.rmtree(out, ignore_errors=True)
     stage = Stage(out)
-    for o in ('_quarto.yml', 'styles.css'):
-        stage.write(o, (root/'nbs'/o).read_text(encoding='utf-8'))
+    stage.write('styles.css', (root/'nbs'/'styles.css').read_text(encoding='utf-8'))
     lessons = {}
     for i,o in enumerate(sorted((root/'nbs').glob('*.ipynb'))):
         if module := lesson(o, stage): lessons[module] = (i, o.name)
     modules = reference.module_files()
     modules = dict(sorted(modules.items(), key=lambda o: lessons.get(o[0], (999, ''))))
     modules = reference.readers_order(modules)
+    stage.write('_quarto.yml', configuration(modules))
     events = {k for k in vars(event) if k.startswith(('before_', 'after_'))}
     for i,(module,file) in enumerate(modules.items(), 1):
         name = lessons.get(module, (0, None))[1]

@@ -101,8 +101,23 @@ def _row(*cells): return '| ' + ' | '.join(map(_cell, cells)) + ' |'
 
 def documented(o):
     "Parameters as fastcore reads them, by name; `return` among them"
-    try: return docments(o, full=True)
+    try: said = docments(o, full=True)
     except (ValueError, TypeError, SyntaxError, OSError): return {}
+    comments = _line_comments(o, said)
+    for k,p in said.items(): p.docment = p.docment or comments.get(k)
+    return said
+
+def _line_comments(o, said):
+    "Comments beside `**kwargs`, and beside several parameters of one line, which fastcore passes over"
+    if inspect.isclass(o): o = o.__dict__.get('__init__', o)
+    try: text = inspect.getsource(inspect.unwrap(o))
+    except (TypeError, OSError): return {}
+    found = {}
+    for line in text.split('"')[0].splitlines():
+        code,_,comment = line.partition('#')
+        names = re.findall(r'(?<![\w.])([A-Za-z_]\w*)(?=\s*(?:[:=,)]|$))', code)
+        found.update({k: comment.strip() for k in names if comment and k in said})
+    return found
 
 def own_parameters(o):
     "Names of the parameters that somebody wrote for this object, not for a class that it is made of"

@@ -62,7 +62,7 @@ def _send(parts, device):
 def draw_light(
     n:int,          # images
     jitter:float,   # brightness up to ±jitter/2, contrast and gamma up to a factor of 1+jitter
-    generator=None
+    generator=None  # of the random numbers, on the CPU; default: PyTorch's own
 ):
     "Brightness, contrast and gamma for each of `n` images"
     j = math.log1p(jitter)

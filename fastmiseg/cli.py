@@ -114,7 +114,11 @@ def with_options(
         return command
     return decorate
 
-def options_in(command): return set(inspect.signature(command).parameters)
+def options_in(
+    command # function of a command
+):
+    "Names of the options that a command has"
+    return set(inspect.signature(command).parameters)
 
 # %% ../nbs/69_cli.ipynb #c0986856
 @call_parse

@@ -77,8 +77,8 @@ def miseg_learner(
     loss_func=None,    # default: cross-entropy of each pixel
     opt_func=paper_adam, # adds 1e-8 to the denominator; fastai's 1e-5 stands above the gradients of rare classes
     splitter=None,     # default: one group for the paper's U-Net; encoder and decoder for a `DynamicUnet`
-    metrics=None,
-    cbs=None,
+    metrics=None,      # as for `Learner`, for instance `VolumeDice()`
+    cbs=None,          # callbacks of every fit
     path=None,         # default: that of `dls`
     wd:float=1e-5,     # weight decay; the paper's
     learner_kwargs:dict=None, # anything else for `Learner`

@@ -165,7 +165,7 @@ class Stage:
     "Where to find a map in a network"
     name:str     # Conv1.., Upconv2.., or the module's own name
     module:str   # its path in the network, for `get_submodule`
-    channels:int
+    channels:int # of the map
     scale:int    # the map is 1/scale of the image
 
 class Stages(dict):

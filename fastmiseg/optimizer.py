@@ -14,7 +14,7 @@ class ForeachAdam(Optimizer):
     "fastai's `Adam` with the arithmetic of all parameters done together; options, groups and state are those of `Adam`"
     def __init__(self,
         params,           # parameters, or a list of groups of them
-        lr:float,
+        lr:float,         # learning rate
         mom:float=.9,     # β1
         sqr_mom:float=.99,# β2
         eps:float=1e-5,   # added to the denominator

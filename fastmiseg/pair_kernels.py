@@ -225,6 +225,7 @@ def _head_kernel(x, weight, bias, g, gx, gw, gb, heads, pixels, stride_n, stride
 _SCALE = 1024 # of what is stored, so that the low halves stay normal numbers
 _MOST = 1 << 26 # numbers in the cluster maps of one side; more images than fit are done one block after the other
 
+# Sizes of blocks and numbers of warps, for each kernel
 launch_options = dict(
     means=dict(BP=128, STEP=4, num_warps=4),
     line=dict(BP=128, num_warps=4),

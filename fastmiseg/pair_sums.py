@@ -17,13 +17,13 @@ from .pair_kernels import on_cuda
 
 # %% ../nbs/27_pair_sums.ipynb #112b24ce
 def wide(
-    x: torch.Tensor,
+    x: torch.Tensor, # any floating point
 ) -> torch.Tensor: # in the widest floating point of its device: float64, but float32 on Apple's mps, which has no other
     "`x` in float64, for small things that are added up or taken the logarithm of"
     return x.float() if x.device.type == 'mps' else x.double()
 
 def at_least_float32(
-    *xs: torch.Tensor,
+    *xs: torch.Tensor, # floating point
 ) -> torch.dtype: # float64 if one of them is, else float32
     "The dtype to compute in"
     return reduce(torch.promote_types, [x.dtype for x in xs], torch.float32)

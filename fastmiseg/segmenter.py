@@ -32,8 +32,8 @@ class SegmenterError(ValueError): "A model file that cannot be used, or a learne
 @dataclass
 class Segmenter:
     "A network, its recipe, and where it comes from; goes wherever a learner goes for prediction"
-    model:nn.Module
-    recipe:Recipe
+    model:nn.Module # logits (N,C,h,w) for slices (N,1,h,w)
+    recipe:Recipe   # how a scan becomes slices
     about:dict    # format, arch, recipe, training (what is typical of its scans), versions, provenance
 
     @property

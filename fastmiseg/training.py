@@ -206,6 +206,7 @@ def _read_toml(path):
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
 
 # %% ../nbs/54_training.ipynb #860e2887
+# Penalties that a method can have
 terms = ('global_mi','local_mi','consistency','entropy','pseudo','copypaste')
 
 @dataclass(frozen=True)
@@ -269,6 +270,7 @@ def _taught(make):
 def _none(s, w): return []
 
 _mi,_paper = dict(global_mi=.1, local_mi=.1),dict(global_mi=.1, local_mi=.1, consistency=5.)
+# What to do with unlabelled scans, by name
 methods = {
     'partial': Method('nothing: train on the labelled scans only', {}, _none, uses_T=False),
     'full': Method('the masks of all scans that have one are used, as an upper bound', {}, _none, uses_T=False),
@@ -295,13 +297,13 @@ methods = {
 }
 
 def callbacks_of(
-    settings:Settings
+    settings:Settings # of the training
 )->list:
     "The callbacks of the method, with its weights"
     return methods[settings.method].callbacks(settings, {k:schedule(w) for k,w in settings.weights.items()})
 
 def check_scans(
-    settings:Settings,
+    settings:Settings, # of the training
     df:pd.DataFrame # cohort with a column `split`
 ):
     "An error, before any work, where there is nothing that the method could learn from"
@@ -364,7 +366,7 @@ def _run_schedule(learn, s, epochs, cbs):
     else: learn.fit(epochs, cbs=[_warmup_cosine(s.lr, **shape), *cbs])
 
 def check_processes(
-    settings:Settings
+    settings:Settings # of the training
 ):
     "An error, before any work, where several processes cannot train as the settings want it"
     import torch
@@ -388,7 +390,7 @@ def _in_all_processes(learn, s):
           learn.distrib_ctx(sync_bn=False, cpu=on_cpu) if n>1 else nullcontext()): yield
 
 def fit(
-    settings:Settings,
+    settings:Settings,  # of the training
     df:pd.DataFrame,    # cohort with a column `split`
     recipe:Recipe,      # how a scan becomes slices
     store,              # folder of the prepared slices

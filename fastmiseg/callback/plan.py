@@ -104,7 +104,9 @@ def _network(learn):
 
 def _one_or_all(values): return in_words(values[0] if all(in_words(v)==in_words(values[0]) for v in values) else values)
 
-def schedules(learn)->dict: # name of a hyper-parameter -> function of the training fraction
+def schedules(
+    learn # a `Learner`, while it fits
+)->dict: # name of a hyper-parameter -> function of the training fraction
     "What fastai's schedulers do"
     return {k:f for cb in learn.cbs if isinstance(cb, ParamScheduler) for k,f in cb.scheds.items()}
 
@@ -178,8 +180,8 @@ def plan_of(
 def _owners(plan): return {k.split(', ')[0] for k in plan if ', ' in k}
 
 def differences(
-    old:dict, # plans
-    new:dict
+    old:dict, # a plan, as it was
+    new:dict  # the same, as it is
 )->dict: # setting -> 'old, here new'
     "The settings that differ; those of a method that only one of them has are left out"
     gone = _owners(old) ^ _owners(new)

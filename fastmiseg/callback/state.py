@@ -36,7 +36,7 @@ def plain(
 def notes_of(
     o,                 # object
     but=(),            # names of attributes to leave out
-    tensors:bool=True
+    tensors:bool=True  # the tensors among them too
 )->dict:
     "The attributes of an object that are plain data"
     res = {}
@@ -53,6 +53,7 @@ def set_notes(
     o,         # object
     notes:dict # as from `notes_of`
 ):
+    "Give an object the attributes that were noted"
     for k,v in notes.items(): setattr(o, k, _unstacked(v))
 
 def _constructor_names(o):
@@ -110,7 +111,7 @@ def load_state(
     return torch.load(io.BytesIO(data[:-_n_sum]), map_location='cpu', weights_only=True)
 
 def checkpoints(
-    folder
+    folder # of the checkpoints
 )->list: # paths, the oldest first
     "The checkpoints in a folder, which are named by running numbers"
     return sorted(Path(folder).glob('[0-9]*.pt'))

@@ -175,8 +175,8 @@ def _queue(units, seed):
 def default_parts(
     total:int,    # Annotated subjects there are
     labeled=None, # As many as were asked for, if they were; the others are chosen
-    valid=None,
-    test=None
+    valid=None,   # as many as were asked for, if they were
+    test=None     # the same
 )->dict: # name of a part -> how many; `labeled` is `None` for all that remain
     "A fifth validates (1 to 25), as many test if there are 10 or more, all the others are labelled"
     fifth = min(25, max(1, round(total/5)))

@@ -69,8 +69,8 @@ def check_channels(
 # %% ../../nbs/05_scans.grid.ipynb #6a7f65e7
 def scale_values(
     a,     # Stored numbers
-    slope,
-    inter
+    slope, # what they are multiplied by
+    inter  # what is added then
 )->np.ndarray: # float32 if that holds the values as precisely as they were stored, else float64
     "a * slope + inter"
     if (slope,inter)==(1,0): return a

@@ -287,9 +287,12 @@ def _count(pieces, limit, keep=None):
 
 # %% ../../nbs/04_scans.intact.ipynb #df9ab88d
 _formats = {'.nii':_nifti, '.nii.gz':_nifti, '.mha':_meta, '.mhd':_meta, '.nrrd':_nrrd, '.nhdr':_nrrd}
+# Endings of the files that can hold a scan
 extensions = tuple(_formats)
 
-def extension(path)->str|None: # One of `extensions`, lower case, or None
+def extension(
+    path # of any file
+)->str|None: # One of `extensions`, lower case, or None
     "The ending of a file that holds a scan"
     name = Path(path).name.lower()
     return next((o for o in sorted(_formats, key=len, reverse=True) if name.endswith(o)), None)

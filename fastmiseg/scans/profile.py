@@ -60,7 +60,7 @@ _turn = 30. # degrees beyond the tilts that were seen
 def how_far(
     profile:dict,  # of a scan
     summary:dict,  # of the training scans
-    recipe:Recipe
+    recipe:Recipe  # of the network
 )->list[str]: # sentences; none where the scan is like the others
     "What about a scan is far from the training scans"
     if not summary: return []

@@ -46,7 +46,10 @@ def cohort_frame(
     return df
 
 # %% ../../nbs/12_scans.readers.ipynb #b8540501
-def walk(root, depth=5):
+def walk(
+    root,   # folder
+    depth=5 # how many folders down
+):
     "(folder, files in it) for `root` and the folders below it, sorted; hidden ones are left out"
     todo,seen = [(Path(root),0)],set()
     while todo:
@@ -63,7 +66,10 @@ def _is(f):
     try: return f()
     except OSError: return False # a link that leads nowhere or in circles
 
-def scans_in(root, depth=5):
+def scans_in(
+    root,   # folder
+    depth=5 # how many folders down
+):
     "Files that hold scans below `root`, sorted"
     return [f for _,files in walk(root,depth) for f in files if extension(f)]
 
@@ -87,6 +93,7 @@ class Layout:
     matches:Callable # `Path` -> does it look like this?
     read:Callable    # `Path`, options -> cohort
 
+# Kinds of folders that are recognised, by name
 layouts = {}
 
 def layout(
@@ -106,7 +113,9 @@ def layout(
 
 # %% ../../nbs/12_scans.readers.ipynb #38742e09
 @layout('msd', 'a Decathlon task: `dataset.json` beside a folder `imagesTr`, with masks in `labelsTr`', lambda root: (root/'dataset.json').is_file() and (root/'imagesTr').is_dir())
-def read_msd(root:Path)->pd.DataFrame:
+def read_msd(
+    root:Path # folder of the scans
+)->pd.DataFrame:
     "A task of the Medical Segmentation Decathlon"
     file = root/'dataset.json'
     try:
@@ -142,7 +151,9 @@ def _some(o, n=3): return ', '.join(map(str,sorted(o)[:n]))+(f', ... ({len(o)})'
 _acdc = r'(patient\d+)_frame(\d+)(_gt)?'
 
 @layout('acdc', 'files like `patient001_frame01.nii.gz`, with masks `patient001_frame01_gt.nii.gz`', lambda root: bool(_matches(root,_acdc)))
-def read_acdc(root:Path)->pd.DataFrame:
+def read_acdc(
+    root:Path # folder of the scans
+)->pd.DataFrame:
     "The ACDC challenge: cine MR of the heart, two frames per patient"
     found,rows = _matches(root,_acdc),[]
     masks = {(m[1],int(m[2])):str(f) for m,f in found if m[3]}
@@ -160,7 +171,9 @@ def _info(path): return {k.strip():v.strip() for k,_,v in (o.partition(':') for 
 _promise12 = r'(Case\d+)(_segmentation)?'
 
 @layout('promise12', 'files like `Case00.mhd`, with masks `Case00_segmentation.mhd`', lambda root: bool(_matches(root,_promise12)))
-def read_promise12(root:Path)->pd.DataFrame:
+def read_promise12(
+    root:Path # folder of the scans
+)->pd.DataFrame:
     "The PROMISE12 challenge: T2-weighted MR of the prostate"
     def name(m,f): return ('test_' if re.search('test', str(f.parent.relative_to(root)), re.I) else '')+m[1]
     found = _matches(root,_promise12)
@@ -170,7 +183,8 @@ def read_promise12(root:Path)->pd.DataFrame:
 _mmwhs = r'((ct|mr)_(?:train|test)_\d+)_(image|label)'
 
 @layout('mmwhs', 'files like `ct_train_1001_image.nii.gz`, with masks `ct_train_1001_label.nii.gz`', lambda root: bool(_matches(root,_mmwhs)))
-def read_mmwhs(root:Path,
+def read_mmwhs(
+    root:Path,          # folder of the scans
     modality='ct' # 'ct' or 'mr': the two are different cohorts
 )->pd.DataFrame:
     "The MM-WHS challenge: whole heart"
@@ -215,7 +229,8 @@ def _is_dicom(root): return any(_has_dicom(files) for _,files in walk(root))
 def _is_folder(root): return bool(_one(root,_image_dirs) and scans_in(_one(root,_image_dirs),3)) or any(stem(f).endswith(_mask_ends) for f in scans_in(root)) and not _is_dicom(root)
 
 @layout('folder', 'a folder `images` (and `masks`) with scans, or files like `a_image.nii.gz` and `a_mask.nii.gz`', _is_folder)
-def read_folder(root:Path,
+def read_folder(
+    root:Path,          # folder of the scans
     images=None,       # Folder with the images, below `root`; the usual names are tried
     masks=None,        # Folder with the masks
     image_suffix=None, # End of an image's name, without extension, like '_t1'; the usual ones are tried
@@ -241,7 +256,8 @@ def read_folder(root:Path,
 
 # %% ../../nbs/12_scans.readers.ipynb #44c87e97
 @layout('dicom', 'folders of DICOM files, one series each', _is_dicom)
-def read_dicom(root:Path,
+def read_dicom(
+    root:Path,          # folder of the scans
     subject=None, # Regular expression or function from a scan's name (its folders, joined by `_`) to its subject; its first folder if not given
     series=None,  # Which series, where a folder holds several: its number, or a part of its description
     phase=None    # Which volume, where a series holds several (phases, echoes): a number from 0
@@ -265,7 +281,9 @@ def read_dicom(root:Path,
 
 # %% ../../nbs/12_scans.readers.ipynb #4af897b2
 @layout('csv', 'a file .csv with a column `image`', lambda root: root.suffix.lower()=='.csv')
-def read_csv(root)->pd.DataFrame: # Path of the file, or a DataFrame
+def read_csv(
+    root # path of the file, or a DataFrame
+)->pd.DataFrame:
     "Scans listed in a table"
     if isinstance(root, pd.DataFrame): df,base,attrs,root = root.copy(),Path(),dict(root.attrs),'the DataFrame'
     else:

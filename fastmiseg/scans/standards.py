@@ -46,7 +46,8 @@ def _nnunet_labels(labels, file):
     return dict(sorted(res.items()))
 
 @layout('nnunet', "nnU-Net's raw data: `dataset.json`, `imagesTr` with files like `CASE_0000.nii.gz`, masks in `labelsTr`", _is_nnunet, first=True)
-def read_nnunet(root:Path,
+def read_nnunet(
+    root:Path,       # folder of the scans
     channel=None # Which channel, where a scan has several files: its number or its name in `dataset.json`
 )->pd.DataFrame:
     "A raw data set of nnU-Net, version 1 or 2"
@@ -97,7 +98,8 @@ def _subjects(root): return [o for o in sorted(root.iterdir()) if o.is_dir() and
 def _is_bids(root): return any(stem(f).startswith(d.name+'_') for d in _subjects(root)[:3] for f in scans_in(d, 3))
 
 @layout('bids', 'BIDS: files like `sub-01/anat/sub-01_T1w.nii.gz`, masks like `derivatives/NAME/sub-01/anat/sub-01_dseg.nii.gz`', _is_bids, first=True)
-def read_bids(root:Path,
+def read_bids(
+    root:Path,       # folder of the scans
     suffix=None,     # Which images, where there are several kinds: 'T1w', 'FLAIR', ...
     derivative=None, # Which folder below `derivatives`, where several hold masks
     mask=None        # A part of the masks' names, where an image has several: 'desc-manual'

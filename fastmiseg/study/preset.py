@@ -15,7 +15,7 @@ from ..training import Settings, methods
 @dataclass(frozen=True)
 class Preset:
     "What a training may cost, which scans it sees, and the weights that go with it"
-    name:str
+    name:str               # as `fastmiseg-compare --preset` takes it
     settings:Settings      # of every training, where its row says nothing else
     labeled:int=2          # subjects whose masks are used in training
     valid:int=20           # subjects for choosing settings
@@ -35,9 +35,9 @@ def _reached(w, until):
     return [top, until] if until else top
 
 def settings_of(
-    preset:Preset,
+    preset:Preset, # what is usual
     row:dict,  # changes of its settings; beside them `labeled`, `until` and `recipe`
-    seed:int=0
+    seed:int=0 # of the training
 )->Settings:
     "The settings of one training of a study"
     changes = {k:o for k,o in row.items() if k not in _beside}
@@ -80,6 +80,7 @@ _large = replace(_moved, width=16, bs=4, unlabeled_bs=10, n_iters=300)
 _small_acdc = replace(Recipe.acdc(), spacing=2.5, size=64, crop=48)
 _hearts = Recipe(spacing=3., size=48, classes=('background','RV','Myo','LV'), rotate=20., flip='hv', jitter=.8)
 
+# By name
 presets = {o.name:o for o in [
     Preset('acdc', _paper, 8, 25, 0, scans=True, recipe='acdc', weights=_weights((.1,.1), 5.)),
     Preset('promise12', replace(_paper, lr=4e-4), 4, 10, 0, recipe='promise12', weights=_weights((.05,.05), 10.)),

@@ -76,7 +76,7 @@ def make_run(
     df:pd.DataFrame,# cohort with a column `split`
     store,          # folder of the prepared slices, or a file of packed ones
     out,            # folder of the evidence
-    threads:int=1
+    threads:int=1   # of PyTorch
 )->int: # seconds that it took; None if it is there
     "Train, score, and add the run to the evidence, if it is not there"
     torch.set_num_threads(threads)

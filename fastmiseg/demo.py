@@ -45,6 +45,7 @@ def _cropped(recipe):
     return replace(recipe, crop=[max(16, round(.75*s/16)*16) for s in recipe.size])
 
 # %% ../nbs/70_demo.ipynb #2e23e86c
+# What both trainings share
 settings_of_both = dict(bs=8, unlabeled_bs=8, div=5., pct_start=.1)
 trainings = { # name -> settings beyond those of both
     'labelled only': dict(method='partial'),

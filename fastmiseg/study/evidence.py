@@ -19,6 +19,7 @@ from ..scans.recipe import Recipe
 from ..training import Settings
 
 # %% ../../nbs/64_study.evidence.ipynb #4a5f0a7b
+# What makes two trainings the same run
 decides = ('settings','labeled','recipe','split','score')
 
 def _plain(o): return json.loads(json.dumps(o))

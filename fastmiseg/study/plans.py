@@ -16,8 +16,8 @@ from ..training import read_settings
 @dataclass(frozen=True)
 class Study:
     "A table of settings"
-    name:str
-    title:str
+    name:str         # of its files
+    title:str        # above its table
     rows:dict        # name of the row -> what differs from the preset
     ours:str='All'   # the row that the others are tested against; where there is an x, the line, at the same value
     x:str=None       # along the x axis: 'labeled'; the name of such a row is 'line, value'
@@ -88,6 +88,7 @@ _table4 = {f'decoder {d}, encoder {e}': _mireg(n_clusters={'Conv5':e, 'Upconv3':
            for d in (2,5,10,20) for e in (2,5,10,20)}
 
 # %% ../../nbs/63_study.plans.ipynb #e02918a5
+# The paper's tables and figures, by name
 studies = {o.name:o for o in [
     Study('table1', 'Terms of the loss (Table 1)', _terms),
     Study('figure4', 'Ratio of labelled data (Figure 4)', x='labeled', rows=_at_ratios({

@@ -24,7 +24,7 @@ def _T(s):
     return ', '.join([f'flips along {axes}', *(f'{k} {v}' for k,v,usual in values if v!=usual)])
 
 def changes_of(
-    preset:Preset,
+    preset:Preset, # of the study
     row:dict # of a study
 )->list: # of texts
     "What a row does otherwise than other rows of its method, in words"

@@ -122,7 +122,7 @@ def table_text(
 
 def pages_text(
     table:pd.DataFrame, # as from `study_table`
-    study:Study
+    study:Study # whose rows they are
 )->str:
     "The table for a page, in a section for each x where there are draws"
     if study.x is None or not study.draws: return table_text(table)
@@ -134,7 +134,7 @@ def pages_text(
 
 def legend(
     table:pd.DataFrame, # as from `study_table`
-    study:Study
+    study:Study # whose rows they are
 )->str:
     "What stands in the table"
     text = 'Dice, mean (standard deviation) over the seeds.'
@@ -224,7 +224,7 @@ def _plot_rows(ax, seeds):
 
 def plot_study(
     scores:pd.DataFrame, # as from `study_scores`
-    study:Study,
+    study:Study,         # whose rows they are
     out=None,            # file to write
     curves:pd.DataFrame=None # as from `study_curves`, for a study that is shown as curves
 )->Figure:

@@ -26,19 +26,19 @@ from .work import make_runs, part_of
 
 # %% ../../nbs/68_study.run.ipynb #08989e01
 def split_key(
-    study:Study,
-    preset:Preset,
+    study:Study,       # which rows
+    preset:Preset,     # of every row
     row:dict,  # of the study
-    seed:int=0
+    seed:int=0 # of the run
 )->tuple: # labelled subjects, and which draw of them
     "Which split a run has"
     return row.get('labeled', preset.labeled), seed if study.draws else 0
 
 def wanted_runs(
-    study:Study,
-    preset:Preset,
+    study:Study,       # which rows
+    preset:Preset,     # of every row
     seeds=3,         # how many, or a list
-    score:str='test',
+    score:str='test',  # which scans are scored
     recipe=None,     # a `Recipe`; None: that of the runs
     splits:dict=None # `split_key` -> name of the split; None: that of the runs
 )->list: # (row, run)
@@ -52,9 +52,9 @@ def wanted_runs(
 def _seeds(seeds): return range(seeds) if isinstance(seeds, int) else seeds
 
 def scored(
-    study:Study,
-    preset:Preset,
-    score:str=None # as asked for
+    study:Study,       # which rows
+    preset:Preset,     # of every row
+    score:str=None     # as asked for
 )->str: # 'test' or 'valid', or the same of slices
     "What a study is scored on: the test scans, unless it chooses settings or there are none"
     if score and score not in (known := ('test','valid','test-slices','valid-slices')):
@@ -92,10 +92,10 @@ def _splits(data, layout, preset, study, seeds, score):
 def _label(row, run): return f"{row}, seed {run['settings']['seed']}"
 
 def missing_runs(
-    study:Study,
+    study:Study,       # which rows
     data,              # folder or CSV of scans, or a file of packed slices
     out='studies',     # folder of the evidence
-    preset:Preset=presets['cpu'],
+    preset:Preset=presets['cpu'], # of every row
     seeds=3,           # how many, or a list
     score:str=None,    # as `scored` says
     layout:str=None,   # of `data`, where it is not recognised
@@ -121,10 +121,10 @@ def missing_runs(
     return wanted,{_label(k, run): dict(run=run, df=of_split[run['split']], **kw) for k,run in once.values()}
 
 def run_study(
-    study:Study,
+    study:Study,       # which rows
     data,              # folder or CSV of scans, or a file of packed slices
     out='studies',     # folder of the evidence and the results; studies that share it share their runs
-    preset:Preset=presets['cpu'],
+    preset:Preset=presets['cpu'], # of every row
     seeds=3,           # how many, or a list
     score:str=None,    # 'test' or 'valid', or the same of slices; default: as `scored` says
     layout:str=None,   # of `data`, where it is not recognised
@@ -141,8 +141,8 @@ def run_study(
     return report_study(study, preset, wanted, out, command)
 
 def report_study(
-    study:Study,
-    preset:Preset,
+    study:Study,       # which rows
+    preset:Preset,     # of every row
     wanted:list,     # (row, run), as from `wanted_runs`
     out='studies',   # folder of the evidence, and for the results
     command:str=None # what to write above the results
@@ -178,13 +178,13 @@ def compare_study(
     data=None,         # folder or CSV of scans; default: $FASTMISEG_DATA; without, the runs in `out` are reported
     out='studies',     # folder of the evidence and the results
     preset:str=None,   # one of `presets`; default: the study's
-    seeds:int=3,
-    score=None,
+    seeds:int=3,       # how many
+    score=None,        # 'test' or 'valid'; default: as `scored` says
     rows=None,         # names of some rows
-    layout=None,
-    processes=None,
+    layout=None,       # of `data`, where it is not recognised
+    processes=None,    # runs at a time
     epochs=None,       # instead of the preset's, as all that follows
-    n_iters=None,
+    n_iters=None,      # steps to an epoch
     **own              # recipe, labeled, valid, test
 )->str: # the report
     "Run a study, or write its report again"

@@ -434,6 +434,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fastmiseg/callback/state.py'),
                                           'fastmiseg.callback.state._constructor_names': ( 'callback.state.html#_constructor_names',
                                                                                            'fastmiseg/callback/state.py'),
+                                          'fastmiseg.callback.state._stacked': ( 'callback.state.html#_stacked',
+                                                                                 'fastmiseg/callback/state.py'),
                                           'fastmiseg.callback.state._unstacked': ( 'callback.state.html#_unstacked',
                                                                                    'fastmiseg/callback/state.py'),
                                           'fastmiseg.callback.state.arguments_of': ( 'callback.state.html#arguments_of',

@@ -10,7 +10,7 @@ from fastmiseg.callback.baselines import ConsistencyCallback
 from fastmiseg.callback.method import sigmoid_rampup
 from fastmiseg.callback.plan import items_in_words
 from fastmiseg.callback.resume import ResumeCallback
-from fastmiseg.callback.state import checkpoints, load_state, save_state
+from fastmiseg.callback.state import checkpoints, load_state, save_state, plain
 from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.lock import only_one
 from fastmiseg.transforms import RandomFlips, RandomShifts
@@ -531,3 +531,11 @@ def test_lr_find_is_no_training(tmp_path):
     assert not (tmp_path/'c').exists()
     learn.fit(1)
     assert [load_state(f)['over'] for f in checkpoints(tmp_path/'c')]==[False,True]
+
+def test_losses_of_this_epoch_are_still_on_the_device():
+    "and those of the epochs before are not: a checkpoint keeps them together"
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        mixed = [torch.zeros((), device=d) for d in ('cpu','cpu','cuda','cuda','cpu')]
+        kept = plain(mixed)['stacked']
+    assert kept.shape==(5,) and kept.device.type=='cpu'

@@ -16,6 +16,14 @@ from ..files import WriteError, whole_file
 # %% ../../nbs/47_callback.state.ipynb #f6003944
 def _are_scalars(o): return len(o)>1 and all(isinstance(t, Tensor) and t.ndim==0 for t in o)
 
+def _stacked(scalars):
+    "One tensor on the CPU; each device is asked once"
+    devices = list(dict.fromkeys(o.device for o in scalars))
+    places = [[i for i,o in enumerate(scalars) if o.device==d] for d in devices]
+    parts = [torch.stack([scalars[i].detach() for i in at]).as_subclass(Tensor).cpu() for at in places]
+    order = torch.tensor([i for at in places for i in at]).argsort()
+    return parts[0] if len(parts)==1 else torch.cat(parts)[order]
+
 def plain(
     o,                 # anything
     tensors:bool=True  # whether it may hold tensors
@@ -28,7 +36,7 @@ def plain(
         return {k: plain(v, tensors) for k,v in o.items()}
     if isinstance(o, (list,tuple,L)):
         o = list(o)
-        if tensors and _are_scalars(o): return {'stacked': plain(torch.stack(o))} # a thousand losses are one tensor
+        if tensors and _are_scalars(o): return {'stacked': _stacked(o)} # a thousand losses are one tensor
         return [plain(v, tensors) for v in o]
     raise TypeError(f'{type(o).__name__} cannot be kept')
 

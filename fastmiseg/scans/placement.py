@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['world_axes', 'orient', 'Placement']
+__all__ = ['world_axes', 'orient', 'Placement', 'slice_axis', 'along']
 
 # %% ../../nbs/16_scans.placement.ipynb #36ea3bd1
 from dataclasses import asdict, dataclass
@@ -154,3 +154,29 @@ def covers(self:Placement,
 )->bool:
     "Do the slices hold everything in `a` that is not 0?"
     return not self.beyond(a).any()
+
+# %% ../../nbs/16_scans.placement.ipynb #c4413747
+def slice_axis(
+    shape,  # (z,y,x)
+    spacing # (z,y,x) mm
+)->int:
+    "The axis with clearly thicker slices than axis 0, else 0; a single slice is a slice"
+    if list(shape).count(1)==1: return list(shape).index(1)
+    k = int(np.argmax(spacing))
+    return k if spacing[k]>1.1*spacing[0] else 0
+
+def along(
+    h,       # pixels of the scan
+    s,       # mm of each
+    spacing, # mm that are wanted, or None
+    size,    # pixels that are wanted, or None
+    fit,     # 'crop' or 'resize'
+    whole    # at least as large as the field of view?
+)->tuple:    # scale, shift and size of the slices
+    "How slices lie along an axis of a scan"
+    if fit=='resize': return h/size, (h/size-1)/2, size
+    scale = spacing/s if spacing else 1.
+    if abs(scale-1)<1e-4: scale = 1.
+    n = max(1, round(h/scale))              # pixels that the field of view fills
+    size = max(size, n) if size and whole else size or n
+    return scale, (h-1)/2 - scale*((n-1)/2 + int((size-n)/2)), size

@@ -101,7 +101,7 @@ def evaluating(
         for m,t in modes: m.training = t
 
 # %% ../nbs/31_models.ipynb #a63767a5
-own_networks = ('unet','residual_unet','dynamic_unet')
+own_networks = ('unet','residual_unet','dynamic_unet') # names in `create_unet` that take a `width`
 
 def _timm_body(name, n_in, pretrained):
     "timm's feature extractor as a sequence of layers, which `DynamicUnet` needs; checked to compute the same"

@@ -54,8 +54,8 @@ def show_results(x:SliceImage, y:SliceMask, samples, outs, ctxs=None, max_n=6, f
 @dataclass(frozen=True)
 class SliceRef:
     "One slice of a prepared scan"
-    scan:str
-    i:int
+    scan:str # its name in the cohort
+    i:int    # which slice
 
 class _Read(Transform):
     "Reads from a store; what is pickled is the recipe, not the cohort"
@@ -94,7 +94,7 @@ class ResidentSlices:
     "All slices of a dataset on a device: `self[idxs]` is the batch that would be read and collated"
     def __init__(self,
         dataset, # `Datasets` of `SliceRef`s, read by `SliceBlock` and `SliceMaskBlock`
-        device
+        device   # where they are to be
     ):
         self.device,self.refs = torch.device(device),list(dataset.items)
         self.parts = [(self._read(o), o.batch) for o in _readers(dataset)]

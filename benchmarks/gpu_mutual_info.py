@@ -27,7 +27,6 @@ if args.device == 'cpu': os.environ['TRITON_INTERPRET'] = '1' # before triton is
 import torch
 import torch.nn.functional as F
 from fastmiseg import pair_kernels, pair_products, pair_sums
-from fastmiseg.mutual_info import local_mi_loss
 from fastmiseg.projectors import LocalProjector
 
 DEVICE, CUDA = args.device, args.device == 'cuda'

@@ -8,7 +8,7 @@ intensities are from those of the recipe. Scans of the unlabelled part come with
 import io, json, os, sys
 from dataclasses import replace
 from pathlib import Path
-import numpy as np, torch
+import numpy as np
 from PIL import Image
 
 def pack(data, folder, store=None, labeled=4, valid=20, test=30, seed=0, side=288, quality=95):

@@ -10,8 +10,7 @@ from statistics import median
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from fastai.basics import Callback, CancelValidException, Learner, noop, set_seed
-from fastai.losses import CrossEntropyLossFlat
+from fastai.basics import Callback, CancelValidException, noop, set_seed
 from fastmiseg.callback.baselines import ConsistencyCallback, EntropyMinCallback
 from fastmiseg.callback.mireg import MIRegCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
@@ -19,7 +18,7 @@ from fastmiseg.data import SemiSupDataBlock
 from fastmiseg.learner import miseg_learner
 from fastai.data.block import TransformBlock
 from fastai.vision.core import TensorImage, TensorMask
-from gpu import DEVICE, DRY, Clock, add, table
+from gpu import DEVICE, DRY, Clock, add
 
 SIZE,WIDTH,LABELED,UNLABELED = (32,4,2,3) if DRY else (224,16,4,10)
 METHODS = {'labels only': lambda: [], 'entropy minimisation': lambda: [EntropyMinCallback()], 'consistency': lambda: [ConsistencyCallback()],

@@ -5,9 +5,7 @@ made in that time, the same for all; a training that is still not done then stop
 STEPS (6000, or what SECONDS_TO_TRAIN allows), METHODS (names, separated by commas; all), PROCESSES (4), SEED (0).
 """
 import json, os, subprocess, sys, time, traceback
-from functools import partial
-from pathlib import Path
-import numpy as np, pandas as pd, torch
+import pandas as pd, torch
 from fastai.basics import Callback, CancelFitException, set_seed
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
 from fastmiseg.callback.mireg import MIRegCallback
@@ -119,7 +117,6 @@ def pace(names):
         with learn.no_bar(), learn.no_logging():
             learn.add_cbs(cbs)
             learn.fit(1, 1e-4)
-            begun = time.perf_counter()
             _,busy,_ = launches(learn, 3)
             learn.dls.train.n_iters = 12
             class Time(Callback):

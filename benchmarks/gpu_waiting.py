@@ -7,8 +7,8 @@ import collections, traceback, warnings
 import torch
 from torch.profiler import ProfilerActivity, profile
 from fastai.basics import Callback
-from gpu import DEVICE, DRY, add, table
-from gpu_step import METHODS, PRECISIONS, learner
+from gpu import DEVICE, DRY, add
+from gpu_step import METHODS, learner
 
 class Watch(Callback):
     "What makes the host wait, in the steps from `first` on: line -> how often"

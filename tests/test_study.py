@@ -1,5 +1,5 @@
 "Studies: rows, columns, arithmetic, evidence, and the same figures again"
-import importlib.util, json, os, pickle, subprocess, sys, time
+import importlib.util, json, os, pickle, re, subprocess, sys, time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -514,6 +514,16 @@ def test_readme_says_what_the_table_says():
     assert f"above Mean Teacher (p = {last.p['Mean Teacher']:.1g}" in readme and last.p['Consistency only']<.001 and 'above consistency alone (p < 0.001' in readme
     near = {f'{last.hd95[k]:.2f}' for k in ('Mean Teacher','Consistency only')}
     assert len(near)==1 and f"the lowest HD95 but for full supervision ({last.hd95['All']:.2f} mm; {near.pop()} mm" in readme and last.hd95.drop('Full supervision').idxmin()=='All'
+
+def test_page_of_the_studies_says_what_their_tables_say():
+    "Every Dice and every share of the gap in a line with links stands on one of the pages that it links to"
+    for line in (results/'README.md').read_text(encoding='utf-8').splitlines():
+        linked = re.findall(r'\]\(([\w.-]+\.md)\)', line)
+        if not linked: continue
+        pages = ''.join((results/o).read_text(encoding='utf-8') for o in linked)
+        for dice in re.findall(r'\b0\.[4-9]\d\d\b', line): assert dice in pages, f'{dice}: {line[:80]}'
+        shares = re.findall(r'(\d+) %', re.sub(r'The aim was \d+ %|\d+ % of the row|with shifts \d+ %', '', line))
+        for o in shares: assert f'| {o}% |' in pages, f'{o} %: {line[:80]}'
 
 def script(name):
     spec = importlib.util.spec_from_file_location(name, results/f'{name}.py')

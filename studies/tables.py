@@ -13,10 +13,11 @@ def command_of(md):
     lines = [o for o in md.read_text(encoding='utf-8').splitlines() if o.startswith('    fastmiseg-compare ')]
     if not lines: return None
     _,study,*words = shlex.split(lines[0])
-    given = {k[2:]:v for k,v in zip(words[::2], words[1::2])}
-    assert set(given)<={'data','preset','recipe','seeds','score','rows'}, f'{md}: {set(given)}'
+    given = {k[2:].replace('-', '_'):v for k,v in zip(words[::2], words[1::2])}
+    numbers = {'seeds','labeled','valid','test','epochs','n_iters'}
+    assert set(given)<=numbers|{'data','preset','recipe','score','rows'}, f'{md}: {set(given)}'
     del given['data']
-    if 'seeds' in given: given['seeds'] = int(given['seeds'])
+    for k in numbers&set(given): given[k] = int(given[k])
     if 'rows' in given: given['rows'] = given['rows'].split(';')
     return study,given
 

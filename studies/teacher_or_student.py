@@ -3,7 +3,6 @@ or the student. Writes teacher_or_student.md
 
     python studies/teacher_or_student.py DATA --recipe hippocampus"""
 import time, warnings
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd, torch
@@ -17,7 +16,7 @@ from fastmiseg.scans.cohort import load_cohort, split_cohort
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.study.preset import presets, settings_of
 from fastmiseg.study.report import markdown
-from fastmiseg.study.run import versions
+from fastmiseg.study.work import versions
 from fastmiseg.training import callbacks_of, fit
 
 who = ('Teacher, statistics averaged','Teacher, statistics of its own passes','Student')

@@ -18,7 +18,7 @@ from fastmiseg.scans.recipe import Recipe
 from fastmiseg.show import palette
 from fastmiseg.study.preset import presets, settings_of
 from fastmiseg.study.report import markdown
-from fastmiseg.study.run import versions
+from fastmiseg.study.work import versions
 from fastmiseg.training import fit, schedule
 
 stages = ('Conv5','Upconv3','Upconv2')

@@ -18,9 +18,9 @@ from fastmiseg.study.evidence import Evidence, decides, describe_run, name_of, s
 from fastmiseg.study.plans import Study, find_study, studies
 from fastmiseg.study.preset import Preset, presets, settings_of
 from fastmiseg.study.protocol import changes_of, made_with
-from fastmiseg.study.report import paired_p, study_curves, study_scores, study_table, table_text
-from fastmiseg.study.run import compare_study, report_study, run_study, scored, wanted_runs
-from fastmiseg.study.work import evaluate_slices, make_run
+from fastmiseg.study.report import pages_text, paired_p, study_curves
+from fastmiseg.study.run import compare_study, report_study, run_study, scored, study_results, wanted_runs
+from fastmiseg.study.work import evaluate_slices, make_run, part_of
 from fastmiseg.metrics import VolumeDice
 from fastmiseg.packed import open_store, pack_slices
 from fastmiseg.surface import VolumeHD95
@@ -535,18 +535,20 @@ committed = [o for o in sorted(results.glob('*.csv')) if o.with_suffix('.md').ex
 @pytest.mark.parametrize('csv', committed, ids=lambda o: o.stem)
 def test_committed_tables_are_those_of_the_committed_runs(csv):
     name,given = script('tables').command_of(csv.with_suffix('.md'))
-    assert given['recipe']=='hippocampus'
-    study,preset = find_study(results.parent/name if '/' in name else name),presets[given.get('preset', 'cpu')]
+    study = find_study(results.parent/name if '/' in name else name)
+    preset = presets[given.get('preset') or study.preset]
+    preset = replace(preset, **{k:given[k] for k in ('labeled','valid','test') if k in given},
+                     settings=replace(preset.settings, **{k:given[k] for k in ('epochs','n_iters') if k in given}))
     if 'rows' in given: study = study.only(given['rows'])
-    score = scored(study, preset, given.get('score'))
-    there = Evidence(results)
-    wanted = wanted_runs(study, preset, given.get('seeds', 3), score, Recipe.hippocampus())
+    there,score = Evidence(results),scored(study, preset, given.get('score'))
+    wanted = wanted_runs(study, preset, given.get('seeds', 3), score, Recipe.named(given.get('recipe') or preset.recipe, None))
     found = [(k, o) for (k,_),o in zip(wanted, there.find([o for _,o in wanted]))]
-    table,text = study_table(scores:=study_scores(found, there.scores()), study),csv.with_suffix('.md').read_text(encoding='utf-8')
+    (scores,table),text = study_results(study, found, there),csv.with_suffix('.md').read_text(encoding='utf-8')
     pd.testing.assert_frame_equal(table, pd.read_csv(csv), check_dtype=False)
     minutes = sum(o['seconds'] for _,o in found)/60
-    assert table_text(table) in text and f'- {len(found)} runs, {minutes:.0f} minutes' in text and all(o in text for o in made_with(found))
-    assert scores.groupby(['row','seed']).scan.nunique().eq(dict(test=54, valid=29)[score]).all()
+    assert pages_text(table, study) in text and f'- {len(found)} runs, {minutes:.0f} minutes' in text and all(o in text for o in made_with(found))
+    scans = there.parts(found[0][1]['split']).query(f"split=='{part_of(score)}'").scan.nunique()
+    assert scores.groupby(['row','seed']).scan.nunique().eq(scans).all()
 
 def test_every_committed_page_is_written_again(tmp_path, monkeypatch):
     "By the command that stands in it, without the scans, to the byte"
@@ -561,23 +563,24 @@ def test_every_committed_page_is_written_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('md', sorted(results.glob('*.md')), ids=lambda o: o.stem)
 def test_committed_results_have_their_command(md):
-    text,name = md.read_text(encoding='utf-8'),md.stem.split('_')[0]
-    commands = [f'    fastmiseg-compare {name} --data DATA', f'    fastmiseg-compare studies/plans/{name}.json --data DATA', f'    python studies/{md.stem}.py DATA']
-    assert md.stem=='README' or any(o in text for o in commands)
+    text = md.read_text(encoding='utf-8')
+    named = re.search(r'^    (?:fastmiseg-compare (?:studies/plans/)?([\w-]+)(?:\.json)? --data|python studies/(\w+)\.py) ?DATA', text, re.M)
+    assert md.stem=='README' or md.stem.startswith(named[1] or named[2])
     assert not md.with_suffix('.csv').exists() or md.with_suffix('.png').exists()
 
 def test_committed_evidence_is_whole():
     there = Evidence(results)
     runs,scores,scans = there.runs(),there.scores(),there.scans()
     assert len(runs)==len({o['id'] for o in runs})==len({json.dumps([o[k] for k in decides], sort_keys=True) for o in runs})
-    assert set(scores.run)=={o['id'] for o in runs} and scores.dice.between(0,1).all() and not scores.duplicated(['run','scan','class']).any()
+    ids = {o['id'] for o in runs}
+    assert ids<=set(scores.run)<=ids|{student_of(o) for o in ids} and scores.dice.between(0,1).all() and not scores.duplicated(['run','scan','class']).any()
     scanned = scores.groupby('run').scan.apply(set)
     splits = {o['split'] for o in runs}
     assert splits==set(scans)-{'subject','scan','content'}
     for split in splits: assert split_name(there.parts(split))==split and there.parts(split).groupby('subject').split.nunique().eq(1).all()
     for o in runs:
         parts = there.parts(o['split'])
-        assert scanned[o['id']]==set(parts.scan[parts.split==o['score']]) and len(o['curve']['dice'])==o['settings']['epochs']
+        assert scanned[o['id']]==set(parts.scan[parts.split==part_of(o['score'])]) and len(o['curve']['dice'])==o['settings']['epochs']
         assert parts.subject[parts.split=='labeled'].nunique()==o['labeled'] and {'versions','threads','seconds'}<=set(o)
 
 @pytest.mark.parametrize('name', ['why','teacher_or_student'])

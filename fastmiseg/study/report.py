@@ -8,7 +8,6 @@ __all__ = ['study_scores', 'paired_p', 'study_table', 'markdown', 'table_text', 
 
 # %% ../../nbs/65_study.report.ipynb #39b5734d
 import textwrap
-from pathlib import Path
 
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure

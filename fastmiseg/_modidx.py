@@ -1730,6 +1730,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastmiseg.study.run.report_study': ('study.run.html#report_study', 'fastmiseg/study/run.py'),
                                      'fastmiseg.study.run.run_study': ('study.run.html#run_study', 'fastmiseg/study/run.py'),
                                      'fastmiseg.study.run.scored': ('study.run.html#scored', 'fastmiseg/study/run.py'),
+                                     'fastmiseg.study.run.study_results': ('study.run.html#study_results', 'fastmiseg/study/run.py'),
                                      'fastmiseg.study.run.wanted_runs': ('study.run.html#wanted_runs', 'fastmiseg/study/run.py')},
             'fastmiseg.study.work': { 'fastmiseg.study.work._Pace': ('study.work.html#_pace', 'fastmiseg/study/work.py'),
                                       'fastmiseg.study.work._Pace.__init__': ('study.work.html#_pace.__init__', 'fastmiseg/study/work.py'),

@@ -126,7 +126,9 @@ studies = {o.name:o for o in [
 # %% ../../nbs/63_study.plans.ipynb #b48913dc
 strong = dict(loss='ce+dice', foreground=.33) # of the supervised part, in every row but the paper's
 ours = dict(global_mi=.0003, local_mi=.1, consistency=[2.,.8]) # mutual information
+# what is recommended, on the base `strong`: as chosen on validation scans
 recommended = dict(method='pseudo+mi+teacher', pseudo=[1.,.4], global_mi=.0003, local_mi=.1)
+# the same without mutual information
 without_mi = dict(method='pseudo+teacher', pseudo=[1.,.4])
 
 _papers = dict(loss='ce', shift=0., jitter=0.)

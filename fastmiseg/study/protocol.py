@@ -51,8 +51,8 @@ def _weights(preset, rows):
             f"with a and is gone after b; the teacher's decay is {preset.settings.decay:g}.")
 
 def protocol(
-    preset:Preset,
-    study:Study,
+    preset:Preset, # of every row
+    study:Study, # which rows
     found:list, # (row, run)
     parts       # who is in which part, with the fewest labelled subjects
 )->list: # of lines

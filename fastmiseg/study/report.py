@@ -67,7 +67,7 @@ def _gap(mean, study, rows):
 
 def study_table(
     scores:pd.DataFrame, # as from `study_scores`
-    study:Study,
+    study:Study,         # which rows, against which they are tested
     students:pd.DataFrame=None, # the same of the students, where there are any
     seconds:dict=None    # row -> mean duration of a run
 )->pd.DataFrame: # a row per row of the study: mean and sd of each class and of the mean, gap_closed, p

@@ -46,7 +46,7 @@ def show_slice(
     y=None,       # mask (H,W), drawn as contours
     ax=None,      # matplotlib axis; a new one by default
     classes=None, # names, background first, for a legend under the slice
-    title=None
+    title=None    # above it
 ): # the axis
     "A slice in grey with the contours of its mask"
     if ax is None: _,ax = plt.subplots(figsize=(3,3))
@@ -86,8 +86,8 @@ def new_figure(
     return plt.figure(FigureClass=_PlotFigure, **kwargs)
 
 def save_figure(
-    fig:Figure,
-    out=None  # file to write, if any; its folder is made
+    fig:Figure, # of matplotlib
+    out=None    # file to write, if any; its folder is made
 )->Figure:
     "The figure, written to `out` too where that is given"
     if out is None: return fig

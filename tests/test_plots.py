@@ -185,3 +185,19 @@ def test_tensorboard_has_every_term_and_the_dice(tmp_path):
     events = EventAccumulator(str(tmp_path/'events'))
     events.Reload()
     for k in terms: assert [o.value for o in events.Scalars(k)]==pytest.approx(log[k].tolist(), rel=1e-5), k
+
+def test_weights_and_biases_have_every_term_and_the_dice(tmp_path, monkeypatch):
+    wandb = pytest.importorskip('wandb', reason='wandb is not installed')
+    from fastai.callback.wandb import WandbCallback
+    sent = []
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    run = wandb.init(mode='offline', dir=tmp_path)
+    monkeypatch.setattr(wandb, 'log', lambda o, **kw: (sent.append(dict(o)), run.log(o, **kw)))
+    try: log = logged(tmp_path, WandbCallback(log_preds=False))
+    finally:
+        summary = dict(run.summary)
+        run.finish()
+    for k in terms:
+        assert [o[k] for o in sent if k in o]==pytest.approx(log[k].tolist())
+        assert summary[k]==pytest.approx(log[k].iloc[-1])
+    assert list(tmp_path.rglob('*.wandb'))

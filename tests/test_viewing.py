@@ -59,3 +59,18 @@ def test_without_the_package_the_error_says_how_to_get_it(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, 'ipyniivue', None)
     with pytest.raises(ImportError, match=r"needs the package ipyniivue.*pip install 'fastmiseg\[viewer\]'"):
         view_scan(files(tmp_path)[0])
+
+def test_the_map_of_disagreement_belongs_to_its_scan(tmp_path):
+    from matplotlib import pyplot as plt
+    from fastmiseg.viewing import plot_uncertainty
+    scan = Volume(np.random.rand(3,12,10).astype(np.float32), (5.,1.,1.), path='scan')
+    pred,doubt = np.zeros(scan.shape, np.uint8),np.zeros(scan.shape, np.float32)
+    pred[1,3:6,3:6] = 1
+    doubt[1,4,5] = .5
+    write_volume(scan.like(doubt), tmp_path/'doubt.nii.gz')
+    fig = plot_uncertainty(scan, tmp_path/'doubt.nii.gz', pred, n=1)
+    shown = fig.axes[1].images[-1].get_array()
+    assert np.argwhere(shown>0).tolist()==[[4,5]] and shown.max()==.5
+    with pytest.raises(ValueError, match=r'uncertainty: has shape \(2, 12, 10\), but the scan has \(3, 12, 10\)'):
+        plot_uncertainty(scan, doubt[:2])
+    plt.close('all')

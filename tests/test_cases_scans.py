@@ -1,6 +1,6 @@
 "Scans as hospitals have them: each kind of fault is read right, or refused in a sentence that names what was found"
 import locale
-import gzip, os, re, struct, subprocess, sys, textwrap, warnings
+import gzip, os, re, struct, subprocess, sys, textwrap
 from pathlib import Path
 
 import nibabel, numpy as np, pydicom, pytest, SimpleITK as sitk
@@ -9,11 +9,11 @@ from pydicom.uid import (DeflatedExplicitVRLittleEndian, EnhancedMRImageStorage,
                          ImplicitVRLittleEndian, MPEG2MPML, MRImageStorage, RLELossless, generate_uid)
 
 from fastmiseg.scans import intact
-from fastmiseg.scans.cohort import load_cohort, save_cohort, split_cohort
+from fastmiseg.scans.cohort import load_cohort, save_cohort
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.store import SliceStore
-from fastmiseg.scans.volume import (Volume, VolumeError, VolumeWarning, check_same_geometry, choose_volume, collect_warnings, read_mask, read_size,
-                                    read_volume, scan_files, split_choice, summarise_warnings, write_volume)
+from fastmiseg.scans.volume import (Volume, VolumeError, VolumeWarning, choose_volume, collect_warnings, read_mask, read_size,
+                                    read_volume, scan_files, split_choice, write_volume)
 
 def read(path, **kw):
     "The volume, and what was said"
@@ -959,7 +959,7 @@ def test_memory_of_a_series(tmp_path, monkeypatch):
 
 def test_memory_under_a_limit(tmp_path):
     "The process's own limit counts too"
-    resource = pytest.importorskip('resource')
+    pytest.importorskip('resource')
     f = write_volume(Volume(np.zeros((300,1000,1000),'u1')), tmp_path/'a.nii.gz')
     code = '''
         import resource, sys

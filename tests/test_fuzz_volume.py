@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmiseg.scans.intact import check_intact
 from fastmiseg.scans.volume import Volume, VolumeError, collect_warnings, read_volume, write_volume
 
 CASES = 150 # for each of the kinds of file below
@@ -72,7 +71,7 @@ def _batch(kind, seed):
             hit.write_bytes(bad)
             print(json.dumps(dict(i=i)), flush=True)
             try:
-                with collect_warnings() as found: vol = read_volume(f)
+                with collect_warnings(): vol = read_volume(f)
                 same = vol.array.shape==whole.array.shape and np.array_equal(vol.array, whole.array)
                 ok = vol.array.ndim==3 and np.isfinite(vol.array).all() and all(1e-4<=o<=1e4 for o in vol.spacing)
                 print(json.dumps(dict(i=i, end='volume', sum=kind=='zraw' or kind=='nii.gz' and not inner, same=bool(same), ok=bool(ok), vox=int(vol.array.size))), flush=True)

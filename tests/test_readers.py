@@ -2,14 +2,14 @@
 import json, os, sys, warnings
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest, SimpleITK as sitk
+import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_volume import odd_sform, write_series
 
 from fastmiseg.scans.cohort import CohortError, check_cohort, find_duplicates, load_cohort, save_cohort, split_cohort
-from fastmiseg.scans.volume import Volume, VolumeError, read_mask, read_scan, read_volume, write_volume
+from fastmiseg.scans.volume import Volume, read_mask, read_scan, read_volume, write_volume
 
 def image(seed=0, shape=(4,10,12)): return Volume(np.random.default_rng(seed).integers(1, 900, shape).astype(np.int16), (5.,1.5,1.25))
 def mask_of(vol, values=(0,1)): return vol.like(np.choose((vol.array[-1] if vol.array.ndim==4 else vol.array)%len(values), values).astype(np.uint16 if max(values)>255 else np.uint8))
@@ -59,8 +59,10 @@ def test_promise12(tmp_path, capsys):
     assert df.scan.tolist()==['Case00','Case01','Case02','test_Case00'] and df.subject.tolist()==df.scan.tolist()
     assert df['mask'].isna().tolist()==[False,False,False,True] and all_read(df)
 
-def msd(root, name, ids, test=(), shape=(4,10,12), modality={'0':'MRI'}, labels={'0':'background','1':'A','2':'B'}, stem=None):
+def msd(root, name, ids, test=(), shape=(4,10,12), modality=None, labels=None, stem=None):
     stem = stem or name.lower()
+    modality = {'0':'MRI'} if modality is None else modality
+    labels = labels or {'0':'background','1':'A','2':'B'}
     for i in ids: put(root, f'imagesTr/{stem}_{i:03d}.nii.gz', f'labelsTr/{stem}_{i:03d}.nii.gz', seed=i, values=tuple(range(len(labels))), shape=shape)
     for i in test: put(root, f'imagesTs/{stem}_{i:03d}.nii.gz', seed=i, shape=shape)
     for d in ('imagesTr','labelsTr'): (root/d/f'._{stem}_{ids[0]:03d}.nii.gz').write_bytes(b'Mac OS X        ')

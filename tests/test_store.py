@@ -1,5 +1,5 @@
 """The slice store under what happens to stores: killed workers, interruptions, several processes, full disks, files that change"""
-import json, os, pickle, resource, signal, subprocess, sys, time, warnings
+import os, pickle, resource, signal, subprocess, sys, time, warnings
 from dataclasses import replace
 from pathlib import Path
 

@@ -221,7 +221,7 @@ def test_noise_is_accepted_with_a_warning_and_more_is_not(tmp_path):
 def test_same_mask_in_another_format_is_silent_or_noise(tmp_path):
     image = scan(np.random.default_rng(3), origin=(-123.456789,234.567891,-1234.56789))
     f,g = write_volume(image, tmp_path/'image.mha'), write_volume(image.like((image.array>50)*1.), tmp_path/'mask.nii.gz')
-    with collect_warnings() as found: x,y = read_scan(f, g)
+    with collect_warnings(): x,y = read_scan(f, g)
     assert y.array.dtype==np.uint8 and y.origin==x.origin and y.direction==x.direction
 
 @pytest.mark.parametrize('dtype', ['u1','i2','u2','i4','i8','f4','f8'])

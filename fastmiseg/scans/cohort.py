@@ -19,74 +19,99 @@ import numpy as np, pandas as pd
 
 from ..files import write_text
 from .intact import check_regular, extension
-from .readers import CohortError, layouts, subject_of
-from .standards import read_bids, read_nnunet # enter their layouts
+from .readers import CohortError, subject_of
+from .standards import layouts
 from .table import note
-from .volume import VolumeError, choose_volume, collect_warnings, read_scan, read_size, read_volume, summarise_warnings
+from .volume import (
+    VolumeError, choose_volume, collect_warnings, read_scan, read_size, read_volume, summarise_warnings)
 
 # %% ../../nbs/14_scans.cohort.ipynb #d83d963e
 _all_ = ['CohortError']
 
-class CohortWarning(UserWarning): "Something about a cohort that may make results look better than they are"
+class CohortWarning(UserWarning):
+    "Something about a cohort that may make results look better than they are"
 
-# %% ../../nbs/14_scans.cohort.ipynb #156654e9
-def load_cohort(
-    root,          # Folder, CSV file or DataFrame
-    layout=None,   # 'bids', 'nnunet', 'msd', 'acdc', 'promise12', 'mmwhs', 'folder', 'dicom' or 'csv'; recognised and printed if not given
-    classes=None,  # Names of the classes, background first, where the layout doesn't know them
-    labels=None,   # Stored mask value -> class index, where they differ
-    form=None,     # 'qform' or 'sform': which one to take of NIfTI files in which they differ
-    subject=None,  # Whose scan is it? A regular expression (its first group, or what it matches) or a function, for a scan's name; by default as the layout knows it
-    straddle=False,# Allow a column `split` that has one subject in several parts?
-    **options      # Of the layout's reader, like `suffix=` of `read_bids`
-)->pd.DataFrame:   # One row per scan: `subject`, `scan`, `image`, `mask` (`None`: unlabelled) and what else the reader knows
-    "The scans below `root`"
-    if layout is not None and layout not in layouts: raise CohortError(f'layout={layout!r}: is none of {", ".join(layouts)}')
-    if isinstance(root, pd.DataFrame): layout,said = 'csv',False
-    else:
-        if not isinstance(root, (str,os.PathLike)): raise CohortError(f'root={root!r}: expected a folder with scans, a .csv file or a DataFrame; name where the scans are')
-        root,said = Path(root).expanduser(),layout is None
-        if not root.exists(): raise CohortError(f'{root}: does not exist; expected a folder with scans or a .csv file. Check the name')
-        if not root.is_dir():
-            try: check_regular(root)
-            except ValueError as e: raise CohortError(f'{root}: {e}') from None
-        if layout is None: layout = next((o.name for o in layouts.values() if o.matches(root)), None)
-        if layout is None: raise CohortError(f'{root}: no known layout; looked for\n'+'\n'.join(f'- {o.name}: {o.expects}' for o in layouts.values())+f'\nFound {_inside(root)}. Name the layout, or list the scans in a .csv file')
-    try: df = layouts[layout].read(root, **options)
-    except TypeError as e:
-        if 'argument' not in str(e): raise
-        raise CohortError(f'{", ".join(options)}: the reader for {layout!r} does not take this ({e})') from None
-    df = _people(df, subject, straddle)
-    if classes is not None: df.attrs['classes'] = tuple(classes)
-    if labels is not None: df.attrs['labels'] = dict(labels)
-    if form is not None:
-        for k in ('image','mask'): df[k] = [choose_volume(o, form=form) if o and extension(o) in ('.nii','.nii.gz') else o for o in df[k]]
-    if said: print(f'{layout}: {_describe(df)}')
-    return df
-
+# %% ../../nbs/14_scans.cohort.ipynb #8fd70069
 def _people(df, subject, straddle):
     "Whose scans they are, checked"
     alone = df.attrs.pop('alone', False)
-    if subject is not None: df['subject'] = pd.Series(map(subject_of(subject), df.scan), df.index, dtype=object)
+    if subject is not None:
+        df['subject'] = pd.Series(map(subject_of(subject), df.scan), df.index, dtype=object)
     elif alone and (found := related(df.scan)):
         pattern,(a,b),n = found
-        warnings.warn(CohortWarning(f'{n} of {len(df)} scans may belong to fewer subjects than scans, for example {a} and {b}, but each is taken to be a person of its own: '
-            f'a split would put one person in two parts. If so, give subject={pattern!r} (a regular expression for the subject in a scan\'s name, or a function); if not, subject=str'), stacklevel=3)
+        warnings.warn(CohortWarning(f'{n} of {len(df)} scans may belong to fewer subjects than '
+                                    f'scans, for example {a} and {b}, but each is taken to be a '
+                                    'person of its own: a split would put one person in two parts. '
+                                    f'If so, give subject={pattern!r} (a regular expression for '
+                                    'the subject in a scan\'s name, or a function); if not, '
+                                    'subject=str'), stacklevel=3)
     if straddle: df.attrs['straddle'] = True
     if 'split' in df:
-        df['split'] = pd.Series([_part(s, v) for s,v in zip(df.scan, df['split'])], df.index, dtype=object)
+        df['split'] = pd.Series([_part(s, v) for s,v in zip(df.scan, df['split'])], df.index,
+                                dtype=object)
         check_split(df)
     return df
 
 def _inside(root):
     if root.is_file(): return f'one file {root.name}'
     names = sorted(o.name+'/'*o.is_dir() for o in root.iterdir() if not o.name.startswith('.'))
-    return ', '.join(names[:6])+(f', ... ({len(names)} entries)' if len(names)>6 else '') if names else 'nothing'
+    return ', '.join(names[:6])+(f', ... ({len(names)} entries)' if len(names)>6
+                                 else '') if names else 'nothing'
 
 def _describe(df):
     has = df['mask'].notna()
     classes = df.attrs.get('classes')
-    return f'{len(df)} scans of {df.subject.nunique()} subjects, {has.sum()} with masks ({df.subject[has].nunique()} subjects)'+(f'; classes {", ".join(classes)}' if classes else '')
+    said = (f'{len(df)} scans of {df.subject.nunique()} subjects, {has.sum()} with masks '
+            f'({df.subject[has].nunique()} subjects)')
+    return f'{said}; classes {", ".join(classes)}' if classes else said
+
+# %% ../../nbs/14_scans.cohort.ipynb #acb3460d
+def load_cohort(
+    root,          # Folder, CSV file or DataFrame
+    layout=None,   # One of `layouts`, like 'bids', 'folder' or 'csv'; recognised and said if not given
+    classes=None,  # Names of the classes, background first, where the layout doesn't know them
+    labels=None,   # Stored mask value -> class index, where they differ
+    form=None,     # 'qform' or 'sform': which one to take of NIfTI files in which they differ
+    subject=None,  # Whose scan, by its name? A regular expression or a function, as for `subject_of`
+    straddle=False,# Allow a column `split` that has one subject in several parts?
+    **options      # Of the layout's reader, like `suffix=` of `read_bids`
+# One row per scan: `subject`, `scan`, `image`, `mask` (`None`: unlabelled) and what else the reader knows
+)->pd.DataFrame:
+    "The scans below `root`"
+    if layout is not None and layout not in layouts:
+        raise CohortError(f'layout={layout!r}: is none of {", ".join(layouts)}')
+    if isinstance(root, pd.DataFrame): layout,said = 'csv',False
+    else:
+        if not isinstance(root, (str,os.PathLike)):
+            raise CohortError(f'root={root!r}: expected a folder with scans, a .csv file or a '
+                              'DataFrame; name where the scans are')
+        root,said = Path(root).expanduser(),layout is None
+        if not root.exists():
+            raise CohortError(f'{root}: does not exist; expected a folder with scans or a .csv '
+                              'file. Check the name')
+        if not root.is_dir():
+            try: check_regular(root)
+            except ValueError as e: raise CohortError(f'{root}: {e}') from None
+        if layout is None:
+            layout = next((o.name for o in layouts.values() if o.matches(root)), None)
+        if layout is None:
+            known = '\n'.join(f'- {o.name}: {o.expects}' for o in layouts.values())
+            raise CohortError(f'{root}: no known layout; looked for\n{known}\nFound '
+                              f'{_inside(root)}. Name the layout, or list the scans in a .csv file')
+    try: df = layouts[layout].read(root, **options)
+    except TypeError as e:
+        if 'argument' not in str(e): raise
+        raise CohortError(f'{", ".join(options)}: the reader for {layout!r} does not take this '
+                          f'({e})') from None
+    df = _people(df, subject, straddle)
+    if classes is not None: df.attrs['classes'] = tuple(classes)
+    if labels is not None: df.attrs['labels'] = dict(labels)
+    if form is not None:
+        for k in ('image','mask'):
+            df[k] = [choose_volume(o, form=form) if o and extension(o) in ('.nii','.nii.gz') else o
+                     for o in df[k]]
+    if said: print(f'{layout}: {_describe(df)}')
+    return df
 
 # %% ../../nbs/14_scans.cohort.ipynb #1b2c3d4e
 _stems = (r'^(.+)[_\-. ][^_\-. ]+$',      # anna_ct1, anna_ct2
@@ -97,16 +122,20 @@ _stems = (r'^(.+)[_\-. ][^_\-. ]+$',      # anna_ct1, anna_ct2
 
 def related(
     names # of scans
-): # a pattern for the part that some share, two names that do, and how many do; None if nothing suggests it
+# a pattern for the part that some share, two names that do, and how many do; None if nothing suggests it
+):
     "Do several scans seem to belong to one person?"
     names = list(names)
     for pattern in _stems:
         groups = {}
-        for s in names: groups.setdefault(m[1].casefold() if (m := re.match(pattern, s)) else s.casefold(), []).append(s)
+        for s in names:
+            groups.setdefault(m[1].casefold() if (m := re.match(pattern, s)) else s.casefold(),
+                              []).append(s)
         several = [g for g in groups.values() if len(g)>1]
         n = sum(map(len, several))
         # all in one group: a name for the whole cohort; large groups: sites or studies
-        if several and len(groups)>1 and n/len(several)<=12: return pattern, sorted(several[0])[:2], n
+        if several and len(groups)>1 and n/len(several)<=12:
+            return pattern, sorted(several[0])[:2], n
 
 # %% ../../nbs/14_scans.cohort.ipynb #ee9c4449
 def voxel_digest(
@@ -129,7 +158,10 @@ def find_duplicates(
             try: groups.setdefault(f(o.image),[]).append(o)
             except VolumeError: pass
         return [g for g in groups.values() if len({o.subject for o in g})>1]
-    with collect_warnings(): return [tuple(o.scan for o in g) for rows in _same(df.sort_values('scan').itertuples(), read_size) for g in _same(rows, _content)]
+    with collect_warnings():
+        return [tuple(o.scan for o in g)
+                for rows in _same(df.sort_values('scan').itertuples(), read_size)
+                for g in _same(rows, _content)]
 
 # %% ../../nbs/14_scans.cohort.ipynb #56ad9597
 def _rank(seed, name):
@@ -157,18 +189,22 @@ def _units(df, duplicates, scans, stratify):
         subjects,masked = set(rows.subject),rows[rows.has]
         if not len(masked): continue
         strata = {'' if pd.isna(o) else str(o) for o in rows[stratify]} if stratify else {''}
-        units.append(dict(name=name, subjects=subjects, n=len(masked) if scans else masked.subject.nunique(),
+        units.append(dict(name=name, subjects=subjects, n=len(masked) if scans
+                          else masked.subject.nunique(),
                           tied=len(subjects)>1, stratum=min(strata)))
     return units
 
 def _queue(units, seed):
     "The units as they are taken: any stretch has the strata in about the proportions of the whole"
     strata = {}
-    for u in sorted(units, key=lambda u: _rank(seed, u['name'])): strata.setdefault(u['stratum'], []).append(u)
+    for u in sorted(units,
+                    key=lambda u: _rank(seed,
+                                        u['name'])): strata.setdefault(u['stratum'], []).append(u)
     place = {}
     for k,members in strata.items():
         shift = _rank(seed, f'stratum/{k}')
-        for i,u in enumerate(members): place[u['name']] = (i+shift)/len(members) if len(strata)>1 else i
+        for i,u in enumerate(members):
+            place[u['name']] = (i+shift)/len(members) if len(strata)>1 else i
     return sorted(units, key=lambda u: (u['tied'], place[u['name']], u['name']))
 
 # %% ../../nbs/14_scans.cohort.ipynb #ea3424ba
@@ -191,31 +227,35 @@ def default_parts(
 # %% ../../nbs/14_scans.cohort.ipynb #e5aefab7
 def split_cohort(
     df:pd.DataFrame, # A cohort
-    labeled=None,    # Subjects to train on with their masks: a number, a fraction (float); `None`: all that remain
+    labeled=None,    # Subjects to train on with their masks: a number or a fraction; `None`: all that remain
     valid=None,      # Subjects to validate on: a number or a fraction; `None`: as `default_parts` chooses
     test=None,       # Subjects to test on, likewise
     seed=0,          # Which split
-    scans=False,     # Count scans with masks instead of subjects, as the paper does? Subjects stay whole all the same
+    scans=False,     # Count scans with masks instead of subjects, as the paper does?
     stratify=None,   # Column in whose proportions each part is drawn, like 'group' of ACDC
-    duplicates=True, # Look for one image under several subjects (`find_duplicates`), or a list of them, kept together
-    folds=None,      # Cross-validation: the annotated subjects that do not test are divided among as many folds
+    duplicates=True, # Keep together what `find_duplicates` finds? Or a list of such scans
+    folds=None,      # Cross-validation: as many folds, of the annotated subjects that do not test
     fold=0,          # Which of them validates: 0 to `folds`-1
     show=True        # Say what was chosen, and which annotated subjects are used as unlabelled?
 )->pd.DataFrame:     # With a column `split`: 'labeled', 'unlabeled', 'valid' or 'test'
     "Divide the subjects of a cohort; those without any mask, and all that are left, are 'unlabeled'"
     if stratify and stratify not in df:
-        raise CohortError(f'stratify={stratify!r}: is not a column of the cohort; there are {", ".join(df.columns)}')
+        raise CohortError(f'stratify={stratify!r}: is not a column of the cohort; there are '
+                          f'{", ".join(df.columns)}')
     if duplicates is True: duplicates = _said_duplicates(df)
     units,what = _units(df, duplicates or (), scans, stratify),'scans' if scans else 'subjects'
     total = sum(u['n'] for u in units)
     if folds is None:
-        if fold: raise CohortError(f'fold={fold!r}: which of how many? Give folds, too, like folds=5')
-        asked = {k: _number(k, v, total) for k,v in dict(labeled=labeled, valid=valid, test=test).items()}
+        if fold:
+            raise CohortError(f'fold={fold!r}: which of how many? Give folds, too, like folds=5')
+        asked = {k: _number(k, v, total)
+                 for k,v in dict(labeled=labeled, valid=valid, test=test).items()}
         want,queue = default_parts(total, **asked),_queue(units, seed)
     else: want,queue = _fold(units, total, folds, fold, labeled, valid, test, seed)
     _check_enough(df, total, what, want, folds)
     part = _take(queue, want, what)
-    if show and (said := _said_split(units, part, what, None in (labeled,valid,test), folds, fold)): print(said)
+    if show and (said := _said_split(units, part, what, None in (labeled,valid,test), folds, fold)):
+        print(said)
     return _with_split(df, part)
 
 # %% ../../nbs/14_scans.cohort.ipynb #18e13667
@@ -225,7 +265,8 @@ def _said_duplicates(df):
     if found:
         some = '; '.join(' = '.join(o) for o in found[:5]) + (' ...' if len(found)>5 else '')
         what = '1 image is' if len(found)==1 else f'{len(found)} images are'
-        warnings.warn(f'{what} there under several subjects, which are kept together in the split: {some}',
+        warnings.warn(f'{what} there under several subjects, which are kept together in the split: '
+                      f'{some}',
                       stacklevel=3)
     return found
 
@@ -234,26 +275,31 @@ def _number(name, v, total):
     if v is None: return None
     if isinstance(v, (int,np.integer)) and not isinstance(v, bool) and v>=0: return int(v)
     if isinstance(v, (float,np.floating)) and 0<=v<=1: return max(round(v*total), v>0)
-    raise CohortError(f'{name}={v!r}: expected a number of subjects, or a fraction between 0.0 and 1.0')
+    raise CohortError(f'{name}={v!r}: expected a number of subjects, or a fraction between 0.0 and '
+                      '1.0')
 
 def _check_enough(df, total, what, want, folds):
     "Raise a `CohortError` if there are fewer annotated subjects than are needed"
     need = {k: 1 if v is None else v for k,v in want.items()}
     if sum(need.values())<=total: return
-    asked = ', '.join(f'{k}={"all others" if want[k] is None else want[k]}' for k in ('labeled','valid','test'))
+    asked = ', '.join(f'{k}={"all others" if want[k] is None else want[k]}'
+                      for k in ('labeled','valid','test'))
     if folds: asked += f' (folds={folds})'
     if not total:
         layout = layouts.get(df.attrs.get('layout'))
         expected = 'names of files in the column `mask`'
-        if layout and 'mask' in layout.expects: expected = f'{layout.expects} (layout {layout.name!r})'
-        raise CohortError(f'{asked}: none of the {len(df)} scans of this cohort has a mask. Expected {expected}; '
-                          'put the masks there, or call load_cohort with the `layout` that the files have')
+        if layout and 'mask' in layout.expects:
+            expected = f'{layout.expects} (layout {layout.name!r})'
+        raise CohortError(f'{asked}: none of the {len(df)} scans of this cohort has a mask. '
+                          f'Expected {expected}; put the masks there, or call load_cohort with the '
+                          '`layout` that the files have')
     one = what[:-1] if total==1 else what
     if want['labeled'] is None and total==1:
-        raise CohortError(f'{asked}: there is 1 {one} with a mask in this cohort, and a split needs two, one to train '
-                          'on and one to validate on; annotate another, or validate on none with valid=0')
-    raise CohortError(f'{asked}: these are {sum(need.values())} {what} with masks, and there are {total} in this '
-                      'cohort; ask for fewer')
+        raise CohortError(f'{asked}: there is 1 {one} with a mask in this cohort, and a split '
+                          'needs two, one to train on and one to validate on; annotate another, or '
+                          'validate on none with valid=0')
+    raise CohortError(f'{asked}: these are {sum(need.values())} {what} with masks, and there are '
+                      f'{total} in this cohort; ask for fewer')
 
 # %% ../../nbs/14_scans.cohort.ipynb #4e4377d1
 def _take(queue, want, what):
@@ -269,38 +315,43 @@ def _take(queue, want, what):
             part.update(dict.fromkeys(u['subjects'], k))
         if n!=0 and not got:
             asked = 'all others' if n is None else n
-            raise CohortError(f'{k}={asked}: no {what} with masks are left for it, because people (and subjects that '
-                              'share an image) stay together; ask for fewer elsewhere')
+            raise CohortError(f'{k}={asked}: no {what} with masks are left for it, because people '
+                              '(and subjects that share an image) stay together; ask for fewer '
+                              'elsewhere')
     return part
 
 def _with_split(df, part):
-    "The cohort with its column `split`, without scans that would give away a subject of validation or test"
+    "The cohort with its column `split`, without scans that give away a subject of validation or test"
     out = df.copy()
-    out['split'] = pd.Series([part.get(s, 'unlabeled') for s in df.subject], index=df.index, dtype=object)
+    out['split'] = pd.Series([part.get(s, 'unlabeled') for s in df.subject], index=df.index,
+                             dtype=object)
     bare = df['mask'].isna()
     out.loc[bare & (out.split=='labeled'), 'split'] = 'unlabeled'
     rest = bare & out.split.isin(['valid','test'])
     if not rest.any(): return out
-    warnings.warn(f'{rest.sum()} scans without a mask are left out: they belong to validation or test subjects, '
-                  f'for example {df.scan[rest].iloc[0]}', stacklevel=3)
+    warnings.warn(f'{rest.sum()} scans without a mask are left out: they belong to validation or '
+                  f'test subjects, for example {df.scan[rest].iloc[0]}', stacklevel=3)
     return out[~rest].reset_index(drop=True)
 
 def _said_split(units, part, what, chosen, folds, fold):
-    "What a user should know of a split that was not asked for in full, or that leaves masks unused; else None"
+    "What was chosen, and which masks are not used; None if there is nothing to say"
     count,total = Counter(),sum(u['n'] for u in units)
     for u in units: count[part.get(min(u['subjects']), 'unlabeled')] += u['n']
     left = count['unlabeled']
     if not chosen and not left: return None
-    said = f'split of {total} annotated {what}: ' if not folds else f'fold {fold} of {folds}, {total} annotated {what}: '
+    which = f'fold {fold} of {folds},' if folds else 'split of'
+    said = f'{which} {total} annotated {what}: '
     said += f'{count["labeled"]} labelled, {count["valid"]} for validation, {count["test"]} for test'
-    if left: said += f'; {left} of {total} annotated {what} {"is" if left==1 else "are"} used as unlabelled'
+    if left:
+        said += f'; {left} of {total} annotated {what} {"is" if left==1 else "are"} used as unlabelled'
     return said
 
 # %% ../../nbs/14_scans.cohort.ipynb #c14f52fb
 def _deal(units, folds, seed):
     "The units in `folds` parts of about the same size, each stratum spread over all of them"
     parts = [[] for _ in range(folds)]
-    def size(part, stratum=None): return sum(u['n'] for u in part if stratum in (None, u['stratum']))
+    def size(part, stratum=None):
+        return sum(u['n'] for u in part if stratum in (None, u['stratum']))
     for u in sorted(units, key=lambda u: (u['stratum'], -u['n'], _rank(seed, u['name']))):
         min(parts, key=lambda o: (size(o, u['stratum']), size(o))).append(u)
     return parts
@@ -312,15 +363,18 @@ def _whole(name, v, low, high, why=''):
 def _fold(units, total, folds, fold, labeled, valid, test, seed):
     "How many for what, and the queue, if fold `fold` of `folds` validates"
     if valid is not None:
-        raise CohortError(f'valid={valid!r}, folds={folds!r}: with folds, one of them validates; leave valid out')
+        raise CohortError(f'valid={valid!r}, folds={folds!r}: with folds, one of them validates; '
+                          'leave valid out')
     queue,test = _queue(units, seed),_number('test', test, total) or 0
     testing = set(_take(queue, dict(test=test), 'subjects'))
     tests = [u for u in queue if u['subjects']<=testing]
     rest = [u for u in queue if u not in tests]
     if len(rest)<2:
-        raise CohortError(f'folds={folds!r}: needs at least 2 annotated subjects to validate in turn, and there '
-                          f'{"is" if len(rest)==1 else "are"} {len(rest)}; annotate more, or ask for fewer to test')
-    folds = _whole('folds', folds, 2, len(rest), ', as many as there are annotated subjects that validate in turn')
+        raise CohortError(f'folds={folds!r}: needs at least 2 annotated subjects to validate in '
+                          f'turn, and there {"is" if len(rest)==1 else "are"} {len(rest)}; '
+                          'annotate more, or ask for fewer to test')
+    folds = _whole('folds', folds, 2, len(rest),
+                   ', as many as there are annotated subjects that validate in turn')
     mine = _deal(rest, folds, seed)[_whole('fold', fold, 0, folds-1)]
     want = dict(test=sum(u['n'] for u in tests), valid=sum(u['n'] for u in mine),
                 labeled=_number('labeled', labeled, total))
@@ -332,32 +386,41 @@ _parts = dict(labeled='training', unlabeled='training', valid='validation', test
 def _part(scan, v):
     "A value of the column `split` as people write it"
     if isinstance(v, str) and (known := v.strip().lower()) in _parts: return known
-    raise CohortError(f'split: that of the scan {scan!r} is {v!r}, expected one of {", ".join(_parts)}')
+    raise CohortError(f'split: that of the scan {scan!r} is {v!r}, expected one of '
+                      f'{", ".join(_parts)}')
 
 def _apart(df, key, what):
     "Error if one of `key` is in several parts"
     if df.attrs.get('straddle') or 'split' not in df: return
     where = {}
     for k,s,v in zip(key, df.scan, df['split']):
-        if k is not None and v in _parts: where.setdefault(k, {}).setdefault(_parts[v], []).append(s)
+        if k is not None and v in _parts:
+            where.setdefault(k, {}).setdefault(_parts[v], []).append(s)
     if bad := [(k,o) for k,o in where.items() if len(o)>1]:
         k,parts = bad[0]
-        raise CohortError(f'split: {len(bad)} {what(k, len(bad))}: {", ".join(f"{p} ({chr(44).join(o[:3])})" for p,o in parts.items())}: scores would look better than they are. '
-                          'Put all of them in one part, or allow it with load_cohort(..., straddle=True)')
+        raise CohortError(f'split: {len(bad)} {what(k, len(bad))}: '
+                          f'{", ".join(f"{p} ({chr(44).join(o[:3])})" for p,o in parts.items())}: '
+                          'scores would look better than they are. Put all of them in one part, or '
+                          'allow it with load_cohort(..., straddle=True)')
 
 def check_split(
     df:pd.DataFrame # A cohort
 ):
     "Raise a `CohortError` if a subject, or a file, is in several of training, validation and test"
-    _apart(df, [None if pd.isna(o) else str(o) for o in df.subject], lambda k,n: f'subject{"s are" if n>1 else " is"} in several parts, for example {k}')
-    _apart(df, [os.path.realpath(o) if isinstance(o, (str,os.PathLike)) else None for o in df.image], lambda k,n: f'image{"s are" if n>1 else " is"} in several parts, for example {k}')
+    _apart(df, [None if pd.isna(o) else str(o) for o in df.subject],
+           lambda k,n: f'subject{"s are" if n>1 else " is"} in several parts, for example {k}')
+    _apart(df, [os.path.realpath(o) if isinstance(o, (str,os.PathLike)) else None
+                for o in df.image],
+                lambda k,n: f'image{"s are" if n>1 else " is"} in several parts, for example {k}')
 
 def check_images_apart(
     df:pd.DataFrame, # A cohort
     digests:dict     # scan -> `voxel_digest`
 ):
-    "Raise a `CohortError` if one image, under whatever names, is in several of training, validation and test"
-    _apart(df, [digests.get(s) for s in df.scan], lambda k,n: f'image{"s are" if n>1 else " is"} there under several names, in several parts')
+    "Raise a `CohortError` if one image is in several of training, validation and test"
+    _apart(df, [digests.get(s) for s in df.scan],
+           lambda k,n: f'image{"s are" if n>1 else " is"} there under several names, in several '
+                       'parts')
 
 def advice(
     df:pd.DataFrame # A cohort with a column `split`
@@ -366,11 +429,12 @@ def advice(
     if 'split' not in df or not (df['split']=='labeled').any(): return None
     unlabeled = df['split']=='unlabeled'
     if not unlabeled.any():
-        return ("no scan is unlabeled, so a semi-supervised method has nothing to learn from: take the method 'partial' (training on the labeled scans alone), "
-                "or label fewer scans (`labeled` of split_cohort)")
+        return ("no scan is unlabeled, so a semi-supervised method has nothing to learn from: take "
+                "the method 'partial' (training on the labeled scans alone), or label fewer scans "
+                "(`labeled` of split_cohort)")
     if 'mask' in df and df['mask'].notna().all():
-        return (f"every scan has a mask; those of the {unlabeled.sum()} unlabeled scans are not used: right for a study, but to use all of them, "
-                "take the method 'full'")
+        return (f"every scan has a mask; those of the {unlabeled.sum()} unlabeled scans are not "
+                "used: right for a study, but to use all of them, take the method 'full'")
     return None
 
 # %% ../../nbs/14_scans.cohort.ipynb #be483d62
@@ -388,7 +452,9 @@ def save_cohort(
         o = Path(os.path.abspath(o))
         return o.relative_to(base).as_posix() if o.is_relative_to(base) else str(o)
     out = df.assign(image=df.image.map(_rel), mask=[_rel(o) for o in df['mask']])
-    said = json.dumps({k:df.attrs.get(k) for k in ('layout','classes','labels','channels','straddle') if k!='straddle' or k in df.attrs})
+    said = json.dumps({k:df.attrs.get(k)
+                       for k in ('layout','classes','labels','channels','straddle') if k!='straddle'
+                       or k in df.attrs})
     _check_writable(out, path)
     write_text(path, f'{note}{said}\n{out.to_csv(index=False)}')
     return path
@@ -398,11 +464,16 @@ def _check_writable(df, path):
     for col in ('scan','subject','image','mask'):
         for o in df[col]:
             if o is None or pd.isna(o): continue
-            o = str(o)
-            bad = 'is empty' if not o else 'begins or ends with a blank' if o!=o.strip() else 'holds a line break or another control character' if not o.isprintable() and any(ord(c)<32 or c in '\x7f\x85\u2028\u2029' for c in o) else None
+            o,bad = str(o),None
+            control = any(ord(c)<32 or c in '\x7f\x85\u2028\u2029' for c in o)
+            if not o: bad = 'is empty'
+            elif o!=o.strip(): bad = 'begins or ends with a blank'
+            elif control and not o.isprintable(): bad = 'holds a line break or another control character'
             try: o.encode('utf-8')
             except UnicodeEncodeError: bad = 'is not valid UTF-8'
-            if bad: raise CohortError(f'{path}: cannot hold the {col} {ascii(o)}, whose name {bad}; rename it')
+            if bad:
+                raise CohortError(f'{path}: cannot hold the {col} {ascii(o)}, whose name {bad}; '
+                                  'rename it')
 
 # %% ../../nbs/14_scans.cohort.ipynb #44f2d510
 def _check(task):
@@ -416,17 +487,23 @@ def check_cohort(
     df:pd.DataFrame,  # A cohort
     workers=0,        # Processes; 0: in this one
     show=True         # Print a summary?
-)->pd.DataFrame:      # `subject`, `scan`, `level` ('error' or 'warning'), `problem`; a row per problem
+# `subject`, `scan`, `level` ('error' or 'warning'), `problem`; a row per problem
+)->pd.DataFrame:
     "Read all scans with their masks and list what is wrong with them"
-    kw = dict(classes=df.attrs.get('classes'), labels=df.attrs.get('labels'), channels=df.attrs.get('channels',1)>1)
+    kw = dict(classes=df.attrs.get('classes'), labels=df.attrs.get('labels'),
+              channels=df.attrs.get('channels',1)>1)
     tasks = [(i, None if pd.isna(m) else m, kw) for i,m in zip(df.image, df['mask'])]
     if workers:
-        with ProcessPoolExecutor(workers) as pool: results = list(pool.map(_check, tasks, chunksize=4))
+        with ProcessPoolExecutor(workers) as pool:
+            results = list(pool.map(_check, tasks, chunksize=4))
     else: results = [_check(o) for o in tasks]
-    rows = [dict(subject=s, scan=n, level=l, problem=p) for s,n,(e,found) in zip(df.subject, df.scan, results)
+    rows = [dict(subject=s, scan=n, level=l, problem=p)
+            for s,n,(e,found) in zip(df.subject, df.scan, results)
             for l,p in ([('error',e)] if e else [])+[('warning',str(o)) for o in found]]
     out = pd.DataFrame(rows, columns=['subject','scan','level','problem'])
     if show:
         bad = out[out.level=='error']
-        print('\n'.join([f'{len(df)} scans, {bad.scan.nunique()} of them cannot be used', *bad.problem[:10], *(['...'] if len(bad)>10 else []), *summarise_warnings([o for _,f in results for o in f])]))
+        print('\n'.join([f'{len(df)} scans, {bad.scan.nunique()} of them cannot be used',
+                         *bad.problem[:10], *(['...'] if len(bad)>10 else []),
+                         *summarise_warnings([o for _,f in results for o in f])]))
     return out

@@ -20,7 +20,8 @@ class Grid(NamedTuple):
     array: np.ndarray       # (z,y,x), or (c,z,y,x)
     spacing: tuple          # (z,y,x), mm
     origin: tuple           # (x,y,z), mm, LPS: centre of voxel 0
-    direction: tuple        # 3x3, row by row; its columns are the directions of x, y and z of the array
+    # 3x3, row by row; its columns are the directions of x, y and z of the array
+    direction: tuple
     notes: tuple = ()       # Sentences for a warning
 
 # %% ../../nbs/05_scans.grid.ipynb #87da244d
@@ -32,18 +33,23 @@ def square_axes(
     "Spacing and perpendicular directions of a grid; raises a `ValueError` where there are none"
     steps = np.asarray(steps, float)
     if not np.isfinite(steps).all():
-        raise ValueError(f'has NaN or infinite steps between its voxels ({_rows(steps)}); correct the header')
+        raise ValueError(f'has NaN or infinite steps between its voxels ({_rows(steps)}); correct '
+                         'the header')
     spacing = np.linalg.norm(steps, axis=0)
     if not (spacing>0).all():
-        raise ValueError(f'has a spacing of 0 mm: the spacing (x,y,z) is {_mm(spacing)}; correct the header')
+        raise ValueError(f'has a spacing of 0 mm: the spacing (x,y,z) is {_mm(spacing)}; correct '
+                         'the header')
     axes = steps/spacing
     shear = np.abs(axes.T@axes-np.eye(3)).max()
     notes = ()
     if shear>_small_shear:
-        raise ValueError(f'has axes that are not perpendicular (off by {np.degrees(np.arcsin(min(shear,1))):.2f} degrees): '
-                         'resample it onto a rectangular grid first, for example with nibabel.processing.resample_to_output')
+        raise ValueError('has axes that are not perpendicular (off by '
+                         f'{np.degrees(np.arcsin(min(shear,1))):.2f} degrees): resample it onto a '
+                         'rectangular grid first, for example with '
+                         'nibabel.processing.resample_to_output')
     if shear>_rounding:
-        notes = (f'has axes that are not quite perpendicular (off by {shear:.0e}), which was corrected',)
+        notes = (f'has axes that are not quite perpendicular (off by {shear:.0e}), which was '
+                 'corrected',)
     if shear>0:
         u,_,v = np.linalg.svd(axes)
         axes = u@v # the nearest perpendicular axes
@@ -63,8 +69,9 @@ def check_channels(
     one = not several and (n<4 or sizes[3]==1)
     if 2<=n<=4 and (one or channels and not (n==4 and sizes[3]>1 and several)): return
     more = f' and {components} components per voxel' if several else ''
-    hint = '; give channels=True to keep several channels, or save one of them as a 3D file' if 2<=n<=4 else ''
-    raise ValueError(f'has {n} dimensions of sizes {tuple(int(o) for o in sizes)}{more}, expected 3{hint}')
+    hint = '; give channels=True to keep several channels, or save one of them as a 3D file'
+    raise ValueError(f'has {n} dimensions of sizes {tuple(int(o) for o in sizes)}{more}, expected '
+                     f'3{hint if 2<=n<=4 else ""}')
 
 # %% ../../nbs/05_scans.grid.ipynb #6a7f65e7
 def scale_values(
@@ -76,7 +83,8 @@ def scale_values(
     if (slope,inter)==(1,0): return a
     check_memory(3*a.size*8)
     finite = a[np.isfinite(a)] if a.dtype.kind=='f' else a
-    bounds = [abs(float(o)*slope+inter) for o in (finite.min(), finite.max())] if finite.size else [0.]
+    bounds = [abs(float(o)*slope+inter)
+              for o in (finite.min(), finite.max())] if finite.size else [0.]
     small = a.dtype.itemsize<=2 or a.dtype==np.float32
     kind = np.float32 if small and max(bounds)<float(np.finfo(np.float32).max) else np.float64
     return a.astype(kind)*kind(slope)+kind(inter)

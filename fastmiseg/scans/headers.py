@@ -216,7 +216,7 @@ class DicomFrame:
     ds: object        # Its file's header
     shared: object    # Functional groups of all frames
     own: object       # and of this one
-    seen: dict = field(default_factory=dict)
+    seen: dict = field(default_factory=dict) # Values that were asked for
 
     def __str__(self): return f'{self.name}, frame {self.index+1}' if self.many else self.name
 

@@ -19,7 +19,8 @@ def _voxels(h, raw, channels):
     "The stored numbers as (z,y,x) or (c,z,y,x)"
     sizes = [int(o) for o in h['dim'][1:h['dim'][0]+1]]
     while len(sizes)>3 and sizes[-1]==1: sizes.pop()
-    if len(sizes)==5 and sizes[3]==1: del sizes[3] # a vector image: its components are the fifth dimension
+    # a vector image: its components are the fifth dimension
+    if len(sizes)==5 and sizes[3]==1: del sizes[3]
     a = np.frombuffer(raw, h.get_data_dtype())
     colours = len(a.dtype) # 0, or 3 and 4 for RGB and RGBA
     check_channels(sizes, max(colours,1), channels)
@@ -34,21 +35,24 @@ def _scaled(h, a):
     slope,inter = float(h['scl_slope']),float(h['scl_inter'])
     if slope==0 or np.isnan(slope): return a
     if not np.isfinite([slope,inter]).all():
-        raise ValueError(f'has a damaged header: scl_slope is {slope:g} and scl_inter {inter:g}, expected finite numbers')
+        raise ValueError(f'has a damaged header: scl_slope is {slope:g} and scl_inter {inter:g}, '
+                         'expected finite numbers')
     return scale_values(a, slope, inter)
 
-# %% ../../nbs/06_scans.nifti.ipynb #b43895d4
+# %% ../../nbs/06_scans.nifti.ipynb #af74631a
 _units = {0:1., 1:1e3, 2:1., 3:1e-3}
+
 _lps = np.diag([-1.,-1.,1.,1.]) # NIfTI's world is RAS
 
 def _forms(h, ndim):
     "The placements that the header has: (4,4), in mm, LPS"
     zooms = h['pixdim'][1:1+min(ndim,3)]
     if not (np.isfinite(zooms).all() and (zooms>0).all()):
-        raise ValueError(f'has a damaged header: pixdim is {tuple(zooms.tolist())}, expected positive spacings; correct it')
+        raise ValueError(f'has a damaged header: pixdim is {tuple(zooms.tolist())}, expected '
+                         'positive spacings; correct it')
     if int(h['xyzt_units'])&7 not in _units:
-        raise ValueError(f'has a damaged header: the unit of its geometry is code {int(h["xyzt_units"])&7}, '
-                         'expected 1 (m), 2 (mm) or 3 (um); correct it')
+        raise ValueError('has a damaged header: the unit of its geometry is code '
+                         f'{int(h["xyzt_units"])&7}, expected 1 (m), 2 (mm) or 3 (um); correct it')
     for i in range(len(zooms), 3): # a 2D image has no thickness
         if not (np.isfinite(h['pixdim'][1+i]) and h['pixdim'][1+i]>0): h['pixdim'][1+i] = 1
     if h['pixdim'][0]==0: h['pixdim'][0] = 1
@@ -59,12 +63,17 @@ def _forms(h, ndim):
         raise ValueError(f'has a damaged header: its qform cannot be used ({e}); correct it') from None
     if h['sform_code']>0: found['sform'] = h.get_sform().astype(float)
     for k,o in found.items():
-        if not np.isfinite(o).all(): raise ValueError(f'has a damaged header: its {k} holds NaN or infinite numbers; correct it')
-        if not np.linalg.norm(o[:3,:3], axis=0).all(): raise ValueError(f'has a damaged header: its {k} has a spacing of 0 mm; correct it')
+        if not np.isfinite(o).all():
+            raise ValueError(f'has a damaged header: its {k} holds NaN or infinite numbers; '
+                             'correct it')
+        if not np.linalg.norm(o[:3,:3], axis=0).all():
+            raise ValueError(f'has a damaged header: its {k} has a spacing of 0 mm; correct it')
     scale = np.diag([_units[int(h['xyzt_units'])&7]]*3+[1])
     return {k:_lps@scale@o for k,o in found.items()}, np.array(h['pixdim'][1:4], float)*scale[0,0]
 
+# %% ../../nbs/06_scans.nifti.ipynb #17cc2b28
 def _corners(A, sizes):
+    "Where the eight corners of the grid lie, in mm"
     at = np.stack(np.meshgrid(*[(0,n-1) for n in sizes], indexing='ij'), -1).reshape(-1,3)
     return at@A[:3,:3].T+A[:3,3]
 
@@ -74,6 +83,26 @@ def _rigid(A, zooms):
     axes = A[:3,:3]/steps
     return np.allclose(steps, zooms, rtol=1e-3) and np.abs(axes.T@axes-np.eye(3)).max()<1e-3
 
+def _angle(h):
+    "How far a qform may be turned by rounding: near half turns, its quaternion begins near 0"
+    a = np.sqrt(max(0., 1-sum(float(h[f'quatern_{o}'])**2 for o in 'bcd')))
+    return 2e-5+4e-7/max(a, 6e-4)
+
+def _round(o): return '('+', '.join(f'{i:.4g}' for i in o)+')'
+
+def _differ(forms, sizes, taken, apart):
+    "What to say of two placements that differ"
+    other = 'qform' if taken=='sform' else 'sform'
+    a,b = (_corners(forms[o],sizes).mean(0) for o in (taken,other))
+    names = {k: ''.join(o or '?' for o in nibabel.aff2axcodes(_lps@forms[k])) for k in forms}
+    same = names[other]==names[taken]
+    where = f'axes to {names[other]} ' + ('as well' if same else f'instead of {names[taken]}')
+    spacings = _round(np.linalg.norm(forms[other][:3,:3], axis=0))
+    return (f'has a qform and an sform that differ by up to {apart:.1f} mm: the {taken} was taken; '
+            f'the {other} would put the centre of the scan {np.linalg.norm(a-b):.1f} mm away, with '
+            f'its {where} and spacings of {spacings} mm; form={other!r} takes the {other}')
+
+# %% ../../nbs/06_scans.nifti.ipynb #4129c29e
 def _place(h, sizes, form):
     "Steps (3,3) and origin of the grid, and what was odd"
     flat = len(sizes)<3 and not h['pixdim'][3]>0
@@ -81,10 +110,12 @@ def _place(h, sizes, form):
     sizes = [*sizes[:3],1,1][:3]
     notes = []
     if (unit := _units[int(h['xyzt_units'])&7])!=1:
-        notes.append(f'has its geometry in {"metres" if unit>1 else "micrometres"}, which was converted to mm')
+        notes.append(f'has its geometry in {"metres" if unit>1 else "micrometres"}, which was '
+                     'converted to mm')
     if flat: notes.append('is a 2D image: it is taken to be 1 mm thick')
     if not forms:
-        notes.append('has neither qform nor sform: its axes are taken to run to the left, back and head')
+        notes.append('has neither qform nor sform: its axes are taken to run to the left, back and '
+                     'head')
         return np.diag(zooms), np.zeros(3), notes
     taken = form if form in forms else next(iter(forms))
     if form not in (None,taken): notes.append(f'has no {form}: its {taken} was taken')
@@ -92,41 +123,28 @@ def _place(h, sizes, form):
         q,s = _corners(forms['qform'],sizes),_corners(forms['sform'],sizes)
         apart = np.linalg.norm(q-s, axis=1).max()
         rounding = .01*zooms.min()+_angle(h)*np.linalg.norm(np.ptp(q, axis=0))
-        if form is None and (apart<=rounding or h['sform_code']==1) and _rigid(forms['sform'], zooms): taken = 'sform'
+        scanner = h['sform_code']==1
+        if form is None and (apart<=rounding or scanner) and _rigid(forms['sform'], zooms): taken = 'sform'
         if apart>rounding: notes.append(_differ(forms, sizes, taken, apart))
     A = forms[taken]
     steps = np.linalg.norm(A[:3,:3], axis=0)
     if not np.allclose(steps, zooms, rtol=1e-2) and len(forms)==1:
-        which = 'sform' if form=='sform' else 'pixdim'
-        notes.append(f"has spacings {_round(zooms)} mm in pixdim, but {_round(steps)} mm in its {taken}: those of the "
-                     f"{which} were taken" + ("" if form=='sform' else ", as SimpleITK does; form='sform' takes the others"))
+        which,more = 'pixdim',"as SimpleITK does; form='sform' takes the others"
+        if form=='sform': which,more = 'sform',''
+        notes.append(f'has spacings {_round(zooms)} mm in pixdim, but {_round(steps)} mm in its '
+                     f'{taken}: those of the {which} were taken' + (', '+more if more else ''))
         if form!='sform': A = np.column_stack([A[:,:3]/np.append(steps, 1)[:3]*zooms, A[:,3]])
     return A[:3,:3], A[:3,3], notes
-
-def _angle(h):
-    "How far a qform may be turned by rounding: it is imprecise near half turns, where the first part of its quaternion is near 0"
-    a = np.sqrt(max(0., 1-sum(float(h[f'quatern_{o}'])**2 for o in 'bcd')))
-    return 2e-5+4e-7/max(a, 6e-4)
-
-def _differ(forms, sizes, taken, apart):
-    other = 'qform' if taken=='sform' else 'sform'
-    a,b = (_corners(forms[o],sizes).mean(0) for o in (taken,other))
-    names = {k: ''.join(o or '?' for o in nibabel.aff2axcodes(_lps@forms[k])) for k in forms}
-    where = f'axes to {names[other]} instead of {names[taken]}' if names[other]!=names[taken] else f'axes to {names[other]} as well'
-    return (f'has a qform and an sform that differ by up to {apart:.1f} mm: the {taken} was taken; the {other} would put the centre '
-            f'of the scan {np.linalg.norm(a-b):.1f} mm away, with its {where} and spacings of '
-            f'{_round(np.linalg.norm(forms[other][:3,:3], axis=0))} mm; form={other!r} takes the {other}')
-
-def _round(o): return '('+', '.join(f'{i:.4g}' for i in o)+')'
 
 # %% ../../nbs/06_scans.nifti.ipynb #716d0e3d
 def read_nifti(
     path,          # `.nii` or `.nii.gz`, exactly this file
     channels=False, # Are several channels expected?
-    form=None      # 'qform' or 'sform', if both are there; if they differ the sform is taken where its code is 1, else the qform, as SimpleITK does
+    form=None      # 'qform' or 'sform', where they differ
 )->Grid:
     "Read a NIfTI-1 file; raises a `ValueError` of one sentence"
-    if form not in (None,'qform','sform'): raise ValueError(f"form={form!r}: expected 'qform' or 'sform'")
+    if form not in (None,'qform','sform'):
+        raise ValueError(f"form={form!r}: expected 'qform' or 'sform'")
     head,raw = read_whole(path)
     order = '<' if head[:4]==b'\x5c\x01\0\0' else '>'
     h = nibabel.Nifti1Header(bytes(head[:348]), endianness=order, check=False)

@@ -24,7 +24,8 @@ from .table import find_file, read_table
 from .volume import choose_volume
 
 # %% ../../nbs/12_scans.readers.ipynb #82855282
-class CohortError(ValueError): "A cohort that cannot be used; the message names the folder, file or argument, and what to do"
+class CohortError(ValueError):
+    "A cohort that cannot be used; the message names the folder, file or argument, and what to do"
 
 def cohort_frame(
     rows:list,      # A dict per scan: subject, scan, image, mask, and any others
@@ -41,11 +42,14 @@ def cohort_frame(
     twice = df[df.scan.duplicated(keep=False)]
     if len(twice):
         name = twice.scan.iloc[0]
-        raise CohortError(f'{twice.scan.nunique()} scan names are there twice, for example {name!r}: {" and ".join(twice.image[twice.scan==name][:3])}; give each scan a name of its own, or remove one')
-    df.attrs.update(layout=layout, classes=None if classes is None else tuple(classes), labels=labels, channels=channels, **(dict(alone=True) if alone else {}))
+        raise CohortError(f'{twice.scan.nunique()} scan names are there twice, for example '
+                          f'{name!r}: {" and ".join(twice.image[twice.scan==name][:3])}; give each '
+                          'scan a name of its own, or remove one')
+    df.attrs.update(layout=layout, classes=None if classes is None else tuple(classes),
+                    labels=labels, channels=channels, **(dict(alone=True) if alone else {}))
     return df
 
-# %% ../../nbs/12_scans.readers.ipynb #b8540501
+# %% ../../nbs/12_scans.readers.ipynb #816fcdc9
 def walk(
     root,   # folder
     depth=5 # how many folders down
@@ -54,17 +58,22 @@ def walk(
     todo,seen = [(Path(root),0)],set()
     while todo:
         d,level = todo.pop(0)
-        try: key,entries = os.path.realpath(d),sorted((o for o in os.scandir(d) if not o.name.startswith('.')), key=lambda o: o.name)
+        try:
+            key = os.path.realpath(d)
+            entries = sorted((o for o in os.scandir(d) if not o.name.startswith('.')), key=lambda o: o.name)
         except OSError: continue
         if key in seen: continue
         seen.add(key)
-        # a named pipe or a device that is called like a scan is listed, for whoever reads it to refuse
-        yield d,[d/o.name for o in entries if _is(o.is_file) or extension(o.name) and _is(lambda: o.stat() and not o.is_dir())]
+        yield d,[d/o.name for o in entries if _is(o.is_file) or extension(o.name) and _is_odd(o)]
         if level<depth: todo += [(d/o.name,level+1) for o in entries if _is(o.is_dir)]
 
 def _is(f):
     try: return f()
     except OSError: return False # a link that leads nowhere or in circles
+
+def _is_odd(entry):
+    "A named pipe or a device that is called like a scan is listed, for whoever reads it to refuse"
+    return _is(lambda: entry.stat() and not entry.is_dir())
 
 def scans_in(
     root,   # folder
@@ -73,10 +82,11 @@ def scans_in(
     "Files that hold scans below `root`, sorted"
     return [f for _,files in walk(root,depth) for f in files if extension(f)]
 
+# %% ../../nbs/12_scans.readers.ipynb #264200b0
 def stem(
     path # of a scan
 )->str:
-    "Its name without folder and ending; accents composed in one way, so that names of images and masks can be compared"
+    "Its name without folder and ending, accents composed in one way, so that names can be compared"
     name = unicodedata.normalize('NFC', Path(path).name)
     return name[:-len(extension(name))] if extension(name) else name
 
@@ -112,7 +122,9 @@ def layout(
     return _enter
 
 # %% ../../nbs/12_scans.readers.ipynb #38742e09
-@layout('msd', 'a Decathlon task: `dataset.json` beside a folder `imagesTr`, with masks in `labelsTr`', lambda root: (root/'dataset.json').is_file() and (root/'imagesTr').is_dir())
+@layout('msd', 'a Decathlon task: `dataset.json` beside a folder `imagesTr`, with masks in '
+               '`labelsTr`', lambda root: (root/'dataset.json').is_file()
+               and (root/'imagesTr').is_dir())
 def read_msd(
     root:Path # folder of the scans
 )->pd.DataFrame:
@@ -122,35 +134,49 @@ def read_msd(
         info = json.loads(file.read_text(encoding='utf-8'))
         names = {int(k):str(v) for k,v in info['labels'].items()}
         stored,channels = sorted(names),max(1,len(info.get('modality',{})))
-    except FileNotFoundError: raise CohortError(f'{file}: does not exist; expected {layouts["msd"].expects}. Put it there, or name another `layout`') from None
+    except FileNotFoundError:
+        raise CohortError(f'{file}: does not exist; expected {layouts["msd"].expects}. Put it '
+                          'there, or name another `layout`') from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise CohortError(f'{file}: cannot be used ({type(e).__name__}: {e}); expected `labels` like {{"0": "background", "1": "spleen"}}') from None
+        raise CohortError(f'{file}: cannot be used ({type(e).__name__}: {e}); expected `labels` '
+                          'like {"0": "background", "1": "spleen"}') from None
     masks = [(stem(o),o) for o in scans_in(root/'labelsTr',0)]
     hippocampus = info.get('name')=='Hippocampus'
-    def subject(s): return f'subject_{(int(m[1])+1)//2:03d}' if hippocampus and (m := re.search(r'(\d+)$',s)) else s
-    return _pair([(stem(o), o) for d in ('imagesTr','imagesTs') for o in scans_in(root/d,0)], masks, subject, root, 'msd', channels=channels,
-        classes=[names[i] for i in stored], labels=None if stored==list(range(len(stored))) else {o:i for i,o in enumerate(stored)})
+    def subject(s):
+        return f'subject_{(int(m[1])+1)//2:03d}' if hippocampus and (m := re.search(r'(\d+)$',s)) else s
+    return _pair([(stem(o), o) for d in ('imagesTr','imagesTs') for o in scans_in(root/d,0)], masks,
+                 subject, root, 'msd', channels=channels,
+        classes=[names[i] for i in stored], labels=None if stored==list(range(len(stored)))
+        else {o:i for i,o in enumerate(stored)})
 
 # %% ../../nbs/12_scans.readers.ipynb #e481fa2c
 def _pair(images, masks, subject, root, layout, **kw):
     "images, masks: (name, path) pairs"
     twice = Counter(s for s,_ in masks).most_common(1)
-    if twice and twice[0][1]>1: raise CohortError(f'{root}: the scan {twice[0][0]!r} has {twice[0][1]} masks: {" and ".join(str(f) for s,f in masks if s==twice[0][0])}; keep one')
+    if twice and twice[0][1]>1:
+        raise CohortError(f'{root}: the scan {twice[0][0]!r} has {twice[0][1]} masks: '
+                          f'{" and ".join(str(f) for s,f in masks if s==twice[0][0])}; keep one')
     images,masks = sorted(images, key=lambda o: o[0]),{s:str(f) for s,f in masks}
     if not images: raise CohortError(f'{root}: holds no scans; expected {layouts[layout].expects}')
     names = {s for s,_ in images}
     lost = sorted(set(masks)-names)
     if masks and len(lost)==len(masks): raise CohortError(
-        f'{root}: no mask belongs to an image; images are called {_some(names)}, masks {_some(lost)}; rename them, or tell the reader how they are named')
-    if lost: warnings.warn(f'{root}: {len(lost)} masks without an image are left out: {_some(lost)}', stacklevel=4)
-    return cohort_frame([dict(subject=str(subject(s)), scan=s, image=str(o), mask=masks.get(s)) for s,o in images], layout, **kw)
+        f'{root}: no mask belongs to an image; images are called {_some(names)}, masks '
+        f'{_some(lost)}; rename them, or tell the reader how they are named')
+    if lost:
+        warnings.warn(f'{root}: {len(lost)} masks without an image are left out: {_some(lost)}',
+                      stacklevel=4)
+    return cohort_frame([dict(subject=str(subject(s)), scan=s, image=str(o), mask=masks.get(s))
+                         for s,o in images], layout, **kw)
 
-def _some(o, n=3): return ', '.join(map(str,sorted(o)[:n]))+(f', ... ({len(o)})' if len(o)>n else '')
+def _some(o, n=3):
+    return ', '.join(map(str,sorted(o)[:n]))+(f', ... ({len(o)})' if len(o)>n else '')
 
 # %% ../../nbs/12_scans.readers.ipynb #fdc86bfd
 _acdc = r'(patient\d+)_frame(\d+)(_gt)?'
 
-@layout('acdc', 'files like `patient001_frame01.nii.gz`, with masks `patient001_frame01_gt.nii.gz`', lambda root: bool(_matches(root,_acdc)))
+@layout('acdc', 'files like `patient001_frame01.nii.gz`, with masks `patient001_frame01_gt.nii.gz`',
+        lambda root: bool(_matches(root,_acdc)))
 def read_acdc(
     root:Path # folder of the scans
 )->pd.DataFrame:
@@ -159,124 +185,170 @@ def read_acdc(
     masks = {(m[1],int(m[2])):str(f) for m,f in found if m[3]}
     for m,f in found:
         if m[3]: continue
-        cfg = next((_info(d/'Info.cfg') for d in (f.parent,f.parent.parent) if (d/'Info.cfg').is_file()), {})
+        cfg = next((_info(d/'Info.cfg') for d in (f.parent,f.parent.parent)
+                    if (d/'Info.cfg').is_file()), {})
         phase = {cfg.get('ED'):'ED', cfg.get('ES'):'ES'}.get(str(int(m[2]))) if cfg else None
-        rows.append(dict(subject=m[1], scan=f'{m[1]}_frame{m[2]}', image=str(f), mask=masks.get((m[1],int(m[2]))), group=cfg.get('Group'), phase=phase))
+        rows.append(dict(subject=m[1], scan=f'{m[1]}_frame{m[2]}', image=str(f),
+                         mask=masks.get((m[1],int(m[2]))), group=cfg.get('Group'), phase=phase))
     if not rows: raise CohortError(f'{root}: holds no scans; expected {layouts["acdc"].expects}')
-    return cohort_frame(sorted(rows, key=lambda o: o['scan']), 'acdc', ('background','RV','Myo','LV'))
+    return cohort_frame(sorted(rows, key=lambda o: o['scan']), 'acdc',
+                        ('background','RV','Myo','LV'))
 
-def _info(path): return {k.strip():v.strip() for k,_,v in (o.partition(':') for o in path.read_text(encoding='utf-8', errors='replace').splitlines())}
+def _info(path):
+    return {k.strip():v.strip()
+            for k,_,v in (o.partition(':')
+                          for o in path.read_text(encoding='utf-8', errors='replace').splitlines())}
 
 # %% ../../nbs/12_scans.readers.ipynb #43ce6e59
 _promise12 = r'(Case\d+)(_segmentation)?'
 
-@layout('promise12', 'files like `Case00.mhd`, with masks `Case00_segmentation.mhd`', lambda root: bool(_matches(root,_promise12)))
+@layout('promise12', 'files like `Case00.mhd`, with masks `Case00_segmentation.mhd`',
+        lambda root: bool(_matches(root,_promise12)))
 def read_promise12(
     root:Path # folder of the scans
 )->pd.DataFrame:
     "The PROMISE12 challenge: T2-weighted MR of the prostate"
-    def name(m,f): return ('test_' if re.search('test', str(f.parent.relative_to(root)), re.I) else '')+m[1]
+    def name(m,f):
+        return ('test_' if re.search('test', str(f.parent.relative_to(root)), re.I) else '')+m[1]
     found = _matches(root,_promise12)
-    return _pair([(name(m,f),f) for m,f in found if not m[2]], [(name(m,f),f) for m,f in found if m[2]], str, root, 'promise12', classes=('background','prostate'))
+    return _pair([(name(m,f),f) for m,f in found if not m[2]],
+                 [(name(m,f),f) for m,f in found if m[2]], str, root, 'promise12',
+                 classes=('background','prostate'))
 
 # %% ../../nbs/12_scans.readers.ipynb #f521b687
 _mmwhs = r'((ct|mr)_(?:train|test)_\d+)_(image|label)'
 
-@layout('mmwhs', 'files like `ct_train_1001_image.nii.gz`, with masks `ct_train_1001_label.nii.gz`', lambda root: bool(_matches(root,_mmwhs)))
+@layout('mmwhs', 'files like `ct_train_1001_image.nii.gz`, with masks `ct_train_1001_label.nii.gz`',
+        lambda root: bool(_matches(root,_mmwhs)))
 def read_mmwhs(
-    root:Path,          # folder of the scans
+    root:Path,    # folder of the scans
     modality='ct' # 'ct' or 'mr': the two are different cohorts
 )->pd.DataFrame:
     "The MM-WHS challenge: whole heart"
     found = [(m,f) for m,f in _matches(root,_mmwhs) if m[2].lower()==modality]
-    return _pair([(m[1],f) for m,f in found if m[3].lower()=='image'], [(m[1],f) for m,f in found if m[3].lower()=='label'], str, root, 'mmwhs',
-        classes=('background','LV myocardium','left atrium','left ventricle','right atrium','right ventricle','ascending aorta','pulmonary artery'),
+    return _pair([(m[1],f) for m,f in found if m[3].lower()=='image'],
+                 [(m[1],f) for m,f in found if m[3].lower()=='label'], str, root, 'mmwhs',
+        classes=('background','LV myocardium','left atrium','left ventricle','right atrium',
+                 'right ventricle','ascending aorta','pulmonary artery'),
         labels={o:i for i,o in enumerate((205,420,500,550,600,820,850), 1)})
 
-# %% ../../nbs/12_scans.readers.ipynb #232b63d6
-_image_dirs,_mask_dirs = ('images','image','imgs','img','scans','imagesTr'),('masks','mask','labels','label','segmentations','seg','labelsTr')
-_image_ends,_mask_ends = ('_image','_img','_scan',''),('_mask','_label','_seg','_segmentation','_gt')
+# %% ../../nbs/12_scans.readers.ipynb #e3924769
+def subject_of(
+    how # a regular expression (its first group, or what it matches), a function, or None
+)->Callable: # from a scan's name to its subject
+    "Whose scan is it, by its name"
+    if how is None or callable(how): return lambda s: str((how or str)(s))
+    try: pattern = re.compile(how)
+    except (re.error,TypeError) as e:
+        raise CohortError(f'subject={how!r}: is not a regular expression ({e})') from None
+    def find(s):
+        m = pattern.search(s)
+        found = m and (m[1] if pattern.groups else m[0])
+        if not found:
+            raise CohortError(f'subject={how!r}: does not match the scan {s!r}; give a regular '
+                              'expression that matches every scan, or a function')
+        return found
+    return find
+
+# %% ../../nbs/12_scans.readers.ipynb #0fa0e07c
+_image_dirs,_mask_dirs = ('images','image','imgs','img','scans',
+                          'imagesTr'),('masks','mask','labels','label','segmentations','seg',
+                                       'labelsTr')
+
+_image_ends,_mask_ends = ('_image','_img','_scan',''),('_mask','_label','_seg','_segmentation',
+                                                       '_gt')
 
 def _one(root, names): return next((root/o for o in names if (root/o).is_dir()), None)
 
 def _cut(name, ends): return next((name[:-len(o)] for o in ends if o and name.endswith(o)), name)
 
-def subject_of(
-    how # a regular expression (its first group, or what it matches, is the subject), a function, or None
-)->Callable: # from a scan's name to its subject
-    "Whose scan is it, by its name"
-    if how is None or callable(how): return lambda s: str((how or str)(s))
-    try: pattern = re.compile(how)
-    except (re.error,TypeError) as e: raise CohortError(f'subject={how!r}: is not a regular expression ({e})') from None
-    def find(s):
-        m = pattern.search(s)
-        found = m and (m[1] if pattern.groups else m[0])
-        if not found: raise CohortError(f'subject={how!r}: does not match the scan {s!r}; give a regular expression that matches every scan, or a function')
-        return found
-    return find
-
 def _has_dicom(files):
     for f in [o for o in files if o.name!='DICOMDIR'][:3]:
         if f.suffix.lower() in ('.dcm','.ima'): return True
         try:
-            with open(f,'rb') as o: o.seek(128); magic = o.read(4)
+            with open(f, 'rb') as o: magic = o.read(132)[128:]
         except OSError: continue
         if magic==b'DICM': return True
     return False
 
 def _is_dicom(root): return any(_has_dicom(files) for _,files in walk(root))
 
-def _is_folder(root): return bool(_one(root,_image_dirs) and scans_in(_one(root,_image_dirs),3)) or any(stem(f).endswith(_mask_ends) for f in scans_in(root)) and not _is_dicom(root)
+def _is_folder(root):
+    folder = _one(root, _image_dirs)
+    if folder and scans_in(folder, 3): return True
+    return any(stem(f).endswith(_mask_ends) for f in scans_in(root)) and not _is_dicom(root)
 
-@layout('folder', 'a folder `images` (and `masks`) with scans, or files like `a_image.nii.gz` and `a_mask.nii.gz`', _is_folder)
+# %% ../../nbs/12_scans.readers.ipynb #2e69322f
+@layout('folder',
+        'a folder `images` (and `masks`) with scans, or files like `a_image.nii.gz` and '
+        '`a_mask.nii.gz`', _is_folder)
 def read_folder(
-    root:Path,          # folder of the scans
+    root:Path,         # folder of the scans
     images=None,       # Folder with the images, below `root`; the usual names are tried
     masks=None,        # Folder with the masks
     image_suffix=None, # End of an image's name, without extension, like '_t1'; the usual ones are tried
     mask_suffix=None,  # End of a mask's name, like '_seg'
-    subject=None       # Regular expression or function from a scan's name to its subject; each scan is its own if not given
+    subject=None       # Regular expression or function: whose scan, by its name; else each is its own
 )->pd.DataFrame:
     "Images and masks in two folders, or side by side with suffixes"
-    iends,mends = (image_suffix,) if image_suffix else _image_ends, (mask_suffix,) if mask_suffix else _mask_ends
+    iends,mends = (image_suffix,
+                   ) if image_suffix else _image_ends, (mask_suffix,) if mask_suffix else _mask_ends
     for o in (images,masks):
-        if o and not (root/o).is_dir(): raise CohortError(f'{root/o}: is not a folder; expected the one with the {"images" if o==images else "masks"}')
-    idir,mdir = (root/o if o else _one(root,names) for o,names in ((images,_image_dirs),(masks,_mask_dirs)))
-    def name(f, base): return '_'.join([*(unicodedata.normalize('NFC', o) for o in f.parent.relative_to(base).parts), stem(f)])
+        if o and not (root/o).is_dir():
+            raise CohortError(f'{root/o}: is not a folder; expected the one with the '
+                              f'{"images" if o==images else "masks"}')
+    idir,mdir = (root/o if o else _one(root,names)
+                 for o,names in ((images,_image_dirs),(masks,_mask_dirs)))
+    def name(f, base):
+        return '_'.join([*(unicodedata.normalize('NFC', o)
+                           for o in f.parent.relative_to(base).parts), stem(f)])
     if idir:
         ii = [(name(f,idir),f) for f in scans_in(idir)]
-        mm = [(_cut(name(f,mdir),mends),f) for f in (scans_in(mdir) if mdir else []) if not mask_suffix or stem(f).endswith(mask_suffix)]
+        mm = [(_cut(name(f,mdir),mends),f) for f in (scans_in(mdir) if mdir else [])
+              if not mask_suffix or stem(f).endswith(mask_suffix)]
     else:
         ff = [(name(f,root),f) for f in scans_in(root)]
-        ii,mm = [o for o in ff if not o[0].endswith(mends)],[(_cut(s,mends),f) for s,f in ff if s.endswith(mends)]
+        ii,mm = [o for o in ff
+                 if not o[0].endswith(mends)],[(_cut(s,mends),f) for s,f in ff if s.endswith(mends)]
     ii = [(_cut(s,iends),f) for s,f in ii if not image_suffix or s.endswith(image_suffix)]
     names = {s for s,_ in ii}
-    mm = [(s if s in names else _cut(s,iends),f) for s,f in mm] # the mask of a_image may be called a_seg or a_image_seg
+    # the mask of a_image may be called a_seg or a_image_seg
+    mm = [(s if s in names else _cut(s,iends),f) for s,f in mm]
     return _pair(ii, mm, subject_of(subject), root, 'folder', alone=subject is None)
 
 # %% ../../nbs/12_scans.readers.ipynb #44c87e97
 @layout('dicom', 'folders of DICOM files, one series each', _is_dicom)
 def read_dicom(
-    root:Path,          # folder of the scans
-    subject=None, # Regular expression or function from a scan's name (its folders, joined by `_`) to its subject; its first folder if not given
+    root:Path,    # folder of the scans
+    subject=None, # Regular expression or function: whose scan, by its folders, joined by `_`; else the first
     series=None,  # Which series, where a folder holds several: its number, or a part of its description
     phase=None    # Which volume, where a series holds several (phases, echoes): a number from 0
 )->pd.DataFrame:
     "Folders of DICOM series, with masks as NIfTI files"
     found = list(walk(root))
-    folders = [d for d,files in found if _has_dicom([f for f in files if not extension(f)]) and has_images(d)]
+    folders = [d for d,files in found if _has_dicom([f for f in files if not extension(f)])
+               and has_images(d)]
     masks = [f for _,files in found for f in files if extension(f)]
-    def parts(d): return [o for i,o in enumerate(d.relative_to(root).parts) if i or o.lower() not in _image_dirs] or [d.name]
+    def parts(d):
+        folders = d.relative_to(root).parts
+        return [o for i,o in enumerate(folders) if i or o.lower() not in _image_dirs] or [d.name]
     beside = Counter(d.parent for d in folders)
     rows = []
     for d in folders:
         name = '_'.join(parts(d))
-        mm = [f for f in masks if _cut(stem(f),_mask_ends)==name] or [f for f in masks if f.parent==d] or [f for f in masks if f.parent==d.parent and beside[d.parent]==1 and d!=root]
-        if len(mm)>1: raise CohortError(f'{d}: has {len(mm)} masks: {_some(o.name for o in mm)}; keep one, or call it {name}.nii.gz')
-        rows.append(dict(subject=subject_of(subject)(name) if subject else parts(d)[0], scan=name, image=choose_volume(d, series, phase), mask=str(mm[0]) if mm else None))
+        mm = [f for f in masks if _cut(stem(f), _mask_ends)==name] or [f for f in masks if f.parent==d]
+        if not mm and beside[d.parent]==1 and d!=root: mm = [f for f in masks if f.parent==d.parent]
+        if len(mm)>1:
+            raise CohortError(f'{d}: has {len(mm)} masks: {_some(o.name for o in mm)}; keep one, '
+                              f'or call it {name}.nii.gz')
+        rows.append(dict(subject=subject_of(subject)(name) if subject else parts(d)[0], scan=name,
+                         image=choose_volume(d, series, phase), mask=str(mm[0]) if mm else None))
     if not rows: raise CohortError(f'{root}: holds no scans; expected {layouts["dicom"].expects}')
     used = {o['mask'] for o in rows}
-    if masks and used=={None}: raise CohortError(f'{root}: no mask belongs to a series; series are called {_some(o["scan"] for o in rows)}, masks {_some(stem(o) for o in masks)}; rename them')
+    if masks and used=={None}:
+        raise CohortError(f'{root}: no mask belongs to a series; series are called '
+                          f'{_some(o["scan"] for o in rows)}, masks '
+                          f'{_some(stem(o) for o in masks)}; rename them')
     return cohort_frame(sorted(rows, key=lambda o: o['scan']), 'dicom')
 
 # %% ../../nbs/12_scans.readers.ipynb #4af897b2
@@ -285,27 +357,36 @@ def read_csv(
     root # path of the file, or a DataFrame
 )->pd.DataFrame:
     "Scans listed in a table"
-    if isinstance(root, pd.DataFrame): df,base,attrs,root = root.copy(),Path(),dict(root.attrs),'the DataFrame'
+    if isinstance(root, pd.DataFrame):
+        df,base,attrs,root = root.copy(),Path(),dict(root.attrs),'the DataFrame'
     else:
         base = root.parent
         try: df,attrs = read_table(root)
         except ValueError as e: raise CohortError(f'{root}: {e}') from None
-    if 'image' not in df: raise CohortError(f'{root}: has no column `image`, only {_some(df.columns,8)}; expected image, and mask, subject, scan if there are')
+    if 'image' not in df:
+        raise CohortError(f'{root}: has no column `image`, only {_some(df.columns,8)}; expected '
+                          'image, and mask, subject, scan if there are')
     if not len(df): raise CohortError(f'{root}: has no rows below its header')
     df,alone = df.astype(object),'subject' not in df
-    if df.image.isna().any(): raise CohortError(f'{root}: row {int(df.image.isna().to_numpy().argmax())+1} has no image')
+    if df.image.isna().any():
+        raise CohortError(f'{root}: row {int(df.image.isna().to_numpy().argmax())+1} has no image')
     try:
         df['image'] = [find_file(base, o) for o in df.image]
-        df['mask'] = [find_file(base, o) if isinstance(o,(str,Path)) else None for o in df['mask']] if 'mask' in df else None
+        df['mask'] = [find_file(base, o) if isinstance(o,(str,Path)) else None
+                      for o in df['mask']] if 'mask' in df else None
     except ValueError as e: raise CohortError(f'{root}: {e}') from None
     if 'scan' not in df: df['scan'] = [stem(o) for o in df.image]
     if 'subject' not in df: df['subject'] = df.scan
-    for o in ('scan','subject'): df[o] = [s if pd.isna(i) else str(i) for i,s in zip(df[o], df.image.map(stem) if o=='scan' else df.scan)]
+    for o in ('scan','subject'):
+        df[o] = [s if pd.isna(i) else str(i)
+                 for i,s in zip(df[o], df.image.map(stem) if o=='scan' else df.scan)]
     try:
         labels = {int(k):int(v) for k,v in attrs['labels'].items()} if attrs.get('labels') else None
         classes = None if attrs.get('classes') is None else tuple(map(str, attrs['classes']))
         channels = int(attrs.get('channels') or 1)
-    except (ValueError, TypeError, AttributeError): raise CohortError(f'{root}: its first line is not what was written; delete that line') from None
-    res = cohort_frame(df.to_dict('records'), str(attrs.get('layout') or 'csv'), classes, labels, channels, alone)
+    except (ValueError, TypeError, AttributeError):
+        raise CohortError(f'{root}: its first line is not what was written; delete that line') from None
+    res = cohort_frame(df.to_dict('records'), str(attrs.get('layout') or 'csv'), classes, labels,
+                       channels, alone)
     if attrs.get('straddle'): res.attrs['straddle'] = True
     return res

@@ -16,9 +16,9 @@ import pandas as pd
 
 from ..files import read_json
 from .intact import extensions
-from .readers import CohortError, cohort_frame, layout, layouts, scans_in, stem, walk
+from .readers import CohortError, cohort_frame, layout, layouts, scans_in, stem
 
-# %% ../../nbs/13_scans.standards.ipynb #d1d716df
+# %% ../../nbs/13_scans.standards.ipynb #e522aa3a
 _channel = re.compile(r'(.+)_(\d{4})')
 
 def _is_nnunet(root):
@@ -27,115 +27,132 @@ def _is_nnunet(root):
     masks = {stem(o) for o in scans_in(root/'labelsTr', 0)}
     found = [_channel.fullmatch(o) for o in names]
     if not names or not all(found): return False
-    return bool(masks&{m[1] for m in found}) or not masks&set(names) and any(m[2]=='0000' for m in found)
+    return bool(masks&{m[1]
+                       for m in found}) or not masks&set(names) and any(m[2]=='0000' for m in found)
 
 def _nnunet_labels(labels, file):
     "{value: name}, whichever way round they are written"
-    if not isinstance(labels, dict) or not labels: raise CohortError(f'{file}: has no `labels`; expected {{"background": 0, "liver": 1}}')
+    if not isinstance(labels, dict) or not labels:
+        raise CohortError(f'{file}: has no `labels`; expected {{"background": 0, "liver": 1}}')
     for k,v in labels.items():
         if isinstance(v, (list,tuple)):
-            raise CohortError(f'{file}: the label {k!r} is a region, made of the values {", ".join(map(str, v))}, which is not supported; '
-                              'give each value a label of its own, and add the structures up afterwards')
+            raise CohortError(f'{file}: the label {k!r} is a region, made of the values '
+                              f'{", ".join(map(str, v))}, which is not supported; give each value '
+                              'a label of its own, and add the structures up afterwards')
         if 'ignore' in (str(k).lower(), str(v).lower()):
-            raise CohortError(f'{file}: has a label `ignore` for voxels that nobody annotated, which is not supported; annotate them, or leave these scans out')
+            raise CohortError(f'{file}: has a label `ignore` for voxels that nobody annotated, '
+                              'which is not supported; annotate them, or leave these scans out')
     swap = not all(str(k).lstrip('-').isdigit() for k in labels)
     try: res = {int(v if swap else k):str(k if swap else v) for k,v in labels.items()}
-    except (TypeError, ValueError): raise CohortError(f'{file}: `labels` are {str(labels)[:100]}, expected a whole number for each name') from None
-    if len(res)<len(labels): raise CohortError(f'{file}: `labels` gives one value to several names: {str(labels)[:100]}; each needs its own')
+    except (TypeError, ValueError):
+        raise CohortError(f'{file}: `labels` are {str(labels)[:100]}, expected a whole number for '
+                          'each name') from None
+    if len(res)<len(labels):
+        raise CohortError(f'{file}: `labels` gives one value to several names: '
+                          f'{str(labels)[:100]}; each needs its own')
     if 0 not in res: raise CohortError(f'{file}: `labels` has no background, which is 0; add it')
     return dict(sorted(res.items()))
 
-@layout('nnunet', "nnU-Net's raw data: `dataset.json`, `imagesTr` with files like `CASE_0000.nii.gz`, masks in `labelsTr`", _is_nnunet, first=True)
+# %% ../../nbs/13_scans.standards.ipynb #54d71d48
+def _nnunet_channel(channels, channel, file):
+    "The number of the channel that is meant"
+    try: known = {int(k):str(v) for k,v in channels.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise CohortError(f'{file}: its channels are {str(channels)[:100]}, expected {{"0": '
+                          '"CT"}') from None
+    if channel is None and len(known)==1: return min(known)
+    match = [k for k,v in known.items() if str(channel) in (str(k),v)]
+    said = ', '.join(f'{k} ({v})' for k,v in sorted(known.items()))
+    if channel is None:
+        raise CohortError(f'{file}: each scan has {len(known)} channels in files of their own, and '
+                          f'a network here takes one file; choose one with channel=: {said}')
+    if len(match)!=1: raise CohortError(f'{file}: channel={channel!r} is none of {said}')
+    return match[0]
+
+@layout('nnunet',
+        "nnU-Net's raw data: `dataset.json`, `imagesTr` with files like `CASE_0000.nii.gz`, masks "
+        "in `labelsTr`", _is_nnunet, first=True)
 def read_nnunet(
-    root:Path,       # folder of the scans
+    root:Path,   # folder of the scans
     channel=None # Which channel, where a scan has several files: its number or its name in `dataset.json`
 )->pd.DataFrame:
     "A raw data set of nnU-Net, version 1 or 2"
     file = root/'dataset.json'
     try: info = read_json(file)
-    except FileNotFoundError: raise CohortError(f'{file}: does not exist; expected {layouts["nnunet"].expects}') from None
+    except FileNotFoundError:
+        raise CohortError(f'{file}: does not exist; expected {layouts["nnunet"].expects}') from None
     except ValueError as e: raise CohortError(str(e)) from None
-    if not isinstance(info, dict): raise CohortError(f'{file}: holds a {type(info).__name__}, expected names and values')
-    if 'dataset' in info: raise CohortError(f'{file}: lists its files in `dataset`, which is not supported; put them into imagesTr and labelsTr')
-    if (end := info.get('file_ending')) and end not in extensions: raise CohortError(f'{file}: its scans end in {end!r}, which cannot be read; expected one of {", ".join(extensions)}')
+    if not isinstance(info, dict):
+        raise CohortError(f'{file}: holds a {type(info).__name__}, expected names and values')
+    if 'dataset' in info:
+        raise CohortError(f'{file}: lists its files in `dataset`, which is not supported; put them '
+                          'into imagesTr and labelsTr')
+    if (end := info.get('file_ending')) and end not in extensions:
+        raise CohortError(f'{file}: its scans end in {end!r}, which cannot be read; expected one '
+                          f'of {", ".join(extensions)}')
     names = _nnunet_labels(info.get('labels'), file)
-    number = _nnunet_channel(info.get('channel_names') or info.get('modality') or {'0':'image'}, channel, file)
+    number = _nnunet_channel(info.get('channel_names') or info.get('modality') or {'0':'image'},
+                             channel, file)
     images,masks = {},{}
     for d,m in (('imagesTr','labelsTr'), ('imagesTs','labelsTs')):
         for o in scans_in(root/d, 0):
             found = _channel.fullmatch(stem(o))
-            if not found: raise CohortError(f'{o}: its name does not end in a channel like _0000; rename it')
+            if not found:
+                raise CohortError(f'{o}: its name does not end in a channel like _0000; rename it')
             images.setdefault(found[1], {})[int(found[2])] = str(o)
         masks.update({stem(o):str(o) for o in scans_in(root/m, 0)})
-    if not images: raise CohortError(f'{root}: holds no scans; expected {layouts["nnunet"].expects}')
-    if lost := [s for s,o in images.items() if number not in o]: raise CohortError(f'{root}: the scan {lost[0]!r} has no file for channel {number} ({lost[0]}_{number:04d}); {len(lost)} of {len(images)} scans lack it')
-    if masks and not set(masks)&set(images): raise CohortError(f'{root}: no mask belongs to an image; images are called {min(images)}_{number:04d}, masks {min(masks)}')
+    if not images:
+        raise CohortError(f'{root}: holds no scans; expected {layouts["nnunet"].expects}')
+    if lost := [s for s,o in images.items() if number not in o]:
+        raise CohortError(f'{root}: the scan {lost[0]!r} has no file for channel {number} '
+                          f'({lost[0]}_{number:04d}); {len(lost)} of {len(images)} scans lack it')
+    if masks and not set(masks)&set(images):
+        raise CohortError(f'{root}: no mask belongs to an image; images are called '
+                          f'{min(images)}_{number:04d}, masks {min(masks)}')
     values = list(names)
-    return cohort_frame([dict(subject=s, scan=s, image=images[s][number], mask=masks.get(s)) for s in sorted(images)], 'nnunet', list(names.values()),
-                        None if values==list(range(len(values))) else {v:i for i,v in enumerate(values)}, alone=True)
+    return cohort_frame([dict(subject=s, scan=s, image=images[s][number], mask=masks.get(s))
+                         for s in sorted(images)], 'nnunet', list(names.values()),
+                        None if values==list(range(len(values)))
+                        else {v:i for i,v in enumerate(values)}, alone=True)
 
-def _nnunet_channel(channels, channel, file):
-    "The number of the channel that is meant"
-    try: known = {int(k):str(v) for k,v in channels.items()}
-    except (AttributeError, TypeError, ValueError): raise CohortError(f'{file}: its channels are {str(channels)[:100]}, expected {{"0": "CT"}}') from None
-    if channel is None and len(known)==1: return min(known)
-    match = [k for k,v in known.items() if str(channel) in (str(k),v)]
-    said = ', '.join(f'{k} ({v})' for k,v in sorted(known.items()))
-    if channel is None: raise CohortError(f'{file}: each scan has {len(known)} channels in files of their own, and a network here takes one file; choose one with channel=: {said}')
-    if len(match)!=1: raise CohortError(f'{file}: channel={channel!r} is none of {said}')
-    return match[0]
-
-# %% ../../nbs/13_scans.standards.ipynb #60106363
+# %% ../../nbs/13_scans.standards.ipynb #7ecb2ae0
 _mask_kinds = ('dseg','mask','seg','label','roi','lesion')
-_about_mask = ('space','desc','label','res','den','atlas','from','hemi') # what a mask's name may say beyond its image's
+
+# what a mask's name may say beyond its image's
+_about_mask = ('space','desc','label','res','den','atlas','from','hemi')
 
 def _parse(path):
     "Entities of a BIDS name, and its last part"
     *parts,kind = stem(path).split('_')
-    return dict(o.split('-', 1) for o in parts if '-' in o), [o for o in parts if '-' not in o], kind
+    return dict(o.split('-', 1) for o in parts
+                if '-' in o), [o for o in parts if '-' not in o], kind
 
-def _subjects(root): return [o for o in sorted(root.iterdir()) if o.is_dir() and o.name.startswith('sub-')] if root.is_dir() else []
-def _is_bids(root): return any(stem(f).startswith(d.name+'_') for d in _subjects(root)[:3] for f in scans_in(d, 3))
+def _subjects(root):
+    return [o for o in sorted(root.iterdir()) if o.is_dir()
+            and o.name.startswith('sub-')] if root.is_dir() else []
 
-@layout('bids', 'BIDS: files like `sub-01/anat/sub-01_T1w.nii.gz`, masks like `derivatives/NAME/sub-01/anat/sub-01_dseg.nii.gz`', _is_bids, first=True)
-def read_bids(
-    root:Path,       # folder of the scans
-    suffix=None,     # Which images, where there are several kinds: 'T1w', 'FLAIR', ...
-    derivative=None, # Which folder below `derivatives`, where several hold masks
-    mask=None        # A part of the masks' names, where an image has several: 'desc-manual'
-)->pd.DataFrame:
-    "A BIDS data set"
-    found = [(o, *_parse(o)) for d in _subjects(root) for o in scans_in(d, 4) if stem(o).startswith(d.name+'_')]
-    images = [o for o in found if o[3] not in _mask_kinds]
-    if not images: raise CohortError(f'{root}: holds no scans; expected {layouts["bids"].expects}')
-    kinds = pd.Series([o[3] for o in images]).value_counts()
-    if suffix is None and len(kinds)>1:
-        raise CohortError(f'{root}: holds images of several kinds: {", ".join(f"{k} ({n})" for k,n in kinds.items())}; choose one with suffix={kinds.index[0]!r}')
-    if suffix is not None and suffix not in kinds: raise CohortError(f'{root}: suffix={suffix!r}: no image ends in it; there are {", ".join(kinds.index)}')
-    images = [o for o in images if suffix in (None, o[3])]
-    masks,files = _bids_masks(root, derivative, mask, found),{}
-    for m in masks:
-        for i in _best(m, images): files.setdefault(i, []).append(m[0])
-    if masks and not files: raise CohortError(f'{root}: no mask belongs to an image; images are called {images[0][0].name}, masks {masks[0][0].name}')
-    if several := [(i,o) for i,o in files.items() if len(o)>1]:
-        i,o = several[0]
-        raise CohortError(f'{i}: has {len(o)} masks: {", ".join(str(p.relative_to(root)) for p in o[:3])}; choose with derivative= (a folder) or mask= (a part of the name)')
-    rows = [dict(subject=f'sub-{e["sub"]}', scan=stem(f), image=str(f), mask=str(files[f][0]) if f in files else None, session=e.get('ses')) for f,e,_,_ in images]
-    classes,labels = _bids_classes(root, files)
-    return cohort_frame(sorted(rows, key=lambda o: o['scan']), 'bids', classes, labels)
+def _is_bids(root):
+    return any(stem(f).startswith(d.name+'_') for d in _subjects(root)[:3] for f in scans_in(d, 3))
 
+# %% ../../nbs/13_scans.standards.ipynb #274c82f2
 def _bids_masks(root, derivative, mask, found):
     "Masks below `derivatives` and beside the images"
     base = root/'derivatives'
     if derivative is not None and not (base/derivative).is_dir():
-        raise CohortError(f'{base/derivative}: is not a folder; there are {", ".join(o.name for o in sorted(base.iterdir()) if o.is_dir()) if base.is_dir() else "none"}')
-    below = [(o, *_parse(o)) for o in scans_in(base/derivative if derivative else base, 6)] if base.is_dir() else []
-    masks = [o for o in below+([] if derivative else found) if o[3] in _mask_kinds and 'sub' in o[1]]
+        there = [o.name for o in sorted(base.iterdir()) if o.is_dir()] if base.is_dir() else ['none']
+        raise CohortError(f'{base/derivative}: is not a folder; there are {", ".join(there)}')
+    where = base/derivative if derivative else base
+    below = [(o, *_parse(o)) for o in scans_in(where, 6)] if base.is_dir() else []
+    if not derivative: below += found
+    masks = [o for o in below if o[3] in _mask_kinds and 'sub' in o[1]]
     own = ('orig','native','individual','scanner','T1w','T2w','FLAIR','bold')
-    masks = [o for o in masks if o[1].get('space','orig') in own] # others lie on the grid of a template
+    # others lie on the grid of a template
+    masks = [o for o in masks if o[1].get('space','orig') in own]
     if mask is None: return masks
     kept = [o for o in masks if mask in o[0].name]
-    if masks and not kept: raise CohortError(f'{root}: mask={mask!r} is in no name of a mask; they are called {masks[0][0].name}')
+    if masks and not kept:
+        raise CohortError(f'{root}: mask={mask!r} is in no name of a mask; they are called '
+                          f'{masks[0][0].name}')
     return kept
 
 def _best(m, images):
@@ -143,22 +160,70 @@ def _best(m, images):
     path,ents,words,_ = m
     ents = {k:v for k,v in ents.items() if k not in _about_mask}
     kinds = {o[3] for o in images}
-    fit = [(f,e) for f,e,_,kind in images if all(e.get(k)==v for k,v in ents.items()) and not any(w in kinds and w!=kind for w in words)]
+    fit = [(f,e) for f,e,_,kind in images if all(e.get(k)==v for k,v in ents.items())
+           and not any(w in kinds and w!=kind for w in words)]
     exact = [f for f,e in fit if e==ents] or [f for f,_ in fit]
-    if len(exact)>1: raise CohortError(f'{path}: could belong to several images: {", ".join(f.name for f in exact[:3])}; put what tells them apart (run, acq, ...) into its name')
+    if len(exact)>1:
+        raise CohortError(f'{path}: could belong to several images: '
+                          f'{", ".join(f.name for f in exact[:3])}; put what tells them apart '
+                          '(run, acq, ...) into its name')
     return exact
 
+# %% ../../nbs/13_scans.standards.ipynb #c1c35bfc
 def _bids_classes(root, files):
     "Names and values of the classes from `*dseg.tsv`, if there is just one meaning"
-    folders = {p for o in files.values() for f in o for p in f.parents if p==root or root in p.parents}
+    folders = {p for o in files.values() for f in o for p in f.parents if p==root
+               or root in p.parents}
     tables = sorted(f for d in folders for f in d.glob('*dseg.tsv'))
     meanings = []
     for t in tables:
         try:
-            rows = list(csv.DictReader(t.read_text(encoding='utf-8-sig').splitlines(), delimiter='\t'))
+            rows = list(csv.DictReader(t.read_text(encoding='utf-8-sig').splitlines(),
+                                       delimiter='\t'))
             meanings.append({0:'background', **{int(o['index']):o['name'].strip() for o in rows}})
         except (OSError, UnicodeError, KeyError, TypeError, ValueError, AttributeError) as e:
-            raise CohortError(f'{t}: cannot be used ({type(e).__name__}: {e}); expected the columns `index` and `name`, with tabs between them') from None
+            raise CohortError(f'{t}: cannot be used ({type(e).__name__}: {e}); expected the '
+                              'columns `index` and `name`, with tabs between them') from None
     if not meanings or any(o!=meanings[0] for o in meanings): return None,None
     names = dict(sorted(meanings[0].items()))
-    return list(names.values()), None if list(names)==list(range(len(names))) else {v:i for i,v in enumerate(names)}
+    labels = None if list(names)==list(range(len(names))) else {v:i for i,v in enumerate(names)}
+    return list(names.values()), labels
+
+@layout('bids', 'BIDS: files like `sub-01/anat/sub-01_T1w.nii.gz`, masks like '
+                '`derivatives/NAME/sub-01/anat/sub-01_dseg.nii.gz`', _is_bids, first=True)
+def read_bids(
+    root:Path,       # folder of the scans
+    suffix=None,     # Which images, where there are several kinds: 'T1w', 'FLAIR', ...
+    derivative=None, # Which folder below `derivatives`, where several hold masks
+    mask=None        # A part of the masks' names, where an image has several: 'desc-manual'
+)->pd.DataFrame:
+    "A BIDS data set"
+    found = [(o, *_parse(o)) for d in _subjects(root) for o in scans_in(d, 4)
+             if stem(o).startswith(d.name+'_')]
+    images = [o for o in found if o[3] not in _mask_kinds]
+    if not images: raise CohortError(f'{root}: holds no scans; expected {layouts["bids"].expects}')
+    kinds = pd.Series([o[3] for o in images]).value_counts()
+    if suffix is None and len(kinds)>1:
+        raise CohortError(f'{root}: holds images of several kinds: '
+                          f'{", ".join(f"{k} ({n})" for k,n in kinds.items())}; choose one with '
+                          f'suffix={kinds.index[0]!r}')
+    if suffix is not None and suffix not in kinds:
+        raise CohortError(f'{root}: suffix={suffix!r}: no image ends in it; there are '
+                          f'{", ".join(kinds.index)}')
+    images = [o for o in images if suffix in (None, o[3])]
+    masks,files = _bids_masks(root, derivative, mask, found),{}
+    for m in masks:
+        for i in _best(m, images): files.setdefault(i, []).append(m[0])
+    if masks and not files:
+        raise CohortError(f'{root}: no mask belongs to an image; images are called '
+                          f'{images[0][0].name}, masks {masks[0][0].name}')
+    if several := [(i,o) for i,o in files.items() if len(o)>1]:
+        i,o = several[0]
+        raise CohortError(f'{i}: has {len(o)} masks: '
+                          f'{", ".join(str(p.relative_to(root)) for p in o[:3])}; choose with '
+                          'derivative= (a folder) or mask= (a part of the name)')
+    rows = [dict(subject=f'sub-{e["sub"]}', scan=stem(f), image=str(f),
+                 mask=str(files[f][0]) if f in files else None, session=e.get('ses'))
+            for f,e,_,_ in images]
+    classes,labels = _bids_classes(root, files)
+    return cohort_frame(sorted(rows, key=lambda o: o['scan']), 'bids', classes, labels)

@@ -24,16 +24,21 @@ _names = ('image','mask','subject','scan','split')
 
 def _decode(raw):
     "Text, whatever program wrote it"
-    if raw[:4]==b'PK\x03\x04': raise ValueError('is a workbook, not a text file; save it as CSV (UTF-8)')
-    for bom,encoding in ((b'\xef\xbb\xbf','utf-8-sig'), (b'\xff\xfe','utf-16'), (b'\xfe\xff','utf-16')):
+    if raw[:4]==b'PK\x03\x04':
+        raise ValueError('is a workbook, not a text file; save it as CSV (UTF-8)')
+    for bom,encoding in ((b'\xef\xbb\xbf','utf-8-sig'), (b'\xff\xfe','utf-16'),
+                         (b'\xfe\xff','utf-16')):
         if raw.startswith(bom): break
     else: encoding = 'utf-8'
     try: text = raw.decode(encoding)
     except UnicodeDecodeError:
-        if encoding!='utf-8': raise ValueError(f'begins as {encoding} and goes on as something else; save it as CSV (UTF-8)') from None
+        if encoding!='utf-8':
+            raise ValueError(f'begins as {encoding} and goes on as something else; save it as CSV '
+                             '(UTF-8)') from None
         try: text = raw.decode('cp1252') # Excel in western countries
         except UnicodeDecodeError: text = raw.decode('latin-1')
-    if '\0' in text: raise ValueError('holds zero bytes, so it is not a text file; save it as CSV (UTF-8)')
+    if '\0' in text:
+        raise ValueError('holds zero bytes, so it is not a text file; save it as CSV (UTF-8)')
     return text
 
 def _header(line, delimiter):
@@ -45,7 +50,8 @@ def _header(line, delimiter):
 # %% ../../nbs/11_scans.table.ipynb #fee97082
 def read_table(
     path # .csv
-)->tuple[pd.DataFrame,dict]: # texts, `None` where a cell is empty; and what the first line says, if it was saved by us
+# texts, `None` where a cell is empty; and what the first line says, if it was saved by us
+)->tuple[pd.DataFrame,dict]:
     "A table with a column `image`; a `ValueError` says what is wrong with it"
     try:
         check_regular(path)
@@ -55,29 +61,39 @@ def read_table(
     if text.startswith(note):
         first,_,text = text.partition('\n')
         attrs = parse_json(first[len(note):])
-        if not isinstance(attrs, dict): raise ValueError('has a first line that is not what was written; delete that line')
+        if not isinstance(attrs, dict):
+            raise ValueError('has a first line that is not what was written; delete that line')
     delimiters = (',',';','\t','|')
-    if m := re.match(r'"?sep=(.)"?\r?\n', text): text,delimiters = text[m.end():],(m[1],) # Excel's own hint
+    # Excel's own hint
+    if m := re.match(r'"?sep=(.)"?\r?\n', text): text,delimiters = text[m.end():],(m[1],)
     if not text.strip(): raise ValueError('is empty')
     line = text.lstrip().splitlines()[0]
-    header,delimiter = max(((_header(line, o), o) for o in delimiters), key=lambda o: ('image' in o[0], len(o[0])))
+    header,delimiter = max(((_header(line, o), o) for o in delimiters),
+                           key=lambda o: ('image' in o[0], len(o[0])))
     if 'image' not in header:
-        raise ValueError(f'has no column `image`, only {", ".join(sorted(header)[:8])}; expected image, and mask, subject, scan if there are')
-    if twice := [o for o in _names if header.count(o)>1]: raise ValueError(f'has {header.count(twice[0])} columns `{twice[0]}`; keep one')
+        raise ValueError(f'has no column `image`, only {", ".join(sorted(header)[:8])}; expected '
+                         'image, and mask, subject, scan if there are')
+    if twice := [o for o in _names if header.count(o)>1]:
+        raise ValueError(f'has {header.count(twice[0])} columns `{twice[0]}`; keep one')
     return _rows(text, header, delimiter),attrs
 
 def _rows(text, header, delimiter):
-    rows,reader = [],csv.reader(io.StringIO(text, newline=''), delimiter=delimiter, skipinitialspace=True)
+    rows,reader = [],csv.reader(io.StringIO(text, newline=''), delimiter=delimiter,
+                                skipinitialspace=True)
     try:
         for fields in reader:
             fields = [o.strip() for o in fields]
             if any(fields): rows.append((reader.line_num, fields))
-    except csv.Error as e: raise ValueError(f'line {reader.line_num} cannot be understood ({e}); are quotes closed?') from None
+    except csv.Error as e:
+        raise ValueError(f'line {reader.line_num} cannot be understood ({e}); are quotes '
+                         'closed?') from None
     for line,fields in rows[1:]:
         if any(fields[len(header):]):
-            raise ValueError(f'line {line} has {len(fields)} fields, but there are {len(header)} columns; put quotes around names that hold {delimiter!r}')
+            raise ValueError(f'line {line} has {len(fields)} fields, but there are {len(header)} '
+                             f'columns; put quotes around names that hold {delimiter!r}')
     keep = [i for i,o in enumerate(header) if o and not o.startswith('Unnamed:')]
-    table = [[(fields[i] or None) if i<len(fields) else None for i in keep] for _,fields in rows[1:]]
+    table = [[(fields[i] or None) if i<len(fields) else None for i in keep]
+             for _,fields in rows[1:]]
     return pd.DataFrame(table, columns=[header[i] for i in keep], dtype=object)
 
 # %% ../../nbs/11_scans.table.ipynb #7de3a0b0
@@ -88,10 +104,12 @@ def find_file(
     "The path that a name in a table means; a `ValueError` for one that cannot be on this computer"
     name = os.fspath(name)
     forms = [name, *([name.replace('\\', '/')] if '\\' in name and os.sep=='/' else [])]
-    tries = list(dict.fromkeys(unicodedata.normalize(f, o) if f else o for o in forms for f in (None,'NFC','NFD')))
+    tries = list(dict.fromkeys(unicodedata.normalize(f, o) if f else o for o in forms
+                               for f in (None,'NFC','NFD')))
     for o in tries:
         path = str(base/o)
         if '\0' not in path and os.path.lexists(split_choice(path)[0]): return path
     if os.sep=='/' and re.match(r'[A-Za-z]:[\\/]|\\\\', name):
-        raise ValueError(f'{name}: is a path of a Windows computer, and there is no such file here; write paths relative to the folder of the table')
+        raise ValueError(f'{name}: is a path of a Windows computer, and there is no such file '
+                         'here; write paths relative to the folder of the table')
     return str(base/forms[-1])

@@ -1,7 +1,9 @@
 # `make demo` and `make test` set themselves up in .venv; nothing else is needed but Python 3.10 to 3.12.
+# make demo DATA=/my/scans ARGS="--valid 1": options of fastmiseg-demo (fastmiseg-demo --help has them all)
 PYTHON ?= python3
 BIN := .venv/bin
 DATA ?=
+ARGS ?=
 
 .PHONY: demo test prepare bench gpu docs clean
 
@@ -11,11 +13,12 @@ DATA ?=
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/fastmiseg-demo $(if $(DATA),--data "$(DATA)")
+	$(BIN)/fastmiseg-demo $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(ARGS)
+	@echo "done: all examples of the notebooks in nbs/ and all tests in tests/ passed, with the environment in .venv/"
 
 prepare: .venv/installed
 	$(BIN)/nbdev-export

@@ -7,7 +7,7 @@ __all__ = ['as_typed', 'polite', 'with_options', 'options_in', 'prepare', 'train
 
 # %% ../nbs/69_cli.ipynb #f621d380
 import inspect, re, sys, traceback, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, fields
 from functools import wraps
 from typing import Annotated
@@ -33,6 +33,12 @@ def as_typed(
     text = re.sub(rf'(?<!column )`({known})`(?! of)', option, text)
     return re.sub(rf'^({known})(?=: )', option, text)
 
+def _bars_or_lines():
+    "Bars in a terminal, lines in a file"
+    if sys.stdout.isatty(): return nullcontext()
+    from fastmiseg.progress import lines_instead_of_bars
+    return lines_instead_of_bars()
+
 @contextmanager
 def polite(
     name:str,    # of the command
@@ -49,7 +55,8 @@ def polite(
         warnings.filterwarnings('ignore', category=FutureWarning)
         warnings.filterwarnings('ignore', category=DeprecationWarning)
         warnings.showwarning = warn
-        try: yield
+        try:
+            with _bars_or_lines(): yield
         except (ValueError, OSError, FloatingPointError) as e:
             say(e)
             sys.exit(2)
@@ -66,6 +73,11 @@ def _report(problems, of=''):
     if len(problems):
         print(f'{len(problems)}{of} scans could not be used', file=sys.stderr)
         sys.exit(1)
+
+def _beside(prepared):
+    "A folder for the run that begins with these slices"
+    from pathlib import Path
+    return Path(prepared).with_name('run' if Path(prepared).name!='run' else 'run1')
 
 def _print_means(scores):
     means = scores.groupby('class', sort=False)[['dice','hd95','assd']].mean()
@@ -139,7 +151,8 @@ def prepare(
     Exit codes: 0 done; 1 done, but some scans could not be used; 2 not done, for the reason given; 130 interrupted."""
     with polite('fastmiseg-prepare', '; what is prepared is kept, call it again', options_in(prepare)):
         from fastmiseg.commands import prepare_run
-        bad = prepare_run(data, out, seed, workers, skip_bad, overwrite, **options)
+        bad = prepare_run(data, out, seed, workers, skip_bad, overwrite, say=print, **options)
+        print(f'\nsplit: {out}/split.csv\nnext: fastmiseg-train {out} --out {_beside(out)}')
         _report(list(bad.problem))
 
 @call_parse
@@ -155,6 +168,9 @@ def train(
     settings:str=None, # JSON or TOML file of settings; options change what stands in it
     workers:int=None,  # Processes that prepare slices
     overwrite:bool=False, # Replace the run that is in OUT
+    # Cross-validation: train as many models, in OUT/fold0, OUT/fold1, ...; each annotated subject that does not test
+    # validates once
+    folds:int=None,
     **options          # Every choice between a folder of scans and slices, every setting of a training
 ):
     """Train from scans to a run folder with model, scores and figures.
@@ -163,12 +179,17 @@ def train(
     go_on = f'; go on with: fastmiseg-train --out {out} --resume'
     with polite('fastmiseg-train', go_on, options_in(train)):
         from fastmiseg.commands import resume_run, train_run
+        from fastmiseg.progress import EpochLines
         if resume and data is not None: raise ValueError('DATA: the run knows its scans; leave it out with --resume')
         if not resume and data is None: raise ValueError('DATA: missing; give a folder or CSV of scans, or --resume')
-        if resume: scores = resume_run(out, workers, **options)
-        else: scores = train_run(data, out, settings, overwrite, workers, **options)
+        if resume: scores = resume_run(out, workers, print, [EpochLines()], **options)
+        else:
+            scores = train_run(data, out, settings, overwrite, workers, folds, print, [EpochLines()], **options)
         if scores is None: return # one of several processes, and not the first
         _print_means(scores)
+        print(f'\nscores: {out}/metrics.csv')
+        if 'fold' not in scores: print(f'model: {out}/model.safetensors; figures: {out}/figures')
+        print(f'next: fastmiseg-predict {out} SCANS --out segmentations')
         _report([f'{k}: {v}' for k,v in scores.attrs['problems'].items()])
 
 @call_parse
@@ -190,7 +211,8 @@ def predict(
         from fastmiseg.commands import predict_scans
         done = predict_scans(model, data, out, probabilities=probabilities, flips=flips, largest=largest,
                              bs=bs, overwrite=overwrite, **options)
-        print(f'\n{done.out.notna().sum()} segmentations in {out}')
+        n = done.out.notna().sum()
+        print(f'\n{n} segmentation{"s"*(n!=1)} in {out}')
         _report(list(done.problem.dropna()), f' of {len(done)}')
 
 @call_parse
@@ -215,6 +237,7 @@ def evaluate(
         scores = evaluate_run(model, data, out, split, overwrite, flips=flips, largest=largest,
                               skip_bad=skip_bad, **options)
         _print_means(scores)
+        print(f'\nscores of every scan: {out or model}/metrics.csv; figures: {out or model}/figures')
         bad = scores.attrs['problems']
         _report([f'{k}: {v}' for k,v in bad.items()], f' of {scores.scan.nunique()+len(bad)}')
 

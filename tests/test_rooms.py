@@ -20,7 +20,7 @@ callback.state callback.plan callback.place callback.resume
 metrics surface learner training
 inference evaluation segmenter preparing viewing plots commands
 study.preset study.plans study.evidence study.report study.protocol study.work study.run
-cli demo all'''.split()
+progress cli demo all'''.split()
 
 def room_of(path): return '.'.join(path.relative_to(root/'fastmiseg').with_suffix('').parts)
 files = {room_of(o): o for o in sorted((root/'fastmiseg').rglob('*.py')) if o.stem not in ('__init__','_modidx')}

@@ -559,7 +559,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fastmiseg.cli._beside': ('cli.html#_beside', 'fastmiseg/cli.py'),
                                'fastmiseg.cli._list': ('cli.html#_list', 'fastmiseg/cli.py'),
                                'fastmiseg.cli._options_of': ('cli.html#_options_of', 'fastmiseg/cli.py'),
-                               'fastmiseg.cli._print_means': ('cli.html#_print_means', 'fastmiseg/cli.py'),
+                               'fastmiseg.cli._print_scores': ('cli.html#_print_scores', 'fastmiseg/cli.py'),
                                'fastmiseg.cli._report': ('cli.html#_report', 'fastmiseg/cli.py'),
                                'fastmiseg.cli._said': ('cli.html#_said', 'fastmiseg/cli.py'),
                                'fastmiseg.cli._yes_or_no': ('cli.html#_yes_or_no', 'fastmiseg/cli.py'),

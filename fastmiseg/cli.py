@@ -79,9 +79,9 @@ def _beside(prepared):
     from pathlib import Path
     return Path(prepared).with_name('run' if Path(prepared).name!='run' else 'run1')
 
-def _print_means(scores):
-    means = scores.groupby('class', sort=False)[['dice','hd95','assd']].mean()
-    print('\n' + means.round(3).to_string())
+def _print_scores(scores):
+    from fastmiseg.evaluation import scores_text
+    print('\n' + scores_text(scores))
 
 # %% ../nbs/69_cli.ipynb #4f2998cb
 def _yes_or_no(s): return {'yes':True, 'true':True, 'no':False, 'false':False}[s.lower()]
@@ -186,7 +186,7 @@ def train(
         else:
             scores = train_run(data, out, settings, overwrite, workers, folds, print, [EpochLines()], **options)
         if scores is None: return # one of several processes, and not the first
-        _print_means(scores)
+        _print_scores(scores)
         print(f'\nscores: {out}/metrics.csv')
         if 'fold' not in scores: print(f'model: {out}/model.safetensors; figures: {out}/figures')
         print(f'next: fastmiseg-predict {out} SCANS --out segmentations')
@@ -211,7 +211,7 @@ def predict(
         from fastmiseg.commands import predict_scans
         done = predict_scans(model, data, out, probabilities=probabilities, flips=flips, largest=largest,
                              bs=bs, overwrite=overwrite, **options)
-        n = done.out.notna().sum()
+        n = int(done.out.notna().sum())
         print(f'\n{n} segmentation{"s"*(n!=1)} in {out}')
         _report(list(done.problem.dropna()), f' of {len(done)}')
 
@@ -222,7 +222,7 @@ def evaluate(
     data:Annotated[str, 'Folder or CSV of scans with masks; by default the test scans of the run '
                         '(validation scans, if there are no others)', dict(nargs='?', opt=False)]=None,
     out:str=None,       # Folder for metrics.csv and figures/; by default the run
-    split:str=None,     # Only scans of this part: test, valid, labeled
+    split:str=None,     # Scans of this part: test, valid, labeled, or all; by default none that the model was trained on
     flips:bool=False,   # Average over flipped slices
     largest:bool=False, # Keep the largest connected piece of each class only
     skip_bad:bool=False, # Leave out scans that cannot be used (exit code 1), instead of stopping (exit code 2)
@@ -236,7 +236,7 @@ def evaluate(
         from fastmiseg.commands import evaluate_run
         scores = evaluate_run(model, data, out, split, overwrite, flips=flips, largest=largest,
                               skip_bad=skip_bad, **options)
-        _print_means(scores)
+        _print_scores(scores)
         print(f'\nscores of every scan: {out or model}/metrics.csv; figures: {out or model}/figures')
         bad = scores.attrs['problems']
         _report([f'{k}: {v}' for k,v in bad.items()], f' of {scores.scan.nunique()+len(bad)}')

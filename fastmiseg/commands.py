@@ -312,7 +312,7 @@ def evaluate_run(
     model,       # run folder, or a file from `export_segmenter`
     data=None,   # folder or CSV of scans with masks; default: the test scans of the run, else its validation scans
     out=None,    # folder for metrics.csv and figures; default: the run
-    split=None,  # 'test', 'valid', ...: only these scans
+    split=None,  # 'test', 'valid', ...: these scans; 'all'; default for `data`: none that the model was trained on
     overwrite:bool=True, # replace the metrics that are in `out`
     **kwargs     # fields of `Reading`, and arguments of `evaluate_cohort`
 )->pd.DataFrame: # scores, as from `evaluate_cohort`
@@ -324,19 +324,20 @@ def evaluate_run(
     out = run if out is None else Path(out)
     df = load_cohort(run/'split.csv', 'csv') if data is None else Reading(**reading).load(data)
     if data is None and split is None: split = 'test' if (df.split=='test').any() else 'valid'
-    if split is not None:
-        if 'split' not in df or not (df.split==split).any():
-            raise RunError(f'split: no scan of {data or run} is in {split!r}')
-        df = df[df.split==split]
+    if split not in (None,'all') and ('split' not in df or not (df.split==split).any()):
+        raise RunError(f'split: no scan of {data or run} is in {split!r}')
     about = _about_scores(model, df, split, kwargs)
     if (out/'metrics.csv').exists() and not overwrite: return _scores_of_before(out, about)
-    scores = _score(seg, df, out/_notes, overwrite, **kwargs)
+    scores = _score(seg, df, out/_notes, overwrite, split=split, **kwargs)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out/'metrics.csv', scores.to_csv(index=False))
-    write_text(out/'metrics.json', json.dumps({**about, 'problems':scores.attrs['problems']}))
+    kept = {k:scores.attrs.get(k, {}) for k in _kept}
+    write_text(out/'metrics.json', json.dumps({**about, **kept}))
     for m in ('dice','hd95'): plot_scores(scores, m, out=out/'figures'/f'{m}.png')
-    plot_scans(seg, df, scores, out=out/'figures'/'worst.png')
+    plot_scans(seg, df[df.scan.isin(scores.scan)], scores, out=out/'figures'/'worst.png')
     return scores
+
+_kept = ('problems','left_out') # beside the table
 
 def _about_scores(model, df, split, options):
     "What scores depend on, in a few words"
@@ -352,7 +353,7 @@ def _scores_of_before(out, about):
     if not isinstance(before, dict) or {k:before.get(k) for k in about}!=about:
         raise FileExistsError(f'{out/"metrics.csv"}: exists, with other scores; choose another folder, or overwrite it')
     scores = pd.read_csv(out/'metrics.csv', dtype=dict(subject=str, scan=str))
-    scores.attrs['problems'] = before.get('problems', {})
+    scores.attrs.update({k:before.get(k, {}) for k in _kept})
     return scores
 
 def _score(seg, df, notes, overwrite, **kwargs):

@@ -168,5 +168,4 @@ def demo(
     print(f"\n{out/f'demo_{seed}.png'}  scan, mask and both predictions")
     print(f"{out/'scores.csv'}  every score of every scan")
     print(f"{out}/*.nii.gz  segmentations of the scan in the picture, on its own grid")
-    print(f"next: fastmiseg-train {data or out/'scans'} --out run, with {'these' if data else 'your own'} scans; "
-          'fastmiseg-predict run SCANS')
+    print(f"next: fastmiseg-train {data or 'YOUR_SCANS'} --out run; fastmiseg-predict run SCANS --out segmentations")

@@ -124,7 +124,7 @@ def test_overwrite(run, prepared, tmp_path):
     with pytest.raises(C.RunError, match='is not a run folder, but holds thesis.txt'): train_run(prepared, tmp_path/'mine', overwrite=True)
     with pytest.raises(FileExistsError, match='there is a run already'): train_run(prepared, run)
     with pytest.raises(C.RunError, match='is the folder with the prepared slices'): train_run(prepared, prepared, overwrite=True)
-    with pytest.raises(FileExistsError, match='metrics.csv: exists'): evaluate_run(run, overwrite=False)
+    with pytest.raises(FileExistsError, match='metrics.csv: exists, with other scores'): evaluate_run(run, split='valid', overwrite=False)
     assert os.listdir(tmp_path/'mine')==['thesis.txt'] and (run/'model.safetensors').exists()
     out = tmp_path/'again'
     for method in ('partial','entropy'): train_run(prepared, out, method=method, overwrite=True, workers=0, **{**tiny, 'epochs':1, 'n_iters':2})

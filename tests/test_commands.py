@@ -6,11 +6,11 @@ from pathlib import Path
 import pandas as pd, pytest
 
 import fastmiseg.commands as C
-import fastmiseg.inference as inference
+import fastmiseg.evaluation as evaluation
 import fastmiseg.preparing as P
 from fastmiseg import cli
 from fastmiseg.commands import RunError, evaluate_run, predict_scans, prepare_run, resume_run, train_run
-from fastmiseg.preparing import Reading
+from fastmiseg.preparing import Preparation, Reading
 from fastmiseg.scans.cohort import load_cohort, save_cohort
 from fastmiseg.scans.readers import CohortError, layouts
 
@@ -138,20 +138,19 @@ def test_slices_elsewhere_must_be_there(run, prepared, tmp_path):
 # -- evaluation ------------------------------------------------------------------------------------------------------
 def test_evaluation_goes_on_where_it_was_killed(run, tmp_path, monkeypatch):
     whole = evaluate_run(run, out=tmp_path/'whole', progress=False)
-    segment,seen = inference._segment,[]
-    def stop(model, recipe, vol, *args, **kwargs):
+    ask,seen = evaluation.ask_network,[]
+    def stop(learn, recipe, vol, *args, **kwargs):
         if len(seen)==1: raise KeyboardInterrupt
         seen.append(vol.path)
-        return segment(model, recipe, vol, *args, **kwargs)
+        return ask(learn, recipe, vol, *args, **kwargs)
     with monkeypatch.context() as m:
-        m.setattr(inference, '_segment', stop)
+        m.setattr(evaluation, 'ask_network', stop)
         with pytest.raises(KeyboardInterrupt): evaluate_run(run, out=tmp_path/'a', progress=False)
     assert os.listdir(tmp_path/'a')==['.evaluating.jsonl']
-    def count(model, recipe, vol, *args, **kwargs):
+    def count(learn, recipe, vol, *args, **kwargs):
         seen.append(vol.path)
-        return segment(model, recipe, vol, *args, **kwargs)
-    monkeypatch.setattr(inference, '_segment', count)
-    monkeypatch.setattr(C, 'plot_scans', lambda *args, **kwargs: None) # it segments the worst once more
+        return ask(learn, recipe, vol, *args, **kwargs)
+    monkeypatch.setattr(evaluation, 'ask_network', count)
     again = evaluate_run(run, out=tmp_path/'a', progress=False)
     pd.testing.assert_frame_equal(again, whole)
     assert len(seen)==len(set(seen))==2 and not (tmp_path/'a'/'.evaluating.jsonl').exists()
@@ -160,3 +159,87 @@ def test_notes_of_another_evaluation_are_no_obstacle(run, tmp_path):
     (tmp_path/'.evaluating.jsonl').write_text('{"of": "another"}\n')
     with pytest.raises(FileExistsError, match='unfinished run with another network or other settings'): evaluate_run(run, out=tmp_path, overwrite=False, progress=False)
     assert evaluate_run(run, out=tmp_path, progress=False).scan.nunique()==2
+
+def test_repeated_evaluation_shows_the_table_again(run, capsys, tmp_path, monkeypatch):
+    "Not 'exists': the scores are there. Those of something else are not replaced"
+    train_table = evaluate_run(run, progress=False)
+    monkeypatch.setattr(C, 'evaluate_cohort', None)
+    again = evaluate_run(run, overwrite=False)
+    pd.testing.assert_frame_equal(again, train_table, check_dtype=False)
+    cli.evaluate(str(run))
+    assert 'RV' in (said := capsys.readouterr().out) and f'{run}/metrics.csv' in said
+    with pytest.raises(FileExistsError, match='metrics.csv: exists, with other scores; choose another folder, or overwrite it'): evaluate_run(run, overwrite=False, flips=True)
+    with pytest.raises(FileExistsError, match='exists, with other scores'): evaluate_run(run, split='valid', overwrite=False)
+
+# -- ten scans, four of them annotated -------------------------------------------------------------------------------
+@pytest.fixture(scope='module')
+def ten(hearts, tmp_path_factory):
+    root = tmp_path_factory.mktemp('ten')/'scans'
+    for o in ('images','masks'): (root/o).mkdir(parents=True)
+    for i,r in enumerate(hearts.df[:10].itertuples()):
+        os.link(r.image, root/'images'/f'{r.scan}.nii.gz')
+        if i<4: os.link(r.mask, root/'masks'/f'{r.scan}.nii.gz')
+    return root
+
+def test_prepare_says_what_it_found_and_chose(ten, capsys):
+    out = ten.parent/'prepared'
+    cli.prepare(str(ten), str(out), size=[48], workers=0)
+    said = capsys.readouterr().out
+    assert 'folder: 10 scans of 10 subjects, 4 with masks (4 subjects)' in said
+    assert 'split of 4 annotated subjects: 3 labelled, 1 for validation, 0 for test\n' in said
+    assert '10 scans: 3 labelled (3 subjects), 6 unlabelled (6 subjects), 1 for validation (1 subject)\n' in said
+    assert 'Recipe(' in said and 'size=(48, 48)' in said and f'slices: {out}/slices' in said
+    assert said.rstrip().endswith(f'next: fastmiseg-train {out} --out {out.parent/"run"}')
+    assert '\r' not in said
+
+def test_train_says_what_it_does(ten, capsys):
+    out = ten.parent/'run'
+    cli.train(str(ten), str(out), size=[32], epochs=2, n_iters=2, width=2, bs=2, unlabeled_bs=2, method='consistency', workers=0)
+    said = capsys.readouterr().out
+    assert 'method consistency: predictions for x and T(x) agree' in said and 'T: RandomFlips' in said
+    assert '2 epochs of 2 steps with 2 labelled and 2 unlabelled slices, on ' in said
+    assert 'epoch 1 of 2: train_loss' in said and 'epoch 2 of 2' in said and '\r' not in said and '█' not in said
+    assert f'model: {out}/model.safetensors' in said and f'next: fastmiseg-predict {out} SCANS' in said
+    cli.predict(str(out), str(ten/'images'/'heart009.nii.gz'), str(ten.parent/'segs'))
+    assert '1 segmentation in' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match='2'): cli.train(str(ten), str(ten.parent/'run2'), labeled=1, valid=1, test=5)
+    assert '--labeled 1, --valid 1, --test 5' in capsys.readouterr().err
+
+def test_fewer_labelled_than_annotated_is_said(ten, capsys):
+    Preparation(labeled=2).split(ten)
+    assert '1 of 4 annotated subjects is used as unlabelled' in capsys.readouterr().out
+
+def test_folds(ten, capsys, monkeypatch):
+    "A model for each; each annotated subject validates once; interrupted and gone on"
+    out,kw = ten.parent/'folds',dict(size=[32], epochs=1, n_iters=2, width=2, bs=2, unlabeled_bs=2, method='consistency', workers=0)
+    export,done = C.export_segmenter,[]
+    def stop(learn, path, **kwargs):
+        if len(done)==1: raise KeyboardInterrupt
+        done.append(path)
+        return export(learn, path, **kwargs)
+    with monkeypatch.context() as m:
+        m.setattr(C, 'export_segmenter', stop)
+        with pytest.raises(KeyboardInterrupt): train_run(ten, out, folds=4, **kw)
+    assert sorted(o.name for o in out.iterdir())==['config.json','fold0','fold1','fold2','fold3','slices']
+    first = (out/'fold0'/'model.safetensors').stat().st_mtime_ns
+    cli.train(out=str(out), resume=True, workers=0)
+    assert (out/'fold0'/'model.safetensors').stat().st_mtime_ns==first
+    said = capsys.readouterr().out
+    assert f'{out/"fold0"} (1 of 4)\nis finished' in said and f'{out/"fold3"} (4 of 4)' in said and 'fold' in said
+    parts = [load_cohort(out/f'fold{k}'/'split.csv', 'csv') for k in range(4)]
+    assert len({o.scan[o.split=='valid'].item() for o in parts})==4
+    scores = pd.read_csv(out/'metrics.csv')
+    assert scores.scan.nunique()==4 and sorted(scores.fold.unique())==[0,1,2,3]
+    with pytest.raises(FileExistsError, match='there is a run already'): train_run(ten, out, folds=4, **kw)
+    again = train_run(ten, out, folds=2, overwrite=True, **kw)
+    assert sorted(o.name for o in out.iterdir())==['config.json','fold0','fold1','metrics.csv','slices'] and again.scan.nunique()==4
+
+def test_folds_of_what_is_prepared(prepared, tmp_path):
+    "Its test scans stay, masks that were put aside are not used"
+    train_run(prepared, tmp_path/'run', folds=2, workers=0, **{**tiny, 'method':'consistency'})
+    before = load_cohort(prepared/'split.csv', 'csv').set_index('scan').split
+    for k in range(2):
+        now = load_cohort(tmp_path/'run'/f'fold{k}'/'split.csv', 'csv').set_index('scan').split
+        assert set(now.index[now=='test'])==set(before.index[before=='test']) and set(now.index[now=='unlabeled'])==set(before.index[before=='unlabeled'])
+    with pytest.raises(CohortError, match='folds=9'): train_run(prepared, tmp_path/'more', folds=9, workers=0, **tiny)
+    assert not (tmp_path/'more').exists()

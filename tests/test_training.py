@@ -14,7 +14,7 @@ tiny = Settings(epochs=2, n_iters=3, width=2, bs=2, unlabeled_bs=2)
 def test_options_are_the_fields_of_settings():
     "No option of a training is written a second time, and none is missing"
     options = inspect.signature(cli.train).parameters
-    own = {'data','out','resume','settings','workers','overwrite'}
+    own = {'data','out','resume','settings','workers','overwrite','folds'}
     assert set(options)==own|{f.name for f in (*fields(Preparation), *fields(Settings))}
 
 @pytest.mark.parametrize('method', methods)

@@ -84,8 +84,8 @@ class Settings:
     labels:json_object=field(default_factory=dict) # Other arguments of PseudoLabelCallback, as JSON
     paste:json_object=field(default_factory=dict) # Other arguments of CopyPasteCallback, as JSON
     loss:str='ce'            # Of the labelled slices: ce (cross-entropy, the paper's) or ce+dice
-    arch:str='unet'          # Network: unet (the paper's), dynamic_unet, or the timm name of an encoder
-    width:int=16             # Channels of the first stage of unet and dynamic_unet
+    arch:str='unet'          # Network: unet (the paper's), residual_unet, dynamic_unet, or the timm name of an encoder
+    width:int=16             # Channels of the first stage of unet, residual_unet and dynamic_unet
     epochs:int=10            # Epochs of n_iters steps
     n_iters:int=300          # Steps to an epoch
     lr:float=1e-3            # Highest learning rate
@@ -206,6 +206,7 @@ def _read_toml(path):
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
 
 # %% ../nbs/54_training.ipynb #860e2887
+# Penalties that a method can have
 terms = ('global_mi','local_mi','consistency','entropy','pseudo','copypaste')
 
 @dataclass(frozen=True)
@@ -269,6 +270,7 @@ def _taught(make):
 def _none(s, w): return []
 
 _mi,_paper = dict(global_mi=.1, local_mi=.1),dict(global_mi=.1, local_mi=.1, consistency=5.)
+# What to do with unlabelled scans, by name
 methods = {
     'partial': Method('nothing: train on the labelled scans only', {}, _none, uses_T=False),
     'full': Method('the masks of all scans that have one are used, as an upper bound', {}, _none, uses_T=False),
@@ -295,13 +297,13 @@ methods = {
 }
 
 def callbacks_of(
-    settings:Settings
+    settings:Settings # of the training
 )->list:
     "The callbacks of the method, with its weights"
     return methods[settings.method].callbacks(settings, {k:schedule(w) for k,w in settings.weights.items()})
 
 def check_scans(
-    settings:Settings,
+    settings:Settings, # of the training
     df:pd.DataFrame # cohort with a column `split`
 ):
     "An error, before any work, where there is nothing that the method could learn from"
@@ -345,12 +347,13 @@ def _learner(s, df, recipe, store, path, workers):
     from fastmiseg.learner import miseg_learner, paper_adam
     from fastmiseg.losses import CrossEntropyDiceLoss
     from fastmiseg.metrics import VolumeDice
+    from fastmiseg.models import own_networks
     if s.augment: recipe = replace(recipe, augment=s.augment)
     dls = MISegDataLoaders.from_cohort(
         _scans_for(s.method, df), recipe, store=store, bs=s.bs, unlabeled_bs=s.unlabeled_bs, n_iters=s.n_iters,
         foreground=s.foreground, seed=s.seed, workers=workers, skip_bad=s.skip_bad, path=path or '.')
     set_seed(s.seed)
-    size = dict(width=s.width) if s.arch in ('unet','dynamic_unet') else {}
+    size = dict(width=s.width) if s.arch in own_networks else {}
     loss = dict(loss_func=CrossEntropyDiceLoss()) if s.loss=='ce+dice' else {}
     learn = miseg_learner(dls, s.arch, **loss, opt_func=partial(paper_adam, **s.adam), wd=s.wd,
                           metrics=[VolumeDice(), *VolumeDice.per_class(dls.vocab)], **size)
@@ -363,7 +366,7 @@ def _run_schedule(learn, s, epochs, cbs):
     else: learn.fit(epochs, cbs=[_warmup_cosine(s.lr, **shape), *cbs])
 
 def check_processes(
-    settings:Settings
+    settings:Settings # of the training
 ):
     "An error, before any work, where several processes cannot train as the settings want it"
     import torch
@@ -387,7 +390,7 @@ def _in_all_processes(learn, s):
           learn.distrib_ctx(sync_bn=False, cpu=on_cpu) if n>1 else nullcontext()): yield
 
 def fit(
-    settings:Settings,
+    settings:Settings,  # of the training
     df:pd.DataFrame,    # cohort with a column `split`
     recipe:Recipe,      # how a scan becomes slices
     store,              # folder of the prepared slices
@@ -408,18 +411,18 @@ def fit(
     rank,_ = join_processes()
     s,learn = settings,_learner(settings, df, recipe, store, path, workers)
     cbs = callbacks_of(s) if cbs is None else cbs
-    def run(epochs, cbs, checkpoints, log):
+    def run(epochs, cbs, checkpoints, log, picture):
         if path is not None:
             cbs = [*cbs, ResumeCallback(Path(path)/checkpoints, every=every, change=change)]
-            if not rank: cbs.append(TrainingLogCallback(Path(path)/log))
+            if not rank: cbs.append(TrainingLogCallback(Path(path)/log, Path(path)/'figures'/picture))
         cbs = [*cbs, *(more or ())]
         with _in_all_processes(learn, s):
             if not quiet: return _run_schedule(learn, s, epochs, cbs)
             with learn.no_bar(), learn.no_logging(): _run_schedule(learn, s, epochs, cbs)
     if s.method=='pretrain':
-        with _without_masks(learn): run(s.epochs-s.epochs//2, cbs, 'pretraining', 'pretraining.csv')
-        run(s.epochs//2, [], 'checkpoints', 'log.csv')
-    else: run(s.epochs, cbs, 'checkpoints', 'log.csv')
+        with _without_masks(learn): run(s.epochs-s.epochs//2, cbs, 'pretraining', 'pretraining.csv', 'pretraining.png')
+        run(s.epochs//2, [], 'checkpoints', 'log.csv', 'training.png')
+    else: run(s.epochs, cbs, 'checkpoints', 'log.csv', 'training.png')
     for o in cbs:
         if getattr(o, 'evaluate', None)=='teacher': o.to_model(learn.model)
     return learn,cbs

@@ -344,7 +344,7 @@ def _about_scores(model, df, split, options):
     "What scores depend on, in a few words"
     file = Path(model)/'model.safetensors' if Path(model).is_dir() else Path(model)
     scans = df[['scan','image','mask']].to_csv(index=False).encode('utf-8', 'surrogateescape')
-    rest = {k:str(o) for k,o in sorted(options.items()) if k not in ('progress','bs')}
+    rest = {k:str(o) for k,o in sorted(options.items()) if o and k not in ('progress','bs','skip_bad')}
     return dict(model=digest(file), scans=hashlib.sha256(scans).hexdigest()[:32], split=split, options=rest)
 
 def _scores_of_before(out, about):

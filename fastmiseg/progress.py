@@ -21,7 +21,7 @@ from .processes import processes
 
 # %% ../nbs/69_progress.ipynb #225fc9aa
 def span(
-    seconds:float
+    seconds:float # how long
 )->str:
     "A time as people say it"
     units = ((86400, 'day'), (3600, 'hour'), (60, 'minute'), (1, 'second'))
@@ -80,7 +80,7 @@ class EpochLines(Callback):
     order = ProgressCallback.order-1 # whose table it stands in for
     def __init__(self,
         first:float=20., # seconds of training after which the time to go is told
-        say=print
+        say=print       # is called with each line, where there is no bar
     ):
         self.first,self.say = first,say
 

@@ -1,5 +1,6 @@
 "What the loaders may and may not touch, and what a learner carries away"
-import gc
+import gc, shutil
+from pathlib import Path
 
 import numpy as np, psutil, pytest, torch
 from fastai.basics import first
@@ -108,6 +109,34 @@ def test_what_slices_show_is_kept_with_them(cohort, tmp_path, monkeypatch):
     monkeypatch.setattr(SliceStore, 'mask', lambda *o: 1/0)
     store = make()
     assert {s:list(map(set, store.shows(s))) for s in want}==want and any(map(any, want.values()))
+
+def test_a_cohort_alone_and_unlabelled_scans_from_elsewhere(cohort, tmp_path):
+    "A folder of files, a folder with masks (which stay closed), a table and files: the same unlabelled slices"
+    known,other = (cohort[o].reset_index(drop=True) for o in (cohort['split']!='unlabeled', cohort['split']=='unlabeled'))
+    for d in ('plain','both/images','both/masks'): (tmp_path/d).mkdir(parents=True)
+    for r in other.itertuples():
+        for d in ('plain','both/images'): shutil.copy(r.image, tmp_path/d)
+        (tmp_path/'both/masks'/Path(r.image).name).write_text('no mask')
+    make = lambda more: MISegDataLoaders.from_cohort(known, store=tmp_path/'store', unlabeled=more, workers=0, n_iters=2)
+    all_of = [make(o) for o in (tmp_path/'plain', str(tmp_path/'both'), other, list(other.image))]
+    images = [torch.stack([o for o, in dls.train.unlabeled]) for dls in all_of]
+    assert all(torch.equal(images[0], o) for o in images[1:]) and len(images[0])
+    assert all(dls.recipe==Recipe.auto(cohort) for dls in all_of) and all_of[0].vocab==list(cohort.attrs['classes'])
+    assert [len(o) for o in all_of[0].one_batch()]==[4,10,4]
+    assert sum(len(x) for x, in all_of[0].test_dl(tmp_path/'plain'))==len(images[0])
+    with pytest.raises(ValueError, match='image is in several parts|images are in several parts'): make(list(known.image))
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(ValueError, match='empty: no known layout'): make(tmp_path/'empty')
+
+def test_loaders_say_what_they_are(cohort, tmp_path):
+    from toy import loaders as discs
+    n = {k:len(cohort[cohort['split']==k]) for k in ('labeled','unlabeled','valid')}
+    dls = loaders(cohort, tmp_path/'store')
+    first_line,second,third = repr(dls).splitlines()
+    assert first_line.startswith(f"MISegDataLoaders: {n['labeled']} scans (") and f"{n['unlabeled']} scans (" in first_line and f"; {n['valid']} scans (" in first_line
+    assert second.startswith('batches of 2+3, 2 to an epoch, on ') and eval(third)==recipe
+    assert repr(discs()).splitlines()[0]=='MISegDataLoaders: 4 items with masks, 11 items without masks; 5 items for validation'
+    assert repr(dls.new_empty())=='MISegDataLoaders without data'
 
 def test_device_by_name(cohort, tmp_path):
     assert miseg_learner(loaders(cohort, tmp_path/'store').to('cpu'), width=2).arch['width']==2

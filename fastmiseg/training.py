@@ -442,7 +442,7 @@ def semisup_cbs(
 # %% ../nbs/54_training.ipynb #f9a8c90b
 def pretrain(
     learn,         # `Learner` whose batches are paired, or `unlabeled=` given to a callback
-    epochs:int,
+    epochs:int,    # passes of the batches that an epoch has
     lr:float=1e-3, # highest learning rate of fastai's one-cycle schedule
     cbs:list=None  # methods; default: `MIRegCallback()`
 ):

@@ -5,7 +5,16 @@ BIN := .venv/bin
 DATA ?=
 ARGS ?=
 
-.PHONY: demo test prepare bench gpu docs clean
+.PHONY: help demo test prepare bench gpu docs clean
+
+help:
+	@echo 'make demo      the whole path on synthetic hearts; DATA=/my/scans: on yours'
+	@echo 'make test      the notebooks and the tests'
+	@echo 'make docs      the site, in _site/'
+	@echo 'make prepare   after an edit: modules, clean notebooks, README, the table of rooms'
+	@echo 'make bench     the measurements in benchmarks/'
+	@echo 'make gpu       those that need a GPU; OUT=folder'
+	@echo 'make clean     remove .venv and what was built'
 
 .venv/installed: settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -23,7 +32,7 @@ test: .venv/installed
 prepare: .venv/installed
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
-	$(BIN)/ruff check fastmiseg tests benchmarks
+	$(BIN)/ruff check fastmiseg tests benchmarks docs
 	$(BIN)/python tests/test_rooms.py
 	rm -rf README_files
 	$(BIN)/jupyter nbconvert nbs/index.ipynb --to markdown --output-dir . --output README --RegexRemovePreprocessor.patterns='^#\| hide'

@@ -225,6 +225,7 @@ def symbols(modules):
     "Where a name in backticks leads to"
     index = {}
     for module,file in modules.items():
+        index[f'fastmiseg.{module}'] = f'/api/{module}.qmd'
         for n in public_names(module, file):
             where = f'/{n.page}.qmd#{n.name}'
             index.setdefault(n.name, where)

@@ -35,7 +35,7 @@ def test_the_site_is_whole(built):
 def test_readers_see_what_is_for_them(built):
     "Formulas are drawn, names lead to the reference; directives and hidden cells stay in the notebooks"
     lesson = next(built[0].glob('*_mutual_info.html')).read_text(encoding='utf-8')
-    first = (built[0]/'71_first.html').read_text(encoding='utf-8')
+    first = (built[0]/'80_first.html').read_text(encoding='utf-8')
     assert '<math' in lesson and '\\frac' not in re.sub(r'<pre.*?</pre>', '', lesson, flags=re.S)
     assert 'href="api/learner.html#miseg_learner"' in first
     for o in built[0].glob('*.html'):
@@ -75,3 +75,62 @@ def test_a_name_without_an_entry_is_found(tmp_path):
     (tmp_path/'api'/'files.html').write_text('<h2 id="read_json">')
     of_files = [n for n in names if n.module=='files' and n.name in ('read_json','digest')]
     assert finish.missing_names(tmp_path, of_files)==['files.digest']
+
+def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
+    "Every line of it, on a small cohort with a small network"
+    import matplotlib, shutil
+    from fastmiseg.all import make_phantom
+    matplotlib.use('Agg')
+    monkeypatch.chdir(tmp_path)
+    df = make_phantom('scans', n_subjects=8, size=(40,48), seed=0)
+    shutil.copy(df.image[0], 'newscan.nii.gz')
+    text = (root/'README.md').read_text(encoding='utf-8')
+    code = re.search(r'```python\n(.*?)```', text, re.S)[1]
+    for usual,small in (('unlabeled_bs=4)', 'unlabeled_bs=4, n_iters=2)'), ('metrics=', 'width=2, metrics='),
+                        ('lr_find()', 'lr_find(num_it=20, show_plot=False)'), ('(10, 1e-3', '(1, 1e-3')):
+        assert code.count(usual)==1
+        code = code.replace(usual, small)
+    exec(code, {})
+    assert (tmp_path/'mask.nii.gz').exists() and (tmp_path/'heart.safetensors').exists()
+    assert len(text.splitlines())<=150
+
+def examples(file):
+    "The Python examples of a page, by heading"
+    text = (root/file).read_text(encoding='utf-8')
+    parts = re.split(r'^## (.*)$', text, flags=re.M)
+    return {h: m[1] for h,o in zip(parts[1::2], parts[2::2]) if (m := re.search(r'```python\n(.*?)```', o, re.S))}
+
+@pytest.fixture
+def contributing():
+    import pandas as pd
+    from fastmiseg import all as ours
+    from fastmiseg.files import write_text
+    from fastmiseg.scans import readers
+    names = {**vars(ours), **vars(readers), 'write_text': write_text, 'pd': pd}
+    return lambda heading: (exec(examples('CONTRIBUTING.md')[heading], names), names)[1]
+
+def test_the_example_of_a_method_runs(contributing):
+    import torch
+    from types import SimpleNamespace
+    cb = contributing('Adding a method')['SameSizeCallback']()
+    p = torch.rand(2,3,4,4).softmax(1)
+    assert cb.penalty(SimpleNamespace(target=p, probs=lambda name: p.flip(-1)))<1e-8
+
+def test_the_example_of_a_reader_reads(contributing, tmp_path, monkeypatch):
+    from fastmiseg.scans import readers
+    from fastmiseg.scans.cohort import load_cohort
+    monkeypatch.setattr(readers, 'layouts', readers.layouts.copy())
+    monkeypatch.setattr('fastmiseg.scans.cohort.layouts', readers.layouts)
+    (tmp_path/'scans').mkdir()
+    for o in ('anna','anna_seg','bert'): (tmp_path/'scans'/f'{o}.nii.gz').touch()
+    contributing('Adding a reader')
+    df = load_cohort(tmp_path, layout='mydata')
+    assert df.scan.tolist()==['anna','bert'] and df['mask'].notna().tolist()==[True,False]
+
+def test_the_example_of_a_recipe_is_read_back(contributing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    contributing('Adding a recipe')
+
+def test_the_example_of_a_metric_counts(contributing):
+    metric = contributing('Adding a metric')['VolumeJaccard']()
+    assert metric.ratio(3, 4, 5)==(3, 6)

@@ -504,16 +504,10 @@ def test_command(scans, tmp_path):
 # -- the committed results -------------------------------------------------------------------------------------------------
 def test_readme_says_what_the_table_says():
     root = Path(__file__).parent.parent
-    tables = [pd.read_csv(root/'studies'/f'{o}.csv').itertuples() for o in ('table1','table1_cpu-shift','table1_cpu-long')]
-    readme = (root/'README.md').read_text(encoding='utf-8')
-    names = {'Full supervision':'full supervision', 'Partial supervision':'partial supervision', 'Entropy min.':'entropy minimisation', 'Mean Teacher':'Mean Teacher',
-             'MI only':'mutual information only', 'Consistency only':'consistency only', 'All':'all terms of the paper'}
-    said = lambda o: f'{o.mean:.3f} ({o.mean_sd:.3f}) | {o.gap_closed:.0%} |'
-    for a,b,c in zip(*tables, strict=True): assert a.row==b.row==c.row and f'| {names[a.row]} | {said(a)} {said(b)} {said(c)}' in readme
-    last = pd.read_csv(root/'studies'/'table1_cpu-long.csv').set_index('row')
-    assert f"above Mean Teacher (p = {last.p['Mean Teacher']:.1g}" in readme and last.p['Consistency only']<.001 and 'above consistency alone (p < 0.001' in readme
-    near = {f'{last.hd95[k]:.2f}' for k in ('Mean Teacher','Consistency only')}
-    assert len(near)==1 and f"the lowest HD95 but for full supervision ({last.hd95['All']:.2f} mm; {near.pop()} mm" in readme and last.hd95.drop('Full supervision').idxmin()=='All'
+    table = pd.read_csv(root/'studies'/'table1_cpu-long.csv', index_col='row')
+    rows = [table.loc[o] for o in ('Partial supervision','Consistency only','Mean Teacher','All','Full supervision')]
+    assert '| '+' | '.join(f'{o["mean"]:.3f} ({o.mean_sd:.3f})' for o in rows)+' |' in (root/'README.md').read_text(encoding='utf-8')
+    assert .6<table.loc['All'].gap_closed<.72 # "about two thirds"
 
 def test_page_of_the_studies_says_what_their_tables_say():
     "Every Dice and every share of the gap in a line with links stands on one of the pages that it links to"

@@ -86,7 +86,7 @@ class PairedBatchCallback(Callback):
 
     def _begin(self):
         "Nothing is attached, nothing is under way"
-        self.methods,self.teacher,self.stream,self.maps,self.normalize = [],None,None,None,None
+        self.methods,self.teacher,self.stream,self.maps,self.normalization = [],None,None,None,None
         self.step = self.guard = self._x_l = self._undo_lr_find = None
         self._mask_notes = {}
 
@@ -109,7 +109,7 @@ class PairedBatchCallback(Callback):
         self.stream = _unlabeled_stream(self.learn, self.methods)
         pool = _only_one('T', self.methods, 'a T') or RandomFlips()
         self.T_pool = pool.for_recipe(getattr(self.dls, 'recipe', None))
-        self.normalize = normalize_of(self.dls)
+        self.normalization = normalize_of(self.dls) # `unet_learner` gives learners a `normalize` of their own
         if self.generator is None: self.generator = torch.Generator().manual_seed(torch.initial_seed())
         found = find_stages(self.model, list(dict.fromkeys(n for r in self.methods for n in r.layers)))
         modules = _projectors(self.methods, found, next(self.model.parameters()).device)
@@ -139,7 +139,7 @@ class PairedBatchCallback(Callback):
         y = self.yb[-1]
         y_l = y.as_subclass(Tensor) if isinstance(y, Tensor) else y
         self.step = Step(x_l, y_l, x_u, self.draw(len(x_u)), self.pct_train,
-                         self._ask_teacher(), self.normalize, self.generator)
+                         self._ask_teacher(), self.normalization, self.generator)
         for r in self.methods: r.views(self.step)
         if 'tx' in self.step.images: self.T_pool.checked()
         self._x_l = x_l

@@ -285,8 +285,8 @@ def test_benchmark(scans, tmp_path):
     rows = ['All masks', *(f'{k}, {n}' for n in (1,2) for k in ('Labels only','Recommended'))]
     study = everything['benchmark_hippocampus'].only(rows)
     # few steps, but as many as something is learnt in
-    preset = replace(tiny, settings=replace(small, epochs=1, n_iters=60, bs=4, div=5.), weights={})
-    scores = run(study, scans, tmp_path/'a', preset=preset, seeds=2, processes=2)
+    preset = replace(tiny, settings=replace(small, epochs=1, n_iters=30, bs=4, div=5.), weights={})
+    scores = run(study, scans, tmp_path/'a', preset=preset, seeds=2)
     table = pd.read_csv(tmp_path/'a'/'benchmark_hippocampus.csv')
     check_arithmetic(scores, table, study)
     t = table.set_index('row')
@@ -294,12 +294,12 @@ def test_benchmark(scans, tmp_path):
     students = Evidence(tmp_path/'a').scores()
     found = Evidence(tmp_path/'a').find([o for k,o in wanted_runs(study, preset, 2, 'test', recipe) if k=='Recommended, 2'])
     means = [students[students.run==student_of(o['id'])].groupby('class').dice.mean().mean() for o in found]
-    assert np.isclose(t.student['Recommended, 2'], np.mean(means)) and t['mean'].max()>.1
+    assert np.isclose(t.student['Recommended, 2'], np.mean(means)) and t['mean'].max()>0
     for c in ('RV','Myo','LV'): assert np.isclose(t[f'hd95_{c}']['Labels only, 1'], scores[(scores.row=='Labels only, 1')&(scores['class']==c)].hd95.mean(), equal_nan=True)
     text = (tmp_path/'a'/'benchmark_hippocampus.md').read_text()
     assert text.count('| All masks |')==2 and '## 1 labelled' in text and '## 2 labelled' in text and 'each has labelled subjects of its own' in text
     assert text.count('Otherwise in "Recommended":')==1 and (tmp_path/'a'/'benchmark_hippocampus.png').stat().st_size>10000
-    same_figures(scores, run(study, scans, tmp_path/'b', ['Recommended, 2'], preset=preset, seeds=2, processes=1, store=tmp_path/'a'/'slices'))
+    same_figures(scores[scores.seed==0], run(study, scans, tmp_path/'b', ['Recommended, 2'], preset=preset, seeds=1, store=tmp_path/'a'/'slices'))
 
 def test_plans_like_another(tmp_path):
     def plan(**o):
@@ -400,18 +400,20 @@ def test_scores_of_slices_are_those_of_the_metrics(scans, tmp_path):
     assert (both.dice_x-both.dice_y).abs().max()<.2 # the same scans on another grid
     with pytest.raises(ValueError, match="part: the cohort has no 'test' scans"): evaluate_slices(learn, df[df.split!='test'], tmp_path/'slices', 'test')
 
-def test_student_and_teacher(scans, tmp_path):
+def test_student_and_teacher(scans, tmp_path, monkeypatch):
     "A teacher that is the student after each step is the student; one that forgets slowly is another"
+    def weights(learn, df, store, score):
+        total = sum(float(o.abs().sum()) for o in learn.model.parameters())
+        return pd.DataFrame([{'subject':'a', 'scan':'a', 'class':'RV', 'dice':total}])
+    monkeypatch.setattr(study_work, '_score', weights)
     for decay,same in ((0.,True),(.9,False)):
-        run_,df = a_run(scans, tmp_path, method='teacher', decay=decay, epochs=1, n_iters=60, bs=4, div=5.)
+        run_,df = a_run(scans, tmp_path, method='teacher', decay=decay, epochs=1)
         make_run(run_, df, tmp_path/'slices', tmp_path)
-        of_run = dict(list(Evidence(tmp_path).scores().drop(columns=['assd']).groupby('run')))
-        name = name_of(run_)
-        a,b = (of_run[o].drop(columns='run').reset_index(drop=True) for o in (name, student_of(name)))
-        assert a.equals(b)==same and max(a.dice.max(), b.dice.max())>0
-    run_,df = a_run(scans, tmp_path, method='partial')
+        of_run = Evidence(tmp_path).scores().set_index('run').dice
+        assert (of_run[name_of(run_)]==of_run[student_of(name_of(run_))])==same
+    run_,df = a_run(scans, tmp_path, method='partial', epochs=1)
     make_run(run_, df, tmp_path/'slices', tmp_path)
-    assert student_of(name_of(run_)) not in set(Evidence(tmp_path).scores().run)
+    assert name_of(run_) in set(found:=Evidence(tmp_path).scores().run) and student_of(name_of(run_)) not in set(found)
 
 def test_packed_slices_are_scored_as_slices_only(scans, tmp_path):
     packed = pack_slices(load_cohort(scans), recipe, tmp_path/'a.slices.npz', tmp_path/'slices')

@@ -37,7 +37,7 @@ def _array(o): return np.asarray(o.detach().cpu() if hasattr(o, 'detach') else o
 def _legend_below(ax, classes):
     "The names of the classes under a slice, in as many columns as fit"
     inches = ax.get_position().width*ax.figure.get_figwidth()
-    ncols = max(1, int(12*inches/(5+max(len(str(o)) for o in classes[1:]))))
+    ncols = max(1, int(14*inches/(5+max(len(str(o)) for o in classes[1:]))))
     ax.legend(handles=class_lines(classes), fontsize=8, frameon=False, ncols=ncols, handlelength=1.2,
               columnspacing=1, loc='upper left', bbox_to_anchor=(0,0), borderaxespad=.2)
 

@@ -27,9 +27,15 @@ with learn.no_bar(),learn.no_logging(): learn.fit(1, cbs=reg)
 held_out = df[df.split=='valid']
 scores = evaluate_cohort(learn, held_out, progress=False)
 r = held_out.iloc[0]
+import numpy as np
+from types import SimpleNamespace
+from fastmiseg.study.report import plot_study
+study = SimpleNamespace(title='A study', x=None, curve=False, draws=False)
+rows_of_study = pd.concat([scores.assign(row=k, seed=0, labeled=2) for k in ('ours','other')])
 '''
 calls = ['plot_scores(scores)', "plot_volume(r.image, r['mask'])", 'plot_training(learn)', 'plot_clusters(learn, reg)',
-         'plot_joints(learn, reg)', 'plot_tsne(learn, n=20, images=8)', 'plot_scans(learn, df, scores, n=1)']
+         'plot_joints(learn, reg)', 'plot_tsne(learn, n=20, images=8)', 'plot_scans(learn, df, scores, n=1)',
+         'plot_uncertainty(r.image, np.zeros(read_volume(r.image).shape), r["mask"])', 'plot_study(rows_of_study, study)']
 cells = [ # source, number of pictures
     *[(o, 1) for o in calls],
     ('first = plot_scores(scores)\nsecond = plot_training(learn)', 2),

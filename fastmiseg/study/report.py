@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import ttest_rel
 
-from ..show import palette
+from ..show import new_figure, palette
 from .plans import Study
 
 # %% ../../nbs/65_study.report.ipynb #f47c8ddc
@@ -232,7 +232,7 @@ def plot_study(
     rows,lines = seeds.row.unique(),study.x or study.curve
     size = (6.4, 3.6) if lines else (4.2+.07*max(map(len, rows)), 1.1+.36*len(rows))
     if study.draws and study.x: size = (7.6, 4.4)
-    fig = Figure(figsize=size, layout='constrained')
+    fig = new_figure(size, out)
     ax = fig.subplots()
     if study.curve: _plot_epochs(ax, curves)
     elif study.x:

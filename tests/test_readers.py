@@ -209,6 +209,11 @@ def test_ten_scans_are_enough(annotated, parts, capsys):
     assert capsys.readouterr().out==f'split of {annotated} annotated subjects: {labeled} labelled, {valid} for validation, {test} for test\n'
     assert split_cohort(ten(annotated), duplicates=False, show=False).equals(s) and not capsys.readouterr().out
 
+def test_any_column_can_divide():
+    df = ten(10).assign(unit=list('ab')*5, has=1)
+    s = split_cohort(df, valid=2, test=2, stratify='unit', duplicates=False)
+    assert s.groupby('split').unit.nunique().min()==2 and list(s.columns)==[*df.columns,'split']
+
 def test_masks_that_are_not_used_are_said(capsys):
     split_cohort(ten(4), 1, 1, duplicates=False)
     assert '2 of 4 annotated subjects are used as unlabelled' in capsys.readouterr().out

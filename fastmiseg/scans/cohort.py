@@ -39,26 +39,27 @@ def _people(df, subject, straddle):
         df['subject'] = pd.Series(map(subject_of(subject), df.scan), df.index, dtype=object)
     elif alone and (found := related(df.scan)):
         pattern,(a,b),n = found
-        warnings.warn(CohortWarning(f'{n} of {len(df)} scans may belong to fewer subjects than '
-                                    f'scans, for example {a} and {b}, but each is taken to be a '
-                                    'person of its own: a split would put one person in two parts. '
-                                    f'If so, give subject={pattern!r} (a regular expression for '
-                                    'the subject in a scan\'s name, or a function); if not, '
-                                    'subject=str'), stacklevel=3)
+        warnings.warn(CohortWarning(
+            f'{n} of {len(df)} scans may belong to fewer subjects than scans, for example {a} and {b}, but '
+            'each is taken to be a person of its own: a split would put one person in two parts. If so, give '
+            f"subject={pattern!r} (a regular expression for the subject in a scan's name, or a function); "
+            'if not, subject=str'), stacklevel=3)
     if straddle: df.attrs['straddle'] = True
     if 'split' in df:
-        df['split'] = pd.Series([_part(s, v) for s,v in zip(df.scan, df['split'])], df.index,
-                                dtype=object)
+        parts = [_part(s, v) for s,v in zip(df.scan, df['split'])]
+        df['split'] = pd.Series(parts, df.index, dtype=object)
         check_split(df)
     return df
 
 def _inside(root):
+    "What is in a folder, for messages"
     if root.is_file(): return f'one file {root.name}'
     names = sorted(o.name+'/'*o.is_dir() for o in root.iterdir() if not o.name.startswith('.'))
-    return ', '.join(names[:6])+(f', ... ({len(names)} entries)' if len(names)>6
-                                 else '') if names else 'nothing'
+    if len(names)>6: names[6:] = [f'... ({len(names)} entries)']
+    return ', '.join(names) or 'nothing'
 
 def _describe(df):
+    "A cohort on one line"
     has = df['mask'].notna()
     classes = df.attrs.get('classes')
     said = (f'{len(df)} scans of {df.subject.nunique()} subjects, {has.sum()} with masks '
@@ -75,8 +76,7 @@ def load_cohort(
     subject=None,  # Whose scan, by its name? A regular expression or a function, as for `subject_of`
     straddle=False,# Allow a column `split` that has one subject in several parts?
     **options      # Of the layout's reader, like `suffix=` of `read_bids`
-# One row per scan: `subject`, `scan`, `image`, `mask` (`None`: unlabelled) and what else the reader knows
-)->pd.DataFrame:
+)->pd.DataFrame:   # A row per scan: `subject`, `scan`, `image`, `mask` (`None`: unlabelled), what else is known
     "The scans below `root`"
     if layout is not None and layout not in layouts:
         raise CohortError(f'layout={layout!r}: is none of {", ".join(layouts)}')
@@ -122,8 +122,7 @@ _stems = (r'^(.+)[_\-. ][^_\-. ]+$',      # anna_ct1, anna_ct2
 
 def related(
     names # of scans
-# a pattern for the part that some share, two names that do, and how many do; None if nothing suggests it
-):
+): # A pattern for the part that some share, two names that do, and how many do; None if none does
     "Do several scans seem to belong to one person?"
     names = list(names)
     for pattern in _stems:
@@ -183,23 +182,20 @@ def _bosses(df, duplicates):
 
 def _units(df, duplicates, scans, stratify):
     "A row per unit that stays together and has a mask: its subjects, how many it counts, its stratum"
-    df = df.assign(unit=df.subject.map(_bosses(df, duplicates)), has=df['mask'].notna())
     units = []
-    for name,rows in df.groupby('unit', sort=False):
-        subjects,masked = set(rows.subject),rows[rows.has]
+    for name,rows in df.groupby(df.subject.map(_bosses(df, duplicates)), sort=False):
+        subjects,masked = set(rows.subject),rows[rows['mask'].notna()]
         if not len(masked): continue
+        n = len(masked) if scans else masked.subject.nunique()
         strata = {'' if pd.isna(o) else str(o) for o in rows[stratify]} if stratify else {''}
-        units.append(dict(name=name, subjects=subjects, n=len(masked) if scans
-                          else masked.subject.nunique(),
-                          tied=len(subjects)>1, stratum=min(strata)))
+        units.append(dict(name=name, subjects=subjects, n=n, tied=len(subjects)>1, stratum=min(strata)))
     return units
 
 def _queue(units, seed):
     "The units as they are taken: any stretch has the strata in about the proportions of the whole"
     strata = {}
-    for u in sorted(units,
-                    key=lambda u: _rank(seed,
-                                        u['name'])): strata.setdefault(u['stratum'], []).append(u)
+    for u in sorted(units, key=lambda u: _rank(seed, u['name'])):
+        strata.setdefault(u['stratum'], []).append(u)
     place = {}
     for k,members in strata.items():
         shift = _rank(seed, f'stratum/{k}')
@@ -398,10 +394,10 @@ def _apart(df, key, what):
             where.setdefault(k, {}).setdefault(_parts[v], []).append(s)
     if bad := [(k,o) for k,o in where.items() if len(o)>1]:
         k,parts = bad[0]
-        raise CohortError(f'split: {len(bad)} {what(k, len(bad))}: '
-                          f'{", ".join(f"{p} ({chr(44).join(o[:3])})" for p,o in parts.items())}: '
-                          'scores would look better than they are. Put all of them in one part, or '
-                          'allow it with load_cohort(..., straddle=True)')
+        said = ', '.join(f'{p} ({",".join(o[:3])})' for p,o in parts.items())
+        raise CohortError(f'split: {len(bad)} {what(k, len(bad))}: {said}: scores would look better than '
+                          'they are. Put all of them in one part, or allow it with '
+                          'load_cohort(..., straddle=True)')
 
 def check_split(
     df:pd.DataFrame # A cohort
@@ -409,18 +405,16 @@ def check_split(
     "Raise a `CohortError` if a subject, or a file, is in several of training, validation and test"
     _apart(df, [None if pd.isna(o) else str(o) for o in df.subject],
            lambda k,n: f'subject{"s are" if n>1 else " is"} in several parts, for example {k}')
-    _apart(df, [os.path.realpath(o) if isinstance(o, (str,os.PathLike)) else None
-                for o in df.image],
-                lambda k,n: f'image{"s are" if n>1 else " is"} in several parts, for example {k}')
+    files = [os.path.realpath(o) if isinstance(o, (str,os.PathLike)) else None for o in df.image]
+    _apart(df, files, lambda k,n: f'image{"s are" if n>1 else " is"} in several parts, for example {k}')
 
 def check_images_apart(
     df:pd.DataFrame, # A cohort
     digests:dict     # scan -> `voxel_digest`
 ):
     "Raise a `CohortError` if one image is in several of training, validation and test"
-    _apart(df, [digests.get(s) for s in df.scan],
-           lambda k,n: f'image{"s are" if n>1 else " is"} there under several names, in several '
-                       'parts')
+    def said(k, n): return f'image{"s are" if n>1 else " is"} there under several names, in several parts'
+    _apart(df, [digests.get(s) for s in df.scan], said)
 
 def advice(
     df:pd.DataFrame # A cohort with a column `split`
@@ -452,9 +446,8 @@ def save_cohort(
         o = Path(os.path.abspath(o))
         return o.relative_to(base).as_posix() if o.is_relative_to(base) else str(o)
     out = df.assign(image=df.image.map(_rel), mask=[_rel(o) for o in df['mask']])
-    said = json.dumps({k:df.attrs.get(k)
-                       for k in ('layout','classes','labels','channels','straddle') if k!='straddle'
-                       or k in df.attrs})
+    keys = ['layout','classes','labels','channels', *(['straddle'] if 'straddle' in df.attrs else [])]
+    said = json.dumps({k:df.attrs.get(k) for k in keys})
     _check_writable(out, path)
     write_text(path, f'{note}{said}\n{out.to_csv(index=False)}')
     return path
@@ -487,8 +480,7 @@ def check_cohort(
     df:pd.DataFrame,  # A cohort
     workers=0,        # Processes; 0: in this one
     show=True         # Print a summary?
-# `subject`, `scan`, `level` ('error' or 'warning'), `problem`; a row per problem
-)->pd.DataFrame:
+)->pd.DataFrame:      # A row per problem: `subject`, `scan`, `level` ('error' or 'warning'), `problem`
     "Read all scans with their masks and list what is wrong with them"
     kw = dict(classes=df.attrs.get('classes'), labels=df.attrs.get('labels'),
               channels=df.attrs.get('channels',1)>1)
@@ -503,7 +495,8 @@ def check_cohort(
     out = pd.DataFrame(rows, columns=['subject','scan','level','problem'])
     if show:
         bad = out[out.level=='error']
-        print('\n'.join([f'{len(df)} scans, {bad.scan.nunique()} of them cannot be used',
-                         *bad.problem[:10], *(['...'] if len(bad)>10 else []),
-                         *summarise_warnings([o for _,f in results for o in f])]))
+        lines = [f'{len(df)} scans, {bad.scan.nunique()} of them cannot be used', *bad.problem[:10]]
+        if len(bad)>10: lines.append('...')
+        lines += summarise_warnings([o for _,f in results for o in f])
+        print('\n'.join(lines))
     return out

@@ -122,9 +122,8 @@ def layout(
     return _enter
 
 # %% ../../nbs/12_scans.readers.ipynb #38742e09
-@layout('msd', 'a Decathlon task: `dataset.json` beside a folder `imagesTr`, with masks in '
-               '`labelsTr`', lambda root: (root/'dataset.json').is_file()
-               and (root/'imagesTr').is_dir())
+@layout('msd', 'a Decathlon task: `dataset.json` beside a folder `imagesTr`, with masks in `labelsTr`',
+        lambda root: (root/'dataset.json').is_file() and (root/'imagesTr').is_dir())
 def read_msd(
     root:Path # folder of the scans
 )->pd.DataFrame:
@@ -143,11 +142,12 @@ def read_msd(
     masks = [(stem(o),o) for o in scans_in(root/'labelsTr',0)]
     hippocampus = info.get('name')=='Hippocampus'
     def subject(s):
-        return f'subject_{(int(m[1])+1)//2:03d}' if hippocampus and (m := re.search(r'(\d+)$',s)) else s
-    return _pair([(stem(o), o) for d in ('imagesTr','imagesTs') for o in scans_in(root/d,0)], masks,
-                 subject, root, 'msd', channels=channels,
-        classes=[names[i] for i in stored], labels=None if stored==list(range(len(stored)))
-        else {o:i for i,o in enumerate(stored)})
+        number = re.search(r'(\d+)$', s)
+        return f'subject_{(int(number[1])+1)//2:03d}' if hippocampus and number else s
+    images = [(stem(o), o) for d in ('imagesTr','imagesTs') for o in scans_in(root/d, 0)]
+    labels = None if stored==list(range(len(stored))) else {o:i for i,o in enumerate(stored)}
+    return _pair(images, masks, subject, root, 'msd', channels=channels,
+                 classes=[names[i] for i in stored], labels=labels)
 
 # %% ../../nbs/12_scans.readers.ipynb #e481fa2c
 def _pair(images, masks, subject, root, layout, **kw):
@@ -160,9 +160,9 @@ def _pair(images, masks, subject, root, layout, **kw):
     if not images: raise CohortError(f'{root}: holds no scans; expected {layouts[layout].expects}')
     names = {s for s,_ in images}
     lost = sorted(set(masks)-names)
-    if masks and len(lost)==len(masks): raise CohortError(
-        f'{root}: no mask belongs to an image; images are called {_some(names)}, masks '
-        f'{_some(lost)}; rename them, or tell the reader how they are named')
+    if masks and len(lost)==len(masks):
+        raise CohortError(f'{root}: no mask belongs to an image; images are called {_some(names)}, masks '
+                          f'{_some(lost)}; rename them, or tell the reader how they are named')
     if lost:
         warnings.warn(f'{root}: {len(lost)} masks without an image are left out: {_some(lost)}',
                       stacklevel=4)
@@ -195,9 +195,9 @@ def read_acdc(
                         ('background','RV','Myo','LV'))
 
 def _info(path):
-    return {k.strip():v.strip()
-            for k,_,v in (o.partition(':')
-                          for o in path.read_text(encoding='utf-8', errors='replace').splitlines())}
+    "What stands in an `Info.cfg`"
+    lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
+    return {k.strip():v.strip() for k,_,v in (o.partition(':') for o in lines)}
 
 # %% ../../nbs/12_scans.readers.ipynb #43ce6e59
 _promise12 = r'(Case\d+)(_segmentation)?'
@@ -226,11 +226,11 @@ def read_mmwhs(
 )->pd.DataFrame:
     "The MM-WHS challenge: whole heart"
     found = [(m,f) for m,f in _matches(root,_mmwhs) if m[2].lower()==modality]
-    return _pair([(m[1],f) for m,f in found if m[3].lower()=='image'],
-                 [(m[1],f) for m,f in found if m[3].lower()=='label'], str, root, 'mmwhs',
-        classes=('background','LV myocardium','left atrium','left ventricle','right atrium',
-                 'right ventricle','ascending aorta','pulmonary artery'),
-        labels={o:i for i,o in enumerate((205,420,500,550,600,820,850), 1)})
+    images,masks = ([(m[1],f) for m,f in found if m[3].lower()==o] for o in ('image','label'))
+    classes = ('background','LV myocardium','left atrium','left ventricle','right atrium','right ventricle',
+               'ascending aorta','pulmonary artery')
+    labels = {o:i for i,o in enumerate((205,420,500,550,600,820,850), 1)}
+    return _pair(images, masks, str, root, 'mmwhs', classes=classes, labels=labels)
 
 # %% ../../nbs/12_scans.readers.ipynb #e3924769
 def subject_of(
@@ -251,18 +251,21 @@ def subject_of(
     return find
 
 # %% ../../nbs/12_scans.readers.ipynb #0fa0e07c
-_image_dirs,_mask_dirs = ('images','image','imgs','img','scans',
-                          'imagesTr'),('masks','mask','labels','label','segmentations','seg',
-                                       'labelsTr')
+_image_dirs = ('images','image','imgs','img','scans','imagesTr')
+_mask_dirs = ('masks','mask','labels','label','segmentations','seg','labelsTr')
+_image_ends = ('_image','_img','_scan','')
+_mask_ends = ('_mask','_label','_seg','_segmentation','_gt')
 
-_image_ends,_mask_ends = ('_image','_img','_scan',''),('_mask','_label','_seg','_segmentation',
-                                                       '_gt')
+def _one(root, names):
+    "The first of these folders that is there"
+    return next((root/o for o in names if (root/o).is_dir()), None)
 
-def _one(root, names): return next((root/o for o in names if (root/o).is_dir()), None)
-
-def _cut(name, ends): return next((name[:-len(o)] for o in ends if o and name.endswith(o)), name)
+def _cut(name, ends):
+    "Without its ending"
+    return next((name[:-len(o)] for o in ends if o and name.endswith(o)), name)
 
 def _has_dicom(files):
+    "Do the first of them say that they are DICOM?"
     for f in [o for o in files if o.name!='DICOMDIR'][:3]:
         if f.suffix.lower() in ('.dcm','.ima'): return True
         try:
@@ -279,9 +282,8 @@ def _is_folder(root):
     return any(stem(f).endswith(_mask_ends) for f in scans_in(root)) and not _is_dicom(root)
 
 # %% ../../nbs/12_scans.readers.ipynb #2e69322f
-@layout('folder',
-        'a folder `images` (and `masks`) with scans, or files like `a_image.nii.gz` and '
-        '`a_mask.nii.gz`', _is_folder)
+@layout('folder', 'a folder `images` (and `masks`) with scans, '
+        'or files like `a_image.nii.gz` and `a_mask.nii.gz`', _is_folder)
 def read_folder(
     root:Path,         # folder of the scans
     images=None,       # Folder with the images, below `root`; the usual names are tried
@@ -291,25 +293,25 @@ def read_folder(
     subject=None       # Regular expression or function: whose scan, by its name; else each is its own
 )->pd.DataFrame:
     "Images and masks in two folders, or side by side with suffixes"
-    iends,mends = (image_suffix,
-                   ) if image_suffix else _image_ends, (mask_suffix,) if mask_suffix else _mask_ends
+    iends = (image_suffix,) if image_suffix else _image_ends
+    mends = (mask_suffix,) if mask_suffix else _mask_ends
     for o in (images,masks):
         if o and not (root/o).is_dir():
             raise CohortError(f'{root/o}: is not a folder; expected the one with the '
                               f'{"images" if o==images else "masks"}')
-    idir,mdir = (root/o if o else _one(root,names)
-                 for o,names in ((images,_image_dirs),(masks,_mask_dirs)))
+    idir = root/images if images else _one(root, _image_dirs)
+    mdir = root/masks if masks else _one(root, _mask_dirs)
     def name(f, base):
-        return '_'.join([*(unicodedata.normalize('NFC', o)
-                           for o in f.parent.relative_to(base).parts), stem(f)])
+        folders = [unicodedata.normalize('NFC', o) for o in f.parent.relative_to(base).parts]
+        return '_'.join([*folders, stem(f)])
     if idir:
         ii = [(name(f,idir),f) for f in scans_in(idir)]
         mm = [(_cut(name(f,mdir),mends),f) for f in (scans_in(mdir) if mdir else [])
               if not mask_suffix or stem(f).endswith(mask_suffix)]
     else:
         ff = [(name(f,root),f) for f in scans_in(root)]
-        ii,mm = [o for o in ff
-                 if not o[0].endswith(mends)],[(_cut(s,mends),f) for s,f in ff if s.endswith(mends)]
+        ii = [o for o in ff if not o[0].endswith(mends)]
+        mm = [(_cut(s, mends), f) for s,f in ff if s.endswith(mends)]
     ii = [(_cut(s,iends),f) for s,f in ii if not image_suffix or s.endswith(image_suffix)]
     names = {s for s,_ in ii}
     # the mask of a_image may be called a_seg or a_image_seg

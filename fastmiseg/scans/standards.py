@@ -27,8 +27,8 @@ def _is_nnunet(root):
     masks = {stem(o) for o in scans_in(root/'labelsTr', 0)}
     found = [_channel.fullmatch(o) for o in names]
     if not names or not all(found): return False
-    return bool(masks&{m[1]
-                       for m in found}) or not masks&set(names) and any(m[2]=='0000' for m in found)
+    if masks & {m[1] for m in found}: return True
+    return not masks & set(names) and any(m[2]=='0000' for m in found)
 
 def _nnunet_labels(labels, file):
     "{value: name}, whichever way round they are written"
@@ -58,8 +58,8 @@ def _nnunet_channel(channels, channel, file):
     "The number of the channel that is meant"
     try: known = {int(k):str(v) for k,v in channels.items()}
     except (AttributeError, TypeError, ValueError):
-        raise CohortError(f'{file}: its channels are {str(channels)[:100]}, expected {{"0": '
-                          '"CT"}') from None
+        raise CohortError(f'{file}: its channels are {str(channels)[:100]}, '
+                          'expected {"0": "CT"}') from None
     if channel is None and len(known)==1: return min(known)
     match = [k for k,v in known.items() if str(channel) in (str(k),v)]
     said = ', '.join(f'{k} ({v})' for k,v in sorted(known.items()))
@@ -69,9 +69,8 @@ def _nnunet_channel(channels, channel, file):
     if len(match)!=1: raise CohortError(f'{file}: channel={channel!r} is none of {said}')
     return match[0]
 
-@layout('nnunet',
-        "nnU-Net's raw data: `dataset.json`, `imagesTr` with files like `CASE_0000.nii.gz`, masks "
-        "in `labelsTr`", _is_nnunet, first=True)
+@layout('nnunet', "nnU-Net's raw data: `dataset.json`, `imagesTr` with files like `CASE_0000.nii.gz`, "
+        "masks in `labelsTr`", _is_nnunet, first=True)
 def read_nnunet(
     root:Path,   # folder of the scans
     channel=None # Which channel, where a scan has several files: its number or its name in `dataset.json`
@@ -110,10 +109,9 @@ def read_nnunet(
         raise CohortError(f'{root}: no mask belongs to an image; images are called '
                           f'{min(images)}_{number:04d}, masks {min(masks)}')
     values = list(names)
-    return cohort_frame([dict(subject=s, scan=s, image=images[s][number], mask=masks.get(s))
-                         for s in sorted(images)], 'nnunet', list(names.values()),
-                        None if values==list(range(len(values)))
-                        else {v:i for i,v in enumerate(values)}, alone=True)
+    stored = None if values==list(range(len(values))) else {v:i for i,v in enumerate(values)}
+    rows = [dict(subject=s, scan=s, image=images[s][number], mask=masks.get(s)) for s in sorted(images)]
+    return cohort_frame(rows, 'nnunet', list(names.values()), stored, alone=True)
 
 # %% ../../nbs/13_scans.standards.ipynb #7ecb2ae0
 _mask_kinds = ('dseg','mask','seg','label','roi','lesion')
@@ -124,12 +122,13 @@ _about_mask = ('space','desc','label','res','den','atlas','from','hemi')
 def _parse(path):
     "Entities of a BIDS name, and its last part"
     *parts,kind = stem(path).split('_')
-    return dict(o.split('-', 1) for o in parts
-                if '-' in o), [o for o in parts if '-' not in o], kind
+    entities = dict(o.split('-', 1) for o in parts if '-' in o)
+    return entities, [o for o in parts if '-' not in o], kind
 
 def _subjects(root):
-    return [o for o in sorted(root.iterdir()) if o.is_dir()
-            and o.name.startswith('sub-')] if root.is_dir() else []
+    "Their folders"
+    if not root.is_dir(): return []
+    return [o for o in sorted(root.iterdir()) if o.is_dir() and o.name.startswith('sub-')]
 
 def _is_bids(root):
     return any(stem(f).startswith(d.name+'_') for d in _subjects(root)[:3] for f in scans_in(d, 3))
@@ -172,8 +171,7 @@ def _best(m, images):
 # %% ../../nbs/13_scans.standards.ipynb #c1c35bfc
 def _bids_classes(root, files):
     "Names and values of the classes from `*dseg.tsv`, if there is just one meaning"
-    folders = {p for o in files.values() for f in o for p in f.parents if p==root
-               or root in p.parents}
+    folders = {p for o in files.values() for f in o for p in f.parents if p==root or root in p.parents}
     tables = sorted(f for d in folders for f in d.glob('*dseg.tsv'))
     meanings = []
     for t in tables:

@@ -50,8 +50,7 @@ def _header(line, delimiter):
 # %% ../../nbs/11_scans.table.ipynb #fee97082
 def read_table(
     path # .csv
-# texts, `None` where a cell is empty; and what the first line says, if it was saved by us
-)->tuple[pd.DataFrame,dict]:
+)->tuple[pd.DataFrame,dict]: # Texts, `None` for an empty cell; and what the first line says, if it is ours
     "A table with a column `image`; a `ValueError` says what is wrong with it"
     try:
         check_regular(path)
@@ -64,8 +63,8 @@ def read_table(
         if not isinstance(attrs, dict):
             raise ValueError('has a first line that is not what was written; delete that line')
     delimiters = (',',';','\t','|')
-    # Excel's own hint
-    if m := re.match(r'"?sep=(.)"?\r?\n', text): text,delimiters = text[m.end():],(m[1],)
+    if hint := re.match(r'"?sep=(.)"?\r?\n', text): # Excel's own
+        text,delimiters = text[hint.end():],(hint[1],)
     if not text.strip(): raise ValueError('is empty')
     line = text.lstrip().splitlines()[0]
     header,delimiter = max(((_header(line, o), o) for o in delimiters),
@@ -78,8 +77,9 @@ def read_table(
     return _rows(text, header, delimiter),attrs
 
 def _rows(text, header, delimiter):
-    rows,reader = [],csv.reader(io.StringIO(text, newline=''), delimiter=delimiter,
-                                skipinitialspace=True)
+    "The rows below the header"
+    lines,rows = io.StringIO(text, newline=''),[]
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
     try:
         for fields in reader:
             fields = [o.strip() for o in fields]
@@ -104,9 +104,8 @@ def find_file(
     "The path that a name in a table means; a `ValueError` for one that cannot be on this computer"
     name = os.fspath(name)
     forms = [name, *([name.replace('\\', '/')] if '\\' in name and os.sep=='/' else [])]
-    tries = list(dict.fromkeys(unicodedata.normalize(f, o) if f else o for o in forms
-                               for f in (None,'NFC','NFD')))
-    for o in tries:
+    tries = [unicodedata.normalize(f, o) if f else o for o in forms for f in (None,'NFC','NFD')]
+    for o in dict.fromkeys(tries):
         path = str(base/o)
         if '\0' not in path and os.path.lexists(split_choice(path)[0]): return path
     if os.sep=='/' and re.match(r'[A-Za-z]:[\\/]|\\\\', name):

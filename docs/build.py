@@ -19,7 +19,9 @@ def build(stage=root/'_proc', site=root/'_site'):
     "Stage, render, finish, check; returns the faults"
     import shutil
     import finish, pages
-    from smalldocs.site import build as render
+    try: from smalldocs.site import build as render
+    except ImportError:
+        raise SystemExit('the site needs smalldocs, which needs Python 3.11: pip install -e .[dev]') from None
     modules = pages.stage_all(stage)
     shutil.rmtree(site, ignore_errors=True)
     rendered = render(stage, quiet=True)

@@ -4,6 +4,7 @@ import ast, importlib, inspect, pprint, re, textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Annotated, get_args, get_origin
 
 from fastcore.docments import docments
 from pygments import highlight
@@ -104,7 +105,11 @@ def documented(o):
     try: said = docments(o, full=True)
     except (ValueError, TypeError, SyntaxError, OSError): return {}
     comments = _line_comments(o, said)
-    for k,p in said.items(): p.docment = p.docment or comments.get(k)
+    for k,p in said.items():
+        if get_origin(p.anno) is Annotated: # as commands have it
+            p.anno,*notes = get_args(p.anno)
+            p.docment = p.docment or next((o for o in notes if isinstance(o, str)), None)
+        p.docment = p.docment or comments.get(k)
     return said
 
 def _line_comments(o, said):

@@ -16,8 +16,9 @@ from scipy.ndimage import label
 
 from .models import evaluating
 from .scans.intact import check_memory
+from .scans.placement import Placement
 from .scans.profile import how_far, scan_profile
-from .scans.recipe import Placement, Recipe
+from .scans.recipe import Recipe
 from .scans.volume import Volume, VolumeError, VolumeWarning, read_volume, write_volume
 
 # %% ../nbs/55_inference.ipynb #2b2f309f

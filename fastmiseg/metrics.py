@@ -110,7 +110,7 @@ class VolumeMetric(Metric):
 
     def _finish(self):
         if self._values is not None: return
-        if self.epoch is None: raise ValueError(f'{self.name}: no batch has been seen yet; run learn.validate() first')
+        if self.epoch is None: raise ValueError(f'{self.name}: has seen no batch with a mask; run learn.validate() first')
         mine = [tuple(o.cpu().numpy() for o in part) for part in self._parts]
         parts = [part for theirs in gather(mine) for part in theirs]
         index, *cols = (np.concatenate(o) for o in zip(*parts))
@@ -128,7 +128,8 @@ class VolumeMetric(Metric):
                              self.base: self._values.ravel()})
 
     @property
-    def value(self):
+    def value(self): # nan before there was a batch with a mask
+        if self.epoch is None: return float('nan')
         self._finish()
         if self.cls is None: return _mean_score(self._values)
         names = self.epoch.classes

@@ -32,14 +32,24 @@ class ScanDL(MayReside):
     @property
     def spacings(self):
         "(z,y,x) mm between the slices, rows and columns of each volume"
-        store = next(t.store for t in self.dataset.tls[0].tfms.fs if hasattr(t, 'store'))
-        return [store.where(s).slice_spacing for s in self.scans]
+        return [self._store().where(s).slice_spacing for s in self.scans]
+    @property
+    def vocab(self):
+        "The classes, as fastai's interpretations ask for them"
+        return CategoryMap(self._store().recipe.classes, sort=False)
+
+    def _store(self):
+        found = [t.store for tl in getattr(self.dataset, 'tls', ()) for t in tl.tfms.fs if hasattr(t, 'store')]
+        if not found: raise AttributeError('store')
+        return found[0]
 
     def _starts(self):
         "scan -> (its number, the index of its first slice)"
         if not hasattr(self, '_first'):
-            n = pd.Series([o.scan for o in self.dataset.items]).value_counts(sort=False)
-            self._first = {s:(k,int(i)) for k,(s,i) in enumerate(zip(n.index, n.cumsum()-n))}
+            n = {}
+            for o in self.dataset.items: n[o.scan] = max(n.get(o.scan, 0), o.i+1)
+            starts = np.cumsum([0, *n.values()]).tolist()
+            self._first = {s:(k,starts[k]) for k,s in enumerate(n)}
         return self._first
 
     def do_batch(self, b):
@@ -198,8 +208,8 @@ class PairedDL(MayReside):
 # %% ../nbs/24_data.ipynb #a1b7714f
 @patch
 def new(self:PairedDL, dataset=None, cls=None, **kwargs):
-    "The labelled items as a plain loader, as fastai asks for predictions on the training set; or another `PairedDL`"
-    if dataset is not None or cls is not None or kwargs.get('shuffle') is False:
+    "The labelled items as a plain loader, as fastai asks for to predict or show them; or another `PairedDL`"
+    if dataset is not None or cls is not None or 'shuffle' in kwargs:
         plain = dict(n=None, after_batch=Pipeline(self.after_batch.fs))
         res = TfmdDL.new(self, dataset, cls or ScanDL, **{**plain, **kwargs})
         res.resident = self.resident
@@ -383,22 +393,38 @@ def test_dl(self:MISegDataLoaders,
     bs=None, # slices to a batch
     shuffle:bool=False,   # in another order each time, as `MIRegCallback(unlabeled=scans)` has them
     drop_last:bool=False, # leave out an incomplete last batch
+    with_labels:bool=False, # read the masks too, to validate: every scan needs one
     **kwargs # what fastai's loaders take else: of no use here
-)->ScanDL:   # batches `(x,)`, in order
+)->ScanDL:   # batches `(x,)`, or `(x, y)`, in order
     "Slices of other scans, prepared in the same store"
     if 'rm_type_tfms' in kwargs:
         raise ValueError("learn.predict is for one image, and a scan is many slices: use predict_volume(learn, scan)")
     if self.recipe is None:
         given = {} if bs is None else dict(bs=bs)
-        return DataLoaders.test_dl(self, scans, **dict(kwargs, shuffle=shuffle, drop_last=drop_last, **given))
+        given.update(shuffle=shuffle, drop_last=drop_last, with_labels=with_labels)
+        return DataLoaders.test_dl(self, scans, **kwargs, **given)
     if self.store is None:
         raise ValueError("test_dl: this learner was exported and has no folder for slices; segment scans with "
                          "predict_volume or predict_cohort, or set dls.store")
-    store = SliceStore(self.store.path, self.recipe).prepare(_cohort_of(scans).assign(mask=None), progress=False)
-    refs = [SliceRef(r.scan, i) for r in store.scans.itertuples() for i in range(r.n)]
-    images = Datasets(refs, tfms=[[ReadImage(store)]])
-    return ScanDL(images, bs=bs or self.valid.bs, shuffle=shuffle, drop_last=drop_last, num_workers=0,
+    store,refs = self._slices_of(scans, with_labels)
+    readers = (ReadImage,ReadMask) if with_labels else (ReadImage,)
+    slices = Datasets(refs, tfms=[[o(store)] for o in readers], n_inp=1)
+    return ScanDL(slices, bs=bs or self.valid.bs, shuffle=shuffle, drop_last=drop_last, num_workers=0,
                   device=self.device, after_item=[ToTensor], after_batch=Pipeline(self.train.after_batch.fs))
+
+@patch
+def _slices_of(self:MISegDataLoaders, scans, masks):
+    "A store with the slices of some scans, and which those are; slices of these loaders stay as they are"
+    refs = list(scans) if isinstance(scans, (list,L)) and len(scans) and isinstance(scans[0], SliceRef) else None
+    if refs: return self.store,refs
+    df = _cohort_of(scans)
+    if masks and ('mask' not in df or df['mask'].isna().any()):
+        bare = df.scan[df['mask'].isna()] if 'mask' in df else df.scan
+        raise ValueError(f'with_labels: {len(bare)} of {len(df)} scans have no mask ({bare.iloc[0]!r}, for one); '
+                         'leave them out')
+    df = df.assign(split='test') if masks else df.assign(mask=None)
+    store = SliceStore(self.store.path, self.recipe).prepare(df, progress=False)
+    return store,[SliceRef(r.scan, i) for r in store.scans.itertuples() for i in range(r.n)]
 
 @patch
 def new_empty(self:MISegDataLoaders):

@@ -110,7 +110,8 @@ class VolumeMetric(Metric):
 
     def _finish(self):
         if self._values is not None: return
-        if self.epoch is None: raise ValueError(f'{self.name}: has seen no batch with a mask; run learn.validate() first')
+        if self.epoch is None:
+            raise ValueError(f'{self.name}: has seen no batch with a mask; run learn.validate() first')
         mine = [tuple(o.cpu().numpy() for o in part) for part in self._parts]
         parts = [part for theirs in gather(mine) for part in theirs]
         index, *cols = (np.concatenate(o) for o in zip(*parts))

@@ -24,7 +24,8 @@ def tiny(tmp_path_factory):
     root = tmp_path_factory.mktemp('tiny')
     df = split_cohort(make_phantom(root/'scans', n_subjects=6, seed=0), labeled=2, valid=1, test=1, seed=0)
     recipe = Recipe(spacing=4., size=(32,32), flip='hv', classes=df.attrs['classes'])
-    dls = MISegDataLoaders.from_cohort(df, recipe, store=root/'s', bs=2, unlabeled_bs=3, n_iters=2, workers=0)
+    dls = MISegDataLoaders.from_cohort(df, recipe, store=root/'s', bs=2, unlabeled_bs=3, n_iters=2, workers=0,
+                                         augment=None)
     return SimpleNamespace(root=root, df=df, dls=dls)
 
 def new(tiny, **kw): return quiet(miseg_learner(tiny.dls, width=2, metrics=VolumeDice(), path=tiny.root, **kw))

@@ -306,7 +306,7 @@ def _cohort_of(scans):
     if root and (root.suffix=='.csv' or any(o.matches(root) for o in layouts.values())): return load_cohort(root)
     if root and root.is_dir() and (paths := scans_in(root, 0)): names = [stem(o) for o in paths]
     elif root and root.is_dir(): return load_cohort(root) # which says what it looked for
-    else: names = paths = [str(o) for o in L(scans)]
+    else: names = paths = [str(o) for o in ([scans] if root else scans)]
     return pd.DataFrame(dict(subject=names, scan=names, image=[str(o) for o in paths]))
 
 def _with_unlabelled(df, scans):

@@ -7,7 +7,8 @@ from urllib.parse import unquote, urlsplit
 from latex2mathml.converter import convert
 
 formula = re.compile(r'(<(span|p|div)[^>]*class="math (inline|display)"[^>]*>)\\[(\[](.*?)\\[)\]]', re.S)
-fonts_elsewhere = re.compile(r'@import\s+(?:url\()?["\']?https?://[^;]*;')
+# an address may hold semicolons
+fonts_elsewhere = re.compile(r'''@import\s+(?:url\(\s*)?["']?https?://[^"')\s]*["']?\s*\)?[^;]*;''')
 needs_network = re.compile(r'\s*<(?:link|script)[^>]*="https?://[^>]*>(?:</script>)?')
 
 def _mathml(m):

@@ -134,3 +134,10 @@ def test_the_example_of_a_recipe_is_read_back(contributing, tmp_path, monkeypatc
 def test_the_example_of_a_metric_counts(contributing):
     metric = contributing('Adding a metric')['VolumeJaccard']()
     assert metric.ratio(3, 4, 5)==(3, 6)
+
+@pytest.mark.parametrize('css', ['@import url(https://x.y/css2?family=A:wght@300;400&display=swap);', "@import 'https://x.y/a.css';",
+                                 '@import url("https://x.y/a;b.css") screen;'])
+def test_fonts_from_elsewhere_go_and_the_theme_stays(css):
+    "An address may hold semicolons; what follows it is the theme"
+    import finish
+    assert finish.fonts_elsewhere.sub('', f'@charset "UTF-8";{css}:root{{--a:1}}')=='@charset "UTF-8";:root{--a:1}'

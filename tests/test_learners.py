@@ -280,7 +280,9 @@ def test_float16_features_give_float32_information():
     cb = small_mireg(); st = find_stages(net, cb.layers); cb.projectors = cb.make_projectors(st)
     f = {n: torch.randn(4,s.channels,16//s.scale,16//s.scale, dtype=torch.bfloat16) for n,s in st.items()}
     step = Step(x[:1], None, x, RandomFlips().draw(4))
-    for k in ('x','tx'): step.logits[k],step.feats[k] = torch.randn(4,2,16,16, dtype=torch.bfloat16),f
+    for k in ('x','tx'):
+        step.see(k)
+        step.logits[k],step.feats[k] = torch.randn(4,2,16,16, dtype=torch.bfloat16),f
     with torch.autocast('cpu', dtype=torch.bfloat16): terms = cb.penalty(step)
     assert {o.dtype for o in terms.values()}=={torch.float32}
 

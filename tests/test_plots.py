@@ -45,7 +45,7 @@ cells = [ # source, number of pictures
     ('fig', 1),
     ('plot_scores(scores, out="two.png")', 1),
     ('plot_scores(scores);', 1),
-    ('with plt.ioff(): plot_scores(scores, out="three.png")', 0),
+    ('with for_file_only(): plot_scores(scores, out="three.png")', 0),
     ('learn.fit(1, cbs=[reg, ShowGraphCallback()])', 1), # fastai's live curves
     ('assert type(fig).__mro__[1].__name__=="Figure" and not plt.get_fignums()', 0)]
 
@@ -55,6 +55,15 @@ def test_every_picture_appears_once_in_a_real_kernel(tmp_path):
     shown = [sum('image/png' in o.get('data', {}) for o in c.outputs) for c in nb.cells[1:]]
     assert shown==[n for _,n in cells], list(zip(shown, cells))
     assert {'one.png','two.png','three.png'}<={o.name for o in tmp_path.iterdir()}
+
+def test_the_first_picture_of_a_kernel(tmp_path):
+    "It loads the backend, which makes pyplot interactive"
+    draw = 'save_figure(new_figure((2,2), "a.png"), "a.png")'
+    for first,n in ((draw, 1), (f'with for_file_only(): {draw}', 0)):
+        both = [f'from fastmiseg.show import *\n{first}', draw]
+        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(o) for o in both])
+        NotebookClient(nb, timeout=100, kernel_name='python3', resources={'metadata': {'path': str(tmp_path)}}).execute()
+        assert [sum('image/png' in o.get('data', {}) for o in c.outputs) for c in nb.cells]==[n, 1]
 
 def test_a_script_that_writes_files_keeps_no_figure_open(tmp_path):
     plt.close('all')

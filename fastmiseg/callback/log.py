@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from ..files import write_text
 from ..processes import processes
-from ..show import class_color, new_figure, save_figure
+from ..show import class_color, for_file_only, new_figure, save_figure
 
 # %% ../../nbs/46_callback.log.ipynb #81c95155
 def training_log(
@@ -118,4 +118,4 @@ class TrainingLogCallback(Callback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.path, log.assign(epoch=range(1, len(log)+1))[['epoch',*log]].to_csv(index=False))
         if self.figure is None: return
-        with plt.ioff(): plot_training(log, out=self.figure) # for the file only
+        with for_file_only(): plot_training(log, out=self.figure)

@@ -58,7 +58,7 @@ def test_every_picture_appears_once_in_a_real_kernel(tmp_path):
 
 def test_the_first_picture_of_a_kernel(tmp_path):
     "It loads the backend, which makes pyplot interactive"
-    draw = 'save_figure(new_figure((2,2), "a.png"), "a.png")'
+    draw = 'fig = new_figure((2,2), "a.png"); fig.subplots(); save_figure(fig, "a.png")'
     for first,n in ((draw, 1), (f'with for_file_only(): {draw}', 0)):
         both = [f'from fastmiseg.show import *\n{first}', draw]
         nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(o) for o in both])

@@ -19,6 +19,11 @@ from .preparing import Preparation, Reading
 from .training import Settings, methods
 
 # %% ../nbs/70_cli.ipynb #1c858459
+# what functions say of their arguments without naming them
+_phrases = {'replace with overwrite':'replace with --overwrite', 'or overwrite it':'or replace it with --overwrite',
+            'resume it, ':'go on with --resume, ', 'resume it':'go on with --resume',
+            'call load_cohort with the `layout`':'give the --layout', ' (`labeled` of split_cohort)':' (--labeled)'}
+
 def as_typed(
     text:str, # as a function's error says it
     options   # names of the command's options, as Python has them
@@ -28,6 +33,7 @@ def as_typed(
     start = rf'(?<![\w./=-])({known})='
     def option(m): return '--'+m[1].replace('_', '-')
     text = re.sub(rf'\w+\(\.\.\., ({known})=', r'\1=', text).replace('=True)', '=True')
+    for k,o in _phrases.items(): text = text.replace(k, o)
     text = re.sub(start+r'True\b', option, text)
     text = re.sub(start+r'(?=\S)', lambda m: option(m)+' ', text)
     text = re.sub(rf'(?<!column )`({known})`(?! of)', option, text)

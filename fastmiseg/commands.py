@@ -6,9 +6,9 @@
 __all__ = ['RunError', 'prepare_run', 'train_run', 'settings_from', 'resume_run', 'predict_scans', 'evaluate_run']
 
 # %% ../nbs/61_commands.ipynb #760d2ee4
-import hashlib, json, re, shutil, sys
+import hashlib, json, os, re, shutil, sys
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pandas as pd
@@ -205,6 +205,7 @@ def _begin_folds(data, out, settings, overwrite, prepared, folds, say, choices):
         (out/f'fold{k}').mkdir(exist_ok=True)
         save_cohort(o, out/f'fold{k}'/'split.csv')
         _write_config(out/f'fold{k}', str(name) if prepared else '../slices', settings.seed, recipe, settings)
+    save_cohort(trained, out/'split.csv')
     _write_config(out, str(name), settings.seed, recipe, settings, folds=folds)
 
 def settings_from(
@@ -291,13 +292,23 @@ def _finish(run, s, c, learn, cbs, df):
     return scores
 
 # %% ../nbs/61_commands.ipynb #c355a53d
-def _load(model):
+def _files(model):
+    "The model file of a run, or of each of its folds"
     model = Path(model)
-    if not model.is_dir(): return load_segmenter(model)
-    _config(model)
-    if not (model/'model.safetensors').exists():
-        raise RunError(f'{model}: has no model yet, its training is not finished; resume it')
-    return load_segmenter(model/'model.safetensors')
+    if not model.is_dir(): return [model]
+    n = _config(model).get('folds')
+    files = [o/'model.safetensors' for o in ([model] if n is None else [model/f'fold{k}' for k in range(n)])]
+    if missing := [o.parent for o in files if not o.exists()]:
+        raise RunError(f'{missing[0]}: has no model yet, its training is not finished; resume it')
+    return files
+
+def _load(model):
+    "The segmenter of a file or run; those of several folds as one, whose answers are averaged"
+    segs = [load_segmenter(o) for o in _files(model)]
+    if len(segs)==1: return segs[0]
+    together = torch.nn.Module()
+    together.members = torch.nn.ModuleList([o.model for o in segs])
+    return replace(segs[0], model=together)
 
 def predict_scans(
     model,        # run folder, or a file from `export_segmenter`
@@ -323,10 +334,11 @@ def evaluate_run(
         raise RunError(f'{model}: is a model without its run, so say which scans (data) and where to write (out)')
     reading,kwargs = _sorted(Reading, kwargs)
     out = run if out is None else Path(out)
-    df = load_cohort(run/'split.csv', 'csv') if data is None else Reading(**reading).load(data)
+    df = load_cohort(run/'split.csv', 'csv') if data is None else _with_known_parts(run, Reading(**reading).load(data))
     if data is None and split is None: split = 'test' if (df.split=='test').any() else 'valid'
     if split not in (None,'all') and ('split' not in df or not (df.split==split).any()):
-        raise RunError(f'split: no scan of {data or run} is in {split!r}')
+        why = ': each scan with a mask trained some of the folds' if data is None and split=='valid' else ''
+        raise RunError(f'split: no scan of {data or run} is in {split!r}{why}')
     about = _about_scores(model, df, split, kwargs)
     if (out/'metrics.csv').exists() and not overwrite: return _scores_of_before(out, about)
     scores = _score(seg, df, out/_notes, overwrite, split=split, **kwargs)
@@ -338,14 +350,21 @@ def evaluate_run(
     plot_scans(seg, df[df.scan.isin(scores.scan)], scores, out=out/'figures'/'worst.png')
     return scores
 
+def _with_known_parts(run, df):
+    "Scans that the run knows are in the parts in which it saw them, wherever they are listed"
+    if 'split' in df or not (run/'split.csv').exists(): return df
+    own = load_cohort(run/'split.csv', 'csv')
+    where = {os.path.realpath(o):k for o,k in zip(own.image, own['split'])}
+    found = [where.get(os.path.realpath(o), 'unknown') for o in df.image]
+    return df.assign(split=found) if set(found)!={'unknown'} else df
+
 _kept = ('problems','left_out') # beside the table
 
 def _about_scores(model, df, split, options):
     "What scores depend on, in a few words"
-    file = Path(model)/'model.safetensors' if Path(model).is_dir() else Path(model)
     scans = df[['scan','image','mask']].to_csv(index=False).encode('utf-8', 'surrogateescape')
     rest = {k:str(o) for k,o in sorted(options.items()) if o and k not in ('progress','bs','skip_bad')}
-    return dict(model=digest(file), scans=hashlib.sha256(scans).hexdigest()[:32], split=split, options=rest)
+    return dict(model=[digest(o) for o in _files(model)], scans=hashlib.sha256(scans).hexdigest()[:32], split=split, options=rest)
 
 def _scores_of_before(out, about):
     "The scores that are there, if they are of this model, these scans and these options"

@@ -114,9 +114,10 @@ class EpochLines(Callback):
         "Time to go and memory, told once"
         now,left = self.now,(self.n_epoch-self.epoch)*self.n_iter-self.iter-1
         now.told = True
+        if not left: return
         seconds = (time.monotonic()-now.begin)/now.steps*left
         size = tuple(self.learn.xb[0].shape[-2:])
-        self._tell(f'about {span(seconds)} to go on this machine ({1000*seconds/max(1,left):.0f} ms a step), '
+        self._tell(f'about {span(seconds)} to go on this machine ({1000*seconds/left:.0f} ms a step), '
                    f'{peak_memory()/2**30:.1f} GB of memory so far{_shorter(size, seconds)}')
 
     def after_train(self):

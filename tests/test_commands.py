@@ -3,7 +3,7 @@ import inspect, json, os, shutil
 from dataclasses import fields
 from pathlib import Path
 
-import pandas as pd, pytest
+import numpy as np, pandas as pd, pytest
 
 import fastmiseg.commands as C
 import fastmiseg.evaluation as evaluation
@@ -13,6 +13,7 @@ from fastmiseg.commands import RunError, evaluate_run, predict_scans, prepare_ru
 from fastmiseg.preparing import Preparation, Reading
 from fastmiseg.scans.cohort import load_cohort, save_cohort
 from fastmiseg.scans.readers import CohortError, layouts
+from fastmiseg.scans.volume import read_volume
 
 tiny = dict(epochs=1, n_iters=2, width=2, bs=2, unlabeled_bs=2)
 
@@ -220,7 +221,7 @@ def test_folds(ten, capsys, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(C, 'export_segmenter', stop)
         with pytest.raises(KeyboardInterrupt): train_run(ten, out, folds=4, **kw)
-    assert sorted(o.name for o in out.iterdir())==['config.json','fold0','fold1','fold2','fold3','slices']
+    assert sorted(o.name for o in out.iterdir())==['config.json','fold0','fold1','fold2','fold3','slices','split.csv']
     first = (out/'fold0'/'model.safetensors').stat().st_mtime_ns
     cli.train(out=str(out), resume=True, workers=0)
     assert (out/'fold0'/'model.safetensors').stat().st_mtime_ns==first
@@ -232,7 +233,7 @@ def test_folds(ten, capsys, monkeypatch):
     assert scores.scan.nunique()==4 and sorted(scores.fold.unique())==[0,1,2,3]
     with pytest.raises(FileExistsError, match='there is a run already'): train_run(ten, out, folds=4, **kw)
     again = train_run(ten, out, folds=2, overwrite=True, **kw)
-    assert sorted(o.name for o in out.iterdir())==['config.json','fold0','fold1','metrics.csv','slices'] and again.scan.nunique()==4
+    assert sorted(o.name for o in out.iterdir())==['config.json','fold0','fold1','metrics.csv','slices','split.csv'] and again.scan.nunique()==4
 
 def test_folds_of_what_is_prepared(prepared, tmp_path):
     "Its test scans stay, masks that were put aside are not used"
@@ -241,5 +242,21 @@ def test_folds_of_what_is_prepared(prepared, tmp_path):
     for k in range(2):
         now = load_cohort(tmp_path/'run'/f'fold{k}'/'split.csv', 'csv').set_index('scan').split
         assert set(now.index[now=='test'])==set(before.index[before=='test']) and set(now.index[now=='unlabeled'])==set(before.index[before=='unlabeled'])
+    whole,one = (predict_scans(o, prepared/'split.csv', tmp_path/o.name, probabilities=True, progress=False) for o in (tmp_path/'run', tmp_path/'run'/'fold0'))
+    two = predict_scans(tmp_path/'run'/'fold1', prepared/'split.csv', tmp_path/'fold1', probabilities=True, progress=False)
+    read = lambda df, folder: read_volume(tmp_path/folder/f'{df.scan[0]}_probabilities.nii.gz', channels=True).array
+    np.testing.assert_allclose(read(whole, 'run'), (read(one, 'fold0')+read(two, 'fold1'))/2, atol=1e-5)
+    assert set(evaluate_run(tmp_path/'run', out=tmp_path/'scores', progress=False).split)=={'test'}
     with pytest.raises(CohortError, match='folds=9'): train_run(prepared, tmp_path/'more', folds=9, workers=0, **tiny)
     assert not (tmp_path/'more').exists()
+
+def test_scans_that_a_run_knows_keep_their_part(run, prepared, hearts, tmp_path):
+    "The scans of the training are left out where a whole folder is evaluated, and a copy of none is taken for another"
+    df = load_cohort(prepared/'split.csv', 'csv').drop(columns='split')
+    scores = evaluate_run(run, save_cohort(df, tmp_path/'all.csv'), tmp_path/'out', progress=False)
+    assert scores.groupby('split').scan.nunique().to_dict()==dict(test=2, valid=2)
+    scores = evaluate_run(run, tmp_path/'all.csv', tmp_path/'labeled', split='labeled', progress=False)
+    assert set(scores.split)=={'labeled'}
+    others = hearts.df[8:10].drop(columns='split')
+    others.attrs.update(hearts.df.attrs)
+    assert set(evaluate_run(run, save_cohort(others, tmp_path/'b.csv'), tmp_path/'b', progress=False).split)=={'unknown'}

@@ -56,6 +56,8 @@ def test_words_and_bytes():
     ('Put all of them in one part, or allow it with load_cohort(..., straddle=True)', 'Put all of them in one part, or allow it with --straddle'),
     ("choose one with suffix='T1w'", "choose one with --suffix 'T1w'"), ('labeled=9, valid=2: too many', '--labeled 9, --valid 2: too many'),
     ('names of files in the column `mask`', 'names of files in the column `mask`'), ('give the Recipe a larger `size`', 'give the Recipe a larger --size'),
+    ('x exists; choose another place, or replace with overwrite', 'x exists; choose another place, or replace with --overwrite'),
+    ('there is a run already; choose another folder, resume it, or overwrite it', 'there is a run already; choose another folder, go on with --resume, or replace it with --overwrite'),
     ('/data/seed=1/test=2.nii: is bad', '/data/seed=1/test=2.nii: is bad'), ('test: is empty', '--test: is empty')])
 def test_errors_in_the_words_of_the_command(text, typed):
     assert cli.as_typed(text, cli.options_in(cli.train))==typed

@@ -364,7 +364,8 @@ def _about_scores(model, df, split, options):
     "What scores depend on, in a few words"
     scans = df[['scan','image','mask']].to_csv(index=False).encode('utf-8', 'surrogateescape')
     rest = {k:str(o) for k,o in sorted(options.items()) if o and k not in ('progress','bs','skip_bad')}
-    return dict(model=[digest(o) for o in _files(model)], scans=hashlib.sha256(scans).hexdigest()[:32], split=split, options=rest)
+    models = [digest(o) for o in _files(model)]
+    return dict(models=models, scans=hashlib.sha256(scans).hexdigest()[:32], split=split, options=rest)
 
 def _scores_of_before(out, about):
     "The scores that are there, if they are of this model, these scans and these options"

@@ -25,7 +25,7 @@ class ForeachAdam(Optimizer):
         self.decouple_wd = decouple_wd
 
     def _alike(self):
-        "Parameters that have a gradient, in lists that take the same step: (settings, number of the step, whether they decay, parameters)"
+        "Parameters that have a gradient, in lists that step alike: (settings, number of the step, decay?, parameters)"
         for group,hyper in zip(self.param_lists, self.hypers):
             lists = {}
             for p in group:

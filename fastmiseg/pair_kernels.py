@@ -93,7 +93,8 @@ def _line_kernel(x, weight, bias, centre, line, lead, area, plane, pitch, depth,
         mask = (k <= K)[:, None] & (f < area)[None, :]
         if EXACT:
             low = (p - high.to(tl.float32)).to(tl.float16)
-            word = (high.to(tl.int16, bitcast=True).to(tl.int32) & 0xffff) | (low.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+            word = ((high.to(tl.int16, bitcast=True).to(tl.int32) & 0xffff)
+                    | (low.to(tl.int16, bitcast=True).to(tl.int32) << 16))
             tl.store(at, word, mask=mask)
         else: tl.store(at, high, mask=mask)
 
@@ -183,7 +184,8 @@ def _gradient_kernel(q, G, unscale, out, lead, area, plane, pitch, depth, height
     sums = tl.zeros([MP, BX], tl.float32)
     for i in range(WZ*LINES*PIECES):
         dz, j, col = i//(LINES*PIECES), i//PIECES%LINES, i%PIECES*PIECE + c
-        b, b_low = _halves(q + (col%(K + 1)*area + col//(K + 1) + (dz - WZ//2)*plane + (j - WY//2)*pitch)[:, None] + base[None, :],
+        b, b_low = _halves(q + (col%(K + 1)*area + col//(K + 1) + (dz - WZ//2)*plane
+                                + (j - WY//2)*pitch)[:, None] + base[None, :],
                            (col < N)[:, None] & inside[None, :], EXACT)
         dy = j - row
         a = tl.load(G + ((((s*WZ + dz)*WY + dy)*K + k)*N)[:, None] + col[None, :],
@@ -192,7 +194,8 @@ def _gradient_kernel(q, G, unscale, out, lead, area, plane, pitch, depth, height
         sums = _product(high, (a - high.to(tl.float32)).to(tl.float16), b, b_low, sums, EXACT)
     sums *= tl.load(unscale)
     pixels = depth*height*width
-    to = out + ((n*heads + s)*K + k).to(tl.int64)[:, None]*pixels + ((z*height + y)*width + x)[None, :] + (row*width)[:, None]
+    to = (out + ((n*heads + s)*K + k).to(tl.int64)[:, None]*pixels + ((z*height + y)*width + x)[None, :]
+          + (row*width)[:, None])
     tl.store(to, sums, mask=(row < ROWS)[:, None] & (y[None, :] + row[:, None] < height) & inside[None, :])
 
 @_jit
@@ -313,7 +316,8 @@ class _Pair:
         (M1, M2), (N1, N2) = _tiles(wy*k1), _tiles(wx*k1)
         tiles = triton.cdiv(g.area, opts['T'])
         out = self.memory.new_empty(self.images*tiles, g.S, wz, wy, k1, wx, k1, dtype=torch.float32)
-        _sums_kernel[(tiles, self.images, g.S*wz)](*self.lines, out, g.lead//4, g.area//4, g.plane//4, g.pitch//4, g.S, **g.window,
+        _sums_kernel[(tiles, self.images, g.S*wz)](*self.lines, out, g.lead//4, g.area//4, g.plane//4, g.pitch//4,
+                                                   g.S, **g.window,
                                                    M1=M1, M2=M2, N1=N1, N2=N2, EXACT=self.exact, **opts)
         R = out.sum(0, dtype=torch.float64).transpose(3, 4)/_SCALE**2
         Lp, Lq = self.ways_back()
@@ -326,7 +330,8 @@ class _Pair:
         rows = max(1, min(opts['ROWS'], opts['MP']//g.K))
         opts = {**opts, 'ROWS':rows, 'MP':_power_of_2(rows*g.K)}
         tiles = triton.cdiv(g.D*triton.cdiv(g.H, rows)*g.W, opts['BX'])
-        _gradient_kernel[(tiles, self.images, g.S)](self.lines[1 - side], G, (1/(scale*_SCALE)).float(), out, g.lead, g.area, g.plane, g.pitch,
+        _gradient_kernel[(tiles, self.images, g.S)](self.lines[1 - side], G, (1/(scale*_SCALE)).float(), out,
+                                                    g.lead, g.area, g.plane, g.pitch,
                                                     g.D, g.H, g.W, g.S, **g.window, EXACT=self.exact, **opts)
         return out
 
@@ -337,8 +342,10 @@ class _Pair:
         parts = self.images*tiles if need_head else 1
         gw = self.memory.new_empty(parts, g.S, g.K, g.C, dtype=torch.float32)
         gb = self.memory.new_empty(parts, g.S, g.K, dtype=torch.float32)
-        _head_kernel[(tiles, self.images)](x, self.weight, self.bias, y, x if gx is None else gx, gw, gb, g.S, g.pixels, *_strides(x),
-                                           **g.head, NEED_X=gx is not None, NEED_HEAD=need_head, DOT=dot_precision, **opts)
+        _head_kernel[(tiles, self.images)](x, self.weight, self.bias, y, x if gx is None else gx, gw, gb,
+                                           g.S, g.pixels, *_strides(x),
+                                           **g.head, NEED_X=gx is not None, NEED_HEAD=need_head,
+                                           DOT=dot_precision, **opts)
         return [o.sum(0, dtype=torch.float64) for o in (gw, gb)] if need_head else None
 
 # %% ../nbs/26_pair_kernels.ipynb #c4038b81

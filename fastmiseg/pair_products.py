@@ -88,7 +88,8 @@ class _Lines:
         return self.memory.as_strided(((last - first)*pieces, area//self.step, self.step*K1),
                                       (area*K1, self.step*K1, 1), at*K1)
 
-    def across_rows(self, side, first, last): # ((last-first)*area, rows*K1), a copy if there are several; the row below comes last
+    def across_rows(self, side, first, last):
+        # ((last-first)*area, rows*K1), a copy if there are several; the row below comes last
         K1, at = self.K1, self.lead + (side*self.S*self.N + first)*self.area - self.reach
         view = self.memory.as_strided(((last - first)*self.area, *self.w[:2], K1),
                                       (K1, self.plane*K1, self.pitch*K1, 1), at*K1)
@@ -101,7 +102,7 @@ def sums(
 ): # -> (S,*w,K,K), float64
     "Sums of p(x) q(x+δ)ᵀ over images and pixels, for each head and displacement"
     lines, parts = _Lines(x, y, weight, bias, w), []
-    S, K1, rows, step, (wz, wy, wx) = lines.S, lines.K1, lines.rows, lines.step, lines.w
+    S, K1, rows, step, (wz, wy, _) = lines.S, lines.K1, lines.rows, lines.step, lines.w
     L = lines.outward()
     lines.p = None # as large as the lines
     for first, last in lines.blocks(rows*K1):

@@ -47,7 +47,7 @@ def _row_products(
     out = p.new_empty(len(rows), len(starts), step//2, 2*K, step*K)
     for i, start in enumerate(starts):
         n = -(-min(chunk, lead + total - start)//step)
-        view = lambda x, at, width: x.as_strided((step//2, n, width*K), (2*K, step*K, 1), at*K)
+        view = lambda x, at, width, n=n: x.as_strided((step//2, n, width*K), (2*K, step*K, 1), at*K)
         a = view(p, start, 2).mT
         for j, d in enumerate(rows): torch.bmm(a, view(q, start + d - w[-1]//2, step), out=out[j, i])
     out = wide(out).flatten(1, 2).sum(1).view(-1, 2, K, step, K)

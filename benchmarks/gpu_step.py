@@ -22,8 +22,8 @@ from gpu import DEVICE, DRY, Clock, add
 
 SIZE,WIDTH,LABELED,UNLABELED = (32,4,2,3) if DRY else (224,16,4,10)
 METHODS = {'labels only': lambda: [], 'entropy minimisation': lambda: [EntropyMinCallback()], 'consistency': lambda: [ConsistencyCallback()],
-           'Mean Teacher': lambda: [EMATeacherCallback()], 'all terms of the paper': lambda: [MIRegCallback()],
-           'all terms, with a teacher': lambda: [MIRegCallback(), EMATeacherCallback()]}
+           'Mean Teacher': lambda: [EMATeacherCallback()], 'all terms of the paper': lambda: [MIRegCallback.paper()],
+           'all terms, with a teacher': lambda: [MIRegCallback.paper(), EMATeacherCallback()]}
 try:
     from step import TextbookMIReg
     METHODS['all terms, textbook losses'] = lambda: [TextbookMIReg()]

@@ -30,7 +30,7 @@ WIDTH = 4 if DRY else 16
 METHODS = { # callbacks, T
     'labels only':             (lambda: [], None),
     'Mean Teacher':            (lambda: [EMATeacherCallback(weight=5.)], None),
-    'the paper':               (lambda: [MIRegCallback()], None),
+    'the paper':               (lambda: [MIRegCallback.paper()], None),
     'pseudo-labels + teacher': (lambda: [PseudoLabelCallback(), EMATeacherCallback(.99)], None),
 }
 if DRY: METHODS = {k:METHODS[k] for k in ('pseudo-labels + teacher',)}

@@ -38,8 +38,8 @@ class TextbookMIReg(MIRegCallback):
                     consistency=consistency_loss(step.probs('tx'), step.T(step.target)))
 
 METHODS = {'partial supervision': lambda: [], 'entropy minimisation': lambda: [EntropyMinCallback()], 'consistency': lambda: [ConsistencyCallback()],
-           'Mean Teacher': lambda: [EMATeacherCallback()], 'all terms of the paper': lambda: [MIRegCallback()],
-           'all terms, with a teacher': lambda: [MIRegCallback(), EMATeacherCallback()], 'all terms, textbook losses': lambda: [TextbookMIReg()]}
+           'Mean Teacher': lambda: [EMATeacherCallback()], 'all terms of the paper': lambda: [MIRegCallback.paper()],
+           'all terms, with a teacher': lambda: [MIRegCallback.paper(), EMATeacherCallback()], 'all terms, textbook losses': lambda: [TextbookMIReg()]}
 
 class _From(Callback):
     order = -100
@@ -109,7 +109,7 @@ def measure(o):
 
 def overhead(o):
     "What the learner's steps take beyond those of the bare loop, step by step in turn: median seconds of both, median of the differences and its standard error"
-    learn = learner(o, [cb:=MIRegCallback()])
+    learn = learner(o, [cb:=MIRegCallback.paper()])
     learn.fit(1, 1e-4)
     then = _Then(bare(o, cb))
     learn.dls = loaders(o, o.pairs+5)

@@ -215,6 +215,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'fastmiseg/callback/mireg.py'),
                                           'fastmiseg.callback.mireg.MIRegCallback.matches_target': ( 'callback.mireg.html#miregcallback.matches_target',
                                                                                                      'fastmiseg/callback/mireg.py'),
+                                          'fastmiseg.callback.mireg.MIRegCallback.paper': ( 'callback.mireg.html#miregcallback.paper',
+                                                                                            'fastmiseg/callback/mireg.py'),
                                           'fastmiseg.callback.mireg.MIRegCallback.penalty': ( 'callback.mireg.html#miregcallback.penalty',
                                                                                               'fastmiseg/callback/mireg.py'),
                                           'fastmiseg.callback.mireg.MIRegCallback.projector': ( 'callback.mireg.html#miregcallback.projector',
@@ -1866,6 +1868,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fastmiseg.training._entropy': ('training.html#_entropy', 'fastmiseg/training.py'),
                                     'fastmiseg.training._in_all_processes': ('training.html#_in_all_processes', 'fastmiseg/training.py'),
                                     'fastmiseg.training._learner': ('training.html#_learner', 'fastmiseg/training.py'),
+                                    'fastmiseg.training._mi_callback': ('training.html#_mi_callback', 'fastmiseg/training.py'),
                                     'fastmiseg.training._mireg': ('training.html#_mireg', 'fastmiseg/training.py'),
                                     'fastmiseg.training._no_supervision': ('training.html#_no_supervision', 'fastmiseg/training.py'),
                                     'fastmiseg.training._none': ('training.html#_none', 'fastmiseg/training.py'),
@@ -1873,6 +1876,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fastmiseg.training._pseudo_copypaste': ('training.html#_pseudo_copypaste', 'fastmiseg/training.py'),
                                     'fastmiseg.training._pseudo_mi': ('training.html#_pseudo_mi', 'fastmiseg/training.py'),
                                     'fastmiseg.training._read_toml': ('training.html#_read_toml', 'fastmiseg/training.py'),
+                                    'fastmiseg.training._recommended': ('training.html#_recommended', 'fastmiseg/training.py'),
                                     'fastmiseg.training._run_schedule': ('training.html#_run_schedule', 'fastmiseg/training.py'),
                                     'fastmiseg.training._scans_for': ('training.html#_scans_for', 'fastmiseg/training.py'),
                                     'fastmiseg.training._taught': ('training.html#_taught', 'fastmiseg/training.py'),
@@ -2012,4 +2016,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fastmiseg.warps.Warps': ('warps.html#warps', 'fastmiseg/warps.py'),
                                  'fastmiseg.warps.Warps.__call__': ('warps.html#warps.__call__', 'fastmiseg/warps.py'),
                                  'fastmiseg.warps.Warps._take': ('warps.html#warps._take', 'fastmiseg/warps.py'),
-                                 'fastmiseg.warps.Warps.inverse': ('warps.html#warps.inverse', 'fastmiseg/warps.py')}}}
+                                 'fastmiseg.warps.Warps.inverse': ('warps.html#warps.inverse', 'fastmiseg/warps.py'),
+                                 'fastmiseg.warps.usual_pool': ('warps.html#usual_pool', 'fastmiseg/warps.py')}}}

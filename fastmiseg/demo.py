@@ -63,7 +63,7 @@ def _cropped(recipe):
 
 # %% ../nbs/72_demo.ipynb #2e23e86c
 # What both trainings share
-settings_of_both = dict(bs=8, unlabeled_bs=8, div=5., pct_start=.1)
+settings_of_both = dict(bs=8, unlabeled_bs=8, div=5., pct_start=.1, passes=1, loss='ce', warp=0.)
 trainings = { # name -> settings beyond those of both
     'labelled only': dict(method='partial'),
     'MIRegCallback + teacher': dict(

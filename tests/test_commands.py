@@ -84,7 +84,7 @@ def test_nothing_unlabelled_is_said_before_slices_are_prepared(hearts, prepared,
     def never(*args, **kwargs): raise AssertionError('slices were prepared')
     csv = cohort_of(hearts, 6, tmp_path/'c.csv', split=['labeled']*4+['valid','test'])
     monkeypatch.setattr(C.SliceStore, 'prepare', never)
-    with pytest.raises(ValueError, match="method: 'mireg' learns from unlabelled scans, and there are none.*method='partial'"):
+    with pytest.raises(ValueError, match="method: 'recommended' learns from unlabelled scans, and there are none.*method='partial'"):
         train_run(csv, tmp_path/'run', recipe=hearts.recipe, workers=0, **tiny)
     with pytest.raises(ValueError, match="mireg: MIRegCallback takes no 'heads' here"):
         train_run(csv, tmp_path/'run', recipe=hearts.recipe, mireg=dict(heads=3), workers=0, **tiny)
@@ -95,7 +95,7 @@ def test_in_the_words_of_the_command_line(hearts, tmp_path, capsys):
     csv = cohort_of(hearts, 6, tmp_path/'c.csv', split=['labeled']*4+['valid','test'])
     with pytest.raises(SystemExit, match='2'): cli.train(str(csv), str(tmp_path/'run'), recipe=hearts.recipe)
     said = capsys.readouterr().err
-    assert "fastmiseg-train: --method: 'mireg' learns from unlabelled scans" in said and "take --method 'partial'" in said and '--labeled 2' in said
+    assert "fastmiseg-train: --method: 'recommended' learns from unlabelled scans" in said and "take --method 'partial'" in said and '--labeled 2' in said
     (tmp_path/'bad.nii.gz').write_bytes(b'x')
     df = load_cohort(csv, 'csv').assign(image=str(tmp_path/'bad.nii.gz'))
     df.loc[1:,'image'] = hearts.df.image[1:6].tolist()

@@ -16,10 +16,10 @@ from toy import learner, loaders, quiet
 
 before = json.loads((Path(__file__).parent/'same_numbers.json').read_text())
 
-def mireg(**kw): return MIRegCallback(n_clusters=4, n_heads=2, **kw)
+def mireg(**kw): return MIRegCallback.paper(n_clusters=4, n_heads=2, **kw)
 METHODS = {
-    'partial': lambda: [], 'consistency': lambda: [ConsistencyCallback()], 'entropy': lambda: [EntropyMinCallback()],
-    'teacher': lambda: [EMATeacherCallback(.9)], 'mireg': lambda: [mireg()], 'mireg_teacher': lambda: [mireg(), EMATeacherCallback(.9)],
+    'partial': lambda: [], 'consistency': lambda: [ConsistencyCallback(T=RandomFlips())], 'entropy': lambda: [EntropyMinCallback()],
+    'teacher': lambda: [EMATeacherCallback(.9, T=RandomFlips())], 'mireg': lambda: [mireg()], 'mireg_teacher': lambda: [mireg(), EMATeacherCallback(.9)],
     'mireg_shift': lambda: [mireg(T=RandomFlips()+RandomLight(.5)+RandomShifts(.5))], 'mi': lambda: [mireg(consistency_weight=0.)]}
 
 class Losses(Callback):

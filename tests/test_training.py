@@ -6,8 +6,9 @@ from fastai.basics import Callback
 from fastmiseg import cli
 from fastmiseg.callback.method import SemiSupCallback
 from fastmiseg.preparing import Preparation
-from fastmiseg.training import (Settings, callbacks_of, check_scans, fit, json_object, methods, pretrain, read_settings, recommended,
-    semisup_cbs, terms, weight)
+from fastmiseg.warps import usual_pool
+from fastmiseg.training import (Settings, callbacks_of, check_scans, fit, json_object, methods, pretrain, read_settings,
+    schedule, semisup_cbs, terms, weight)
 
 tiny = Settings(epochs=2, n_iters=3, width=2, bs=2, unlabeled_bs=2)
 
@@ -24,7 +25,9 @@ def test_usual_weights_are_those_of_the_callbacks(method):
     for cb in cbs: cb.join(cbs)
     assert all(isinstance(o, SemiSupCallback) for o in cbs)
     got = {'consistency' if k=='mean_teacher' else k:w for o in cbs for k,w in o.weights.items()}
-    assert got==methods[method].weights and set(got)<=set(terms)
+    said = lambda o: getattr(o, '__name__', o)
+    assert {k:said(o) for k,o in got.items()}=={k:said(schedule(o)) for k,o in methods[method].weights.items()}
+    assert set(got)<=set(terms)
 
 def test_settings_from_files(tmp_path):
     (tmp_path/'a.json').write_text(json.dumps(dict(method='teacher', consistency=[5.,.8], adam=dict(eps=1e-5))))
@@ -73,7 +76,7 @@ def test_wrong_arguments_of_callbacks(bad, said):
 def test_nothing_to_learn_from(some):
     "Said before anything is prepared, with the method to take"
     all_labeled = some.assign(split=some.split.replace('unlabeled', 'labeled'))
-    with pytest.raises(ValueError, match=r"method: 'mireg' learns from unlabelled scans, and there are none: all 5 scans .* take method='partial'.* labeled=2"):
+    with pytest.raises(ValueError, match=r"method: 'recommended' learns from unlabelled scans, and there are none: all 5 scans .* take method='partial'.* labeled=2"):
         check_scans(Settings(), all_labeled)
     with pytest.raises(ValueError, match='split: no scan is labeled'): check_scans(Settings(), some.assign(split='unlabeled'))
     for method in ('partial','full'): check_scans(Settings(method=method), all_labeled)
@@ -87,10 +90,13 @@ def test_texts_of_options():
 
 def test_T_of_the_settings():
     from fastmiseg.scans.recipe import Recipe
-    assert str(Settings().T)=='RandomFlips(axes=None, p=0.5)'
-    assert str(Settings(flips='none', shift=.5).T)=='RandomFlips(axes=(), p=0.5) + RandomShifts(most=0.5)'
-    assert Settings(flips='hv').T.axes==(-2,-1)
-    with pytest.raises(ValueError, match='does nothing'): Settings(flips='none').check_T(Recipe())
+    paper = lambda **kw: Settings(method='paper', **kw)
+    assert str(paper().T)=='RandomFlips(axes=None, p=0.5)'
+    assert set(str(Settings().T).split(' + '))==set(str(usual_pool()).split(' + ')) # as for the callbacks
+    assert str(paper(flips='none', shift=.5).T)=='RandomFlips(axes=(), p=0.5) + RandomShifts(most=0.5)'
+    assert paper(flips='hv').T.axes==(-2,-1)
+    with pytest.raises(ValueError, match='does nothing'): paper(flips='none').check_T(Recipe())
+    Settings(flips='none').check_T(Recipe()) # it warps
     Settings(method='entropy', flips='none').check_T(Recipe()) # which compares nothing with T(x)
 
 @pytest.fixture
@@ -136,10 +142,10 @@ def test_training_on(hearts, some, tmp_path):
 
 def test_recommended_callbacks():
     "New ones at each call, those of the method that is named in one place, with what is to be otherwise"
-    one,two = semisup_cbs(),semisup_cbs([3,4], decay=.5)
-    assert [type(o) for o in one]==[type(o) for o in two]==[type(o) for o in callbacks_of(Settings(**recommended))]
+    one,two = semisup_cbs(),semisup_cbs([3,4], global_mi=.2)
+    assert [type(o) for o in one]==[type(o) for o in two]==[type(o) for o in callbacks_of(Settings())]
     assert not {id(o) for o in one} & {id(o) for o in two}
-    assert two[0].unlabeled==[3,4] and two[-1].decay==.5 and one[-1].decay==recommended.get('decay', Settings().decay)
+    assert two[0].unlabeled==[3,4] and two[0].weights['global_mi']==.2 and one[0].weights['global_mi']==.1
     with pytest.raises(ValueError, match="settings: there is no 'rate'"): semisup_cbs(rate=1)
     with pytest.raises(ValueError, match="paste: CopyPasteCallback takes no 'boxes' here"): semisup_cbs(method='copypaste', paste=dict(boxes=3))
 

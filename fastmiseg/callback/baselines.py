@@ -16,7 +16,7 @@ class ConsistencyCallback(SemiSupCallback):
     def __init__(self,
         weight=5.,     # λ3 of equation 3: a number, or a function of the training fraction
         unlabeled=None,# items or a `DataLoader` of unlabelled images; not needed where the batches are paired
-        T:Pool=None    # what T is drawn from; default: `RandomFlips()`, as the recipe allows
+        T:Pool=None    # what T is drawn from; default: `usual_pool()`
     ): super().__init__(unlabeled, T, consistency=weight)
 
     matches_target = True

@@ -42,7 +42,7 @@ class SemiSupCallback(Callback):
     layers = ()              # stages whose maps `penalty` wants, by name or path of a module
     def __init__(self,
         unlabeled=None, # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
-        T:Pool=None,    # what T is drawn from; default: `RandomFlips()`, as the recipe allows
+        T:Pool=None,    # what T is drawn from; default: `usual_pool()`
         **weights       # each term's name and its weight: a number, or a function of the training fraction
     ):
         super().__init__()

@@ -13,11 +13,11 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from .method import SemiSupCallback
+from .method import SemiSupCallback, sigmoid_rampup
 from ..mutual_info import consistency_loss
 from ..processes import loss_of_all, mean_of_all
 from ..projectors import GlobalProjector, LocalProjector
-from ..transforms import Pool
+from ..transforms import Pool, RandomFlips
 
 # %% ../../nbs/42_callback.mireg.ipynb #21817bcb
 def _as_tuple(layers): return (layers,) if isinstance(layers, str) else tuple(layers)
@@ -109,7 +109,7 @@ class MIRegCallback(SemiSupCallback):
     def __init__(self,
         global_weight=.1,      # λ1 of equation 3: a number, or a function of the training fraction; 0: no such term
         local_weight=.1,       # λ2
-        consistency_weight=5., # λ3; the squared distance is divided by the number of classes, as in the authors' code
+        consistency_weight=sigmoid_rampup(5., .8), # λ3, the paper: 5; the squared distance is divided by the number of classes, as in the authors' code
         global_layers=('Conv5',),             # stages whose pooled maps are clustered, or paths of modules
         local_layers=('Upconv3','Upconv2'),   # stages whose positions are clustered, or paths of modules
         n_clusters=10,         # K: a number, or one for each stage that differs from 10, as in {'Conv5':20}
@@ -119,12 +119,12 @@ class MIRegCallback(SemiSupCallback):
         symmetric:bool=True,   # average the joint with its transpose, as the authors' code does
         subtract_min:bool=False, # the published code's local loss: the joint less its minimum (see `local_mi_loss`)
         prior=None,            # (K,) wanted share of each cluster, instead of equal shares (section 6)
-        marginal:float=1.,     # weight of the entropies of the clusters' sizes in the information; 1: as in the paper
-        memory:float=0.,       # of the global joints: how much of their running mean each step keeps; see `JointMemory`
+        marginal:float=1.5,    # weight of the entropies of the clusters' sizes in the information; 1: as in the paper
+        memory:float=.9,       # of the global joints: how much of their running mean each step keeps; see `JointMemory`
         view:str='tx',         # what is compared with x: T(x), or another method's images, as 'strong' of pseudo-labels
-        balance:bool=False,    # hold the gradient of mutual information down, see `GradientBalance`
+        balance:bool=True,     # hold the gradient of mutual information down, see `GradientBalance`; the paper: no
         unlabeled=None,        # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
-        T:Pool=None            # what T is drawn from; default: `RandomFlips()`, as the recipe allows
+        T:Pool=None            # what T is drawn from; default: `usual_pool()`
     ):
         self.global_layers,self.local_layers = _as_tuple(global_layers),_as_tuple(local_layers)
         terms = dict(global_mi=(global_weight, self.global_layers), local_mi=(local_weight, self.local_layers),
@@ -141,6 +141,17 @@ class MIRegCallback(SemiSupCallback):
         self.n_heads,self.neighborhood,self.pool = n_heads,dict(neighborhood),pool
         self.symmetric,self.subtract_min,self.prior,self.marginal = symmetric,subtract_min,prior,marginal
         self.view,self.memory,self.balance = view,memory,GradientBalance() if balance else None
+
+    @classmethod
+    def paper(cls,
+        global_weight=.1,      # λ1
+        local_weight=.1,       # λ2
+        consistency_weight=5., # λ3
+        **kwargs               # other arguments
+    ):
+        "With the paper's settings: constant weights, each batch for itself, gradients as they are, T that flips"
+        as_there = dict(marginal=1., memory=0., balance=False, T=RandomFlips())
+        return cls(global_weight, local_weight, consistency_weight, **{**as_there, **kwargs})
 
     @property
     def matches_target(self): return 'consistency' in self.weights

@@ -20,7 +20,8 @@ from .stream import UnlabeledStream, random_states, restore_random_states, share
 from ..data import PairedDL
 from ..models import find_stages
 from ..processes import processes
-from ..transforms import RandomFlips, normalize_of
+from ..transforms import normalize_of
+from ..warps import usual_pool
 
 # %% ../../nbs/39_callback.paired.ipynb #8c1f8d3b
 def _only_one(name, methods, what):
@@ -77,7 +78,7 @@ class PairedBatchCallback(Callback):
     "Takes paired batches apart, and runs the methods that are attached to the learner"
     order = TrainEvalCallback.order+1 # before everything that looks at the batch
     def __init__(self,
-        passes:int=1 # through the network: 1, all images together; 2, the labelled ones apart; 3, each kind apart
+        passes:int=2 # through the network: 1, all images together; 2, the labelled ones apart; 3, each kind apart
     ):
         super().__init__()
         self.passes = passes
@@ -107,7 +108,7 @@ class PairedBatchCallback(Callback):
         for r in self.methods: r.join(self.methods)
         self.teacher = next((r for r in self.methods if isinstance(r, Teacher)), None)
         self.stream = _unlabeled_stream(self.learn, self.methods)
-        pool = _only_one('T', self.methods, 'a T') or RandomFlips()
+        pool = _only_one('T', self.methods, 'a T') or usual_pool()
         self.T_pool = pool.for_recipe(getattr(self.dls, 'recipe', None))
         self.normalization = normalize_of(self.dls) # `unet_learner` gives learners a `normalize` of their own
         if self.generator is None: self.generator = torch.Generator().manual_seed(torch.initial_seed())

@@ -57,7 +57,7 @@ class PseudoLabelCallback(SemiSupCallback):
         area:tuple=(.02,.4),# smallest and largest share of the image in that box
         moved:bool=False,   # the strongly changed copy is of T(x), not of x
         unlabeled=None,     # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
-        T:Pool=None         # what T is drawn from, where `moved`; default: `RandomFlips()`, as the recipe allows
+        T:Pool=None         # what T is drawn from, where `moved`; default: `usual_pool()`
     ):
         if not 0<=threshold<1: raise ValueError(f'threshold: {threshold} is not in [0,1)')
         super().__init__(unlabeled, T, pseudo=weight)

@@ -23,7 +23,7 @@ class EMATeacherCallback(Teacher):
         weight=None,
         evaluate='teacher', # who is validated, and saved by `SaveModelCallback`: 'teacher' or 'student'
         unlabeled=None,     # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
-        T:Pool=None         # what T is drawn from; default: `RandomFlips()`, as the recipe allows
+        T:Pool=None         # what T is drawn from; default: `usual_pool()`
     ):
         if not 0<=decay<1: raise ValueError(f"decay: {decay} is not in [0,1); the paper uses 0.999")
         if evaluate not in ('teacher','student'):

@@ -57,6 +57,9 @@ _columns = ['run','subject','scan','class','dice','hd95','assd','sensitivity','p
 
 def _beginning(name): return '{"id": "%s"' % name # of a run's line
 
+# what runs did before there were these settings
+_before = dict(passes=1, loss='ce', warp=0.)
+
 class Evidence:
     "The finished runs of a folder"
     def __init__(self,
@@ -81,7 +84,7 @@ class Evidence:
         for i,line in enumerate(self._runs.read_text(encoding='utf-8').splitlines(), 1):
             try:
                 o = json.loads(line)
-                o['settings'] = _plain(Settings.from_dict(o['settings']).to_dict())
+                o['settings'] = _plain(Settings.from_dict({**_before, **o['settings']}).to_dict())
                 o['recipe'] = _plain(Recipe.from_dict(o['recipe']).to_dict())
             except (KeyError, TypeError, ValueError) as e:
                 raise ValueError(f'{self._runs}: line {i} cannot be used ({e})') from None

@@ -26,7 +26,7 @@ class Preset:
     weights:dict=field(default_factory=dict) # method -> term -> weight, where it is not the method's usual one
 
 # %% ../../nbs/62_study.preset.ipynb #c46643b6
-_of_T = ('flips','flip_p','shift','jitter','warp')
+_no_T = dict(flips=None, flip_p=.5, shift=0., jitter=0., warp=0.)
 _beside = ('labeled','until','recipe')
 
 def _reached(w, until):
@@ -48,7 +48,7 @@ def settings_of(
     weights = {**usual, **preset.weights.get(name, {})}
     s = Settings.from_dict({**preset.settings.to_dict(), **weights, **changes, 'seed':seed})
     if 'until' in row: s = replace(s, **{k:_reached(w, row['until']) for k,w in s.weights.items()})
-    if not methods[name].uses_T: s = replace(s, **{k:getattr(Settings(), k) for k in _of_T})
+    if not methods[name].uses_T: s = replace(s, **_no_T)
     return s
 
 def recipe_of_row(
@@ -69,9 +69,9 @@ def _weights(mi, consistency, mi_alone=None, alone=None, teacher=None, entropy=.
             'consistency':dict(consistency=alone), 'teacher':dict(consistency=teacher),
             'entropy':dict(entropy=entropy)}
 
-_paper = Settings(epochs=100, lr=4e-5, div=400., pct_start=.1, one_cycle=False,
+_paper = Settings(method='paper', epochs=100, lr=4e-5, div=400., pct_start=.1, one_cycle=False,
                   adam=dict(sqr_mom=.999, decouple_wd=False))
-_cpu = Settings(width=8, epochs=4, n_iters=500, bs=8, unlabeled_bs=8, lr=5e-3, div=5., pct_start=.1, decay=.99)
+_cpu = Settings(method='paper', width=8, epochs=4, n_iters=500, bs=8, unlabeled_bs=8, lr=5e-3, div=5., pct_start=.1, decay=.99)
 _lit,_moved = replace(_cpu, jitter=.5),replace(_cpu, jitter=.5, shift=.5)
 _moved_weights = dict(mi=(.0003,.1), consistency=[5.,.8], entropy=.003)
 

@@ -27,7 +27,7 @@ from fastmiseg.surface import VolumeHD95
 from fastmiseg.training import Settings, callbacks_of
 
 recipe = Recipe(spacing=6., size=32, classes=('background','RV','Myo','LV'), flip='hv')
-small = Settings(width=4, epochs=2, n_iters=10, bs=2, unlabeled_bs=2, lr=2e-2, div=400., pct_start=.1)
+small = Settings(method='paper', width=4, epochs=2, n_iters=10, bs=2, unlabeled_bs=2, lr=2e-2, div=400., pct_start=.1)
 tiny = Preset('cpu', small, labeled=1, valid=1, test=2, recipe=recipe, weights=presets['cpu'].weights)
 results = Path(__file__).parent.parent/'studies'
 plans = sorted((results/'plans').glob('*.json'))

@@ -109,7 +109,8 @@ class MIRegCallback(SemiSupCallback):
     def __init__(self,
         global_weight=.1,      # λ1 of equation 3: a number, or a function of the training fraction; 0: no such term
         local_weight=.1,       # λ2
-        consistency_weight=sigmoid_rampup(5., .8), # λ3, the paper: 5; the squared distance is divided by the number of classes, as in the authors' code
+        # λ3, the paper: 5; the squared distance is divided by the number of classes, as in the authors' code
+        consistency_weight=sigmoid_rampup(5., .8),
         global_layers=('Conv5',),             # stages whose pooled maps are clustered, or paths of modules
         local_layers=('Upconv3','Upconv2'),   # stages whose positions are clustered, or paths of modules
         n_clusters=10,         # K: a number, or one for each stage that differs from 10, as in {'Conv5':20}

@@ -9,7 +9,7 @@ __all__ = ['changes_of', 'protocol', 'made_with']
 from ..scans.recipe import Recipe
 from .plans import Study
 from .preset import Preset, settings_of
-from ..training import Settings, methods
+from ..training import methods
 
 # %% ../../nbs/66_study.protocol.ipynb #c11b2402
 def _schedule(one_cycle): return 'one cycle' if one_cycle else 'linear warm-up and cosine (momentum 0.9)'
@@ -20,8 +20,9 @@ def _adam(d): return 'Adam' + (f' with {_listed(d)}' if d else '')
 
 def _T(s):
     axes = {None:'the axes of the recipe', 'h':'rows', 'v':'columns', 'hv':'both axes', 'none':'no axis'}[s.flips]
-    values = [(k, getattr(s, k), getattr(Settings(), k)) for k in ('flip_p','jitter','shift')]
-    return ', '.join([f'flips along {axes}', *(f'{k} {v}' for k,v,usual in values if v!=usual)])
+    usual = dict(flip_p=.5, jitter=0., shift=0., warp=0.)
+    others = [f'{k} {getattr(s, k)}' for k,o in usual.items() if getattr(s, k)!=o]
+    return ', '.join([f'flips along {axes}', *others])
 
 def changes_of(
     preset:Preset, # of the study

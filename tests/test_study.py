@@ -564,6 +564,9 @@ def test_committed_results_have_their_command(md):
     assert md.stem=='README' or md.stem.startswith(named[1] or named[2])
     assert not md.with_suffix('.csv').exists() or md.with_suffix('.png').exists()
 
+def test_how_settings_were_chosen_is_written_again():
+    assert script('choice').table()==(results/'choice'/'README.md').read_text(encoding='utf-8')
+
 def test_committed_evidence_is_whole():
     there = Evidence(results)
     runs,scores,scans = there.runs(),there.scores(),there.scans()

@@ -41,7 +41,7 @@ def _mi_loss(
     R: torch.Tensor, # sums (S,D,K,K)
     symmetric: bool, # use (P + Pᵀ)/2
     prior, # None, or wanted sizes of the clusters (K,) or (S,K), in any unit
-    marginal: float, # weight of the entropies of the clusters' sizes; 1: the information
+    marginal: float = 1., # weight of the entropies of the clusters' sizes; 1: the information
 ) -> torch.Tensor: # minus the mean information over heads and displacements
     P, (S, D, K, _) = _normalise(R), R.shape
     if symmetric: P = (P + P.mT)/2

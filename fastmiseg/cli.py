@@ -282,7 +282,7 @@ def compare(
     """Run a study of the paper, or of a file, and write its table (STUDY.md, STUDY.csv) and figure (STUDY.png).
     Runs that are finished are not made again: after an interruption call it again.
     Exit codes: 0 done; 1 some runs failed; 2 not done, for the reason given; 130 interrupted."""
-    with polite('fastmiseg-compare', '; finished runs are kept, call it again', options_in(compare)):
+    with polite('fastmiseg-compare', '; finished runs are kept, call it again', options_in(compare)-{'study'}):
         from fastmiseg.study.run import compare_study
         own = dict(preset=preset, recipe=recipe, seeds=seeds, labeled=labeled, valid=valid, test=test,
                    layout=layout, score=score, rows=rows, epochs=epochs, n_iters=n_iters)

@@ -9,6 +9,7 @@ __all__ = ['palette', 'class_color', 'class_lines', 'show_slice', 'new_figure', 
 from contextlib import contextmanager
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib._pylab_helpers import Gcf
@@ -91,7 +92,10 @@ def new_figure(
 def for_file_only():
     "Inside, figures that have a file are drawn for it, and not shown"
     plt.draw_if_interactive() # else the backend would be loaded inside, and make pyplot interactive again
-    with plt.ioff(): yield
+    interactive = matplotlib.is_interactive()
+    matplotlib.interactive(False) # not `plt.ioff`, which wants the shell in which pyplot was imported
+    try: yield
+    finally: matplotlib.interactive(interactive)
 
 def save_figure(
     fig:Figure, # of matplotlib

@@ -23,7 +23,8 @@ from .models import evaluating, find_stages
 from .mutual_info import global_joint, local_joint, mutual_info
 from .scans.volume import read_mask
 from .show import class_color, class_lines, new_figure, save_figure, show_slice
-from .transforms import RandomFlips, normalize_of
+from .transforms import normalize_of
+from .warps import usual_pool
 from .viewing import ScanPicture, legend_below, numbered_classes
 
 # %% ../nbs/60_plots.ipynb #a6f12f3e
@@ -254,7 +255,7 @@ def plot_joints(
     _check_trained(cb)
     layers,(x,_) = list(cb.layers),_full_slices(learn, x, n)
     x = x.as_subclass(torch.Tensor).to(next(learn.model.parameters()).device)
-    pool = (cb.T or RandomFlips()).for_recipe(getattr(learn.dls, 'recipe', None))
+    pool = (cb.T or usual_pool()).for_recipe(getattr(learn.dls, 'recipe', None))
     T = pool.draw(len(x), torch.Generator().manual_seed(0))
     maps,moved = (_stage_maps(learn, o, layers) for o in (x, T.images(x, normalize_of(learn.dls))))
     with torch.no_grad(): found = {o: _joint(cb, o, moved[o], maps[o], T) for o in layers}

@@ -104,9 +104,11 @@ def test_intensities_of_the_whole_subject(heart, tmp_path):
 
 def test_same_dice_as_validation(heart):
     "Where the slices are the scan's own pixels, the metric of training and the score of the whole scan are one number"
+    from fastai.basics import set_seed
     from fastmiseg.data import MISegDataLoaders
     from fastmiseg.learner import miseg_learner
     from fastmiseg.metrics import VolumeDice
+    set_seed(0)
     recipe = Recipe(size=(128,128), classes=heart.recipe.classes)
     dls = MISegDataLoaders.from_cohort(heart.df, recipe, store=heart.root/'whole', bs=2, n_iters=1, workers=0)
     learn = miseg_learner(dls, width=2, metrics=VolumeDice())

@@ -1853,6 +1853,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fastmiseg.training.Settings.T': ('training.html#settings.t', 'fastmiseg/training.py'),
                                     'fastmiseg.training.Settings.__post_init__': ( 'training.html#settings.__post_init__',
                                                                                    'fastmiseg/training.py'),
+                                    'fastmiseg.training.Settings.changed': ('training.html#settings.changed', 'fastmiseg/training.py'),
                                     'fastmiseg.training.Settings.check_T': ('training.html#settings.check_t', 'fastmiseg/training.py'),
                                     'fastmiseg.training.Settings.check_weights': ( 'training.html#settings.check_weights',
                                                                                    'fastmiseg/training.py'),

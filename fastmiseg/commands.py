@@ -215,7 +215,7 @@ def settings_from(
     "Settings, and what is to be otherwise"
     if settings is None: settings = Settings()
     elif not isinstance(settings, Settings): settings = Settings.from_file(settings)
-    settings = Settings.from_dict({**settings.to_dict(), **changes})
+    settings = settings.changed(**changes)
     settings.check_weights()
     return settings
 

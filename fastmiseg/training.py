@@ -158,6 +158,16 @@ class Settings:
         if methods[self.method].uses_T: self.T.for_recipe(recipe).checked()
 
     def to_dict(self)->dict: return asdict(self)
+
+    def changed(self,
+        **changes # fields, and their values
+    )->'Settings':
+        "The same but for these; with another method, what was usual for the one becomes what is usual for the other"
+        kept = self.to_dict()
+        if changes.get('method', self.method)!=self.method:
+            kept = {k:o for k,o in kept.items() if o!=methods[self.method].usual.get(k, ...)}
+        return Settings.from_dict({**kept, **changes})
+
     @classmethod
     def from_dict(cls,
         d:dict # as from `to_dict`, or some of it

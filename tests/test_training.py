@@ -140,6 +140,13 @@ def test_training_on(hearts, some, tmp_path):
     with pytest.warns(UserWarning, match='epochs'): learn,_ = train(replace(s, epochs=2), change=True)
     assert len(pd.read_csv(tmp_path/'log.csv'))==2
 
+def test_another_method_has_what_is_usual_for_it():
+    s = Settings(epochs=3, passes=3)
+    assert (s.loss,s.warp,s.jitter)==('ce+dice',.5,.5)
+    paper = s.changed(method='paper')
+    assert (paper.loss,paper.warp,paper.jitter,paper.passes,paper.epochs)==('ce',0.,0.,3,3)
+    assert s.changed(lr=.1).to_dict()=={**s.to_dict(), 'lr':.1} and paper.changed(method='recommended')==s
+
 def test_recommended_callbacks():
     "New ones at each call, those of the method that is named in one place, with what is to be otherwise"
     one,two = semisup_cbs(),semisup_cbs([3,4], global_mi=.2)

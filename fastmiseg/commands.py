@@ -8,7 +8,7 @@ __all__ = ['RunError', 'prepare_run', 'train_run', 'settings_from', 'resume_run'
 # %% ../nbs/61_commands.ipynb #760d2ee4
 import hashlib, json, os, re, shutil, sys
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import pandas as pd
@@ -259,7 +259,7 @@ def _tell_training(say, s, run):
     device,n = default_device(),torch.get_num_threads()
     where = torch.cuda.get_device_name(device) if device.type=='cuda' else f'the CPU, {n} thread{"s"*(n!=1)}'
     say(f'method {s.method}: {methods[s.method].what}')
-    if methods[s.method].uses_T: say(f'T: {s.T}')
+    if s.uses_T: say(f'T: {s.T}')
     say(f'{s.epochs} epochs of {s.n_iters} steps with {s.bs} labelled and {s.unlabeled_bs} unlabelled slices, '
         f'on {where}; checkpoints and log: {run}')
 
@@ -304,11 +304,7 @@ def _files(model):
 
 def _load(model):
     "The segmenter of a file or run; those of several folds as one, whose answers are averaged"
-    segs = [load_segmenter(o) for o in _files(model)]
-    if len(segs)==1: return segs[0]
-    together = torch.nn.Module()
-    together.members = torch.nn.ModuleList([o.model for o in segs])
-    return replace(segs[0], model=together)
+    return load_segmenter(_files(model))
 
 def predict_scans(
     model,        # run folder, or a file from `export_segmenter`

@@ -141,6 +141,11 @@ class Settings:
             raise ValueError(f"{', '.join(self.weights)}: 0 leaves the unlabelled scans out; "
                              "for that, take the method partial")
 
+    @property
+    def uses_T(self)->bool:
+        "Whether T(x) is seen by the network"
+        return methods[self.method].uses_T or bool(self.labels.get('moved'))
+
     @cached_property
     def T(self): # `Pool`, one for all callbacks of the method
         "What T is drawn from"
@@ -155,7 +160,7 @@ class Settings:
 
     def check_T(self, recipe:Recipe):
         "An error, before anything is prepared, where T would leave every image as it is"
-        if methods[self.method].uses_T: self.T.for_recipe(recipe).checked()
+        if self.uses_T: self.T.for_recipe(recipe).checked()
 
     def to_dict(self)->dict: return asdict(self)
 
@@ -345,8 +350,11 @@ def check_scans(
 def _no_supervision(pred, y): return (pred*0).sum()
 
 @contextmanager
-def _without_masks(learn):
+def _without_masks(learn, cbs):
     "Inside, only the terms of methods train the network; afterwards it gets a new optimiser"
+    if any(getattr(o, 'balance', None) for o in cbs):
+        raise ValueError('balance: measures mutual information by the gradient that the masks give, and without masks '
+                         'there is none; for pretraining take MIRegCallback(balance=False)')
     loss,learn.loss_func = learn.loss_func,_no_supervision
     try: yield
     finally: learn.loss_func,learn.opt = loss,None
@@ -444,7 +452,7 @@ def fit(
             if not quiet: return _run_schedule(learn, s, epochs, cbs)
             with learn.no_bar(), learn.no_logging(): _run_schedule(learn, s, epochs, cbs)
     if s.method=='pretrain':
-        with _without_masks(learn): run(s.epochs-s.epochs//2, cbs, 'pretraining', 'pretraining.csv', 'pretraining.png')
+        with _without_masks(learn, cbs): run(s.epochs-s.epochs//2, cbs, 'pretraining', 'pretraining.csv', 'pretraining.png')
         run(s.epochs//2, [], 'checkpoints', 'log.csv', 'training.png')
     else: run(s.epochs, cbs, 'checkpoints', 'log.csv', 'training.png')
     for o in cbs:
@@ -456,7 +464,7 @@ def semisup_cbs(
     unlabeled=None, # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
     **settings      # fields of `Settings` that are to be otherwise than usual, as method='paper'
 )->list: # new callbacks, for the next fit
-    "The callbacks that make the most of unlabelled images, by today's measurements"
+    "The callbacks of the recommended method; its base is `CrossEntropyDiceLoss` and `learn.paired_batch.passes = 2`"
     cbs = callbacks_of(Settings.from_dict(settings))
     for o in cbs[:1]: o.unlabeled = unlabeled
     return cbs
@@ -466,8 +474,9 @@ def pretrain(
     learn,         # `Learner` whose batches are paired, or `unlabeled=` given to a callback
     epochs:int,    # passes of the batches that an epoch has
     lr:float=1e-3, # highest learning rate of fastai's one-cycle schedule
-    cbs:list=None  # methods; default: `MIRegCallback()`
+    cbs:list=None  # methods; default: `MIRegCallback(balance=False)`
 ):
     "Train the network without masks, on the terms of methods alone; afterwards it can be trained as any other"
     from fastmiseg.callback.mireg import MIRegCallback
-    with _without_masks(learn): learn.fit_one_cycle(epochs, lr, cbs=[MIRegCallback()] if cbs is None else cbs)
+    if cbs is None: cbs = [MIRegCallback(balance=False)]
+    with _without_masks(learn, cbs): learn.fit_one_cycle(epochs, lr, cbs=cbs)

@@ -88,6 +88,10 @@ def test_texts_of_options():
     for text,said in (('{', 'is not JSON'), ('3', 'is not a JSON object')):
         with pytest.raises(ValueError, match=said): json_object(text)
 
+def test_strong_copies_of_Tx_need_a_T():
+    assert not Settings(method='pseudo').uses_T and Settings(method='pseudo', labels=dict(moved=True)).uses_T
+    assert Settings(method='teacher').uses_T and not Settings(method='partial').uses_T
+
 def test_T_of_the_settings():
     from fastmiseg.scans.recipe import Recipe
     paper = lambda **kw: Settings(method='paper', **kw)
@@ -155,6 +159,20 @@ def test_recommended_callbacks():
     assert two[0].unlabeled==[3,4] and two[0].weights['global_mi']==.2 and one[0].weights['global_mi']==.1
     with pytest.raises(ValueError, match="settings: there is no 'rate'"): semisup_cbs(rate=1)
     with pytest.raises(ValueError, match="paste: CopyPasteCallback takes no 'boxes' here"): semisup_cbs(method='copypaste', paste=dict(boxes=3))
+
+def test_pretraining_learns_from_mutual_information(tmp_path):
+    "By itself it trains the encoder; held to the gradient of masks that are not there, it would train nothing"
+    from toy import learner, loaders, quiet, small_mireg
+    learn = quiet(learner(tmp_path, dls=loaders(bs=2, unlabeled_bs=4, n_iters=3)))
+    seen = []
+    class Look(Callback):
+        def after_backward(self): seen.append(float(self.model.Conv5[0].weight.grad.abs().sum()))
+    learn.add_cb(Look())
+    with learn.no_bar(), learn.no_logging(): pretrain(learn, 1, 1e-2, cbs=[small_mireg(consistency_weight=0.)])
+    assert len(seen)==3 and min(seen)>0
+    with pytest.raises(ValueError, match=r'balance: measures .* MIRegCallback\(balance=False\)'):
+        pretrain(learn, 1, cbs=[small_mireg(balance=True)])
+    assert type(learn.loss_func).__name__=='CrossEntropyLossFlat'
 
 def test_pretraining_needs_no_masks(tmp_path):
     "The same network comes of it whatever the masks are; loss and optimiser are as before, also after an interruption"

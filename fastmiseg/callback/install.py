@@ -22,6 +22,19 @@ from ..data import PairedDL
 # %% ../../nbs/40_callback.install.ipynb #31b3c88f
 if PairedBatchCallback not in defaults.callbacks: defaults.callbacks.append(PairedBatchCallback)
 
+# %% ../../nbs/40_callback.install.ipynb #263f3027
+def _instead_of(name):
+    "`new(old, learn, ...)` in the place of the method `name` of `Learner`; one that is ours already stays"
+    def install(new):
+        old = getattr(Learner, name)
+        if hasattr(old, '_ours'): return new
+        @wraps(old)
+        def method(self, *args, **kwargs): return new(old, self, *args, **kwargs)
+        method._ours = True
+        setattr(Learner, name, method)
+        return new
+    return install
+
 # %% ../../nbs/40_callback.install.ipynb #7b1b389a
 def _refuse_mixed_labels(learn, cbs):
     mixers,paired = [o for o in cbs if isinstance(o, MixHandler)],isinstance(learn.dls.train, PairedDL)
@@ -33,76 +46,52 @@ def _refuse_mixed_labels(learn, cbs):
 # %% ../../nbs/40_callback.install.ipynb #326599e2
 _one_image = 'Expected more than 1 value per channel' # what PyTorch says of a batch with a single value
 
-def _always_undo(fit):
-    "`Learner.fit`, after which our callbacks have taken back what they did, however it ended"
-    if hasattr(fit, '_undoes'): return fit
-    @wraps(fit)
-    def _fit(self, *args, **kwargs):
-        given = signature(fit).bind(self, *args, **kwargs).arguments.get('cbs')
-        _refuse_mixed_labels(self, [*self.cbs, *L(given)])
-        if not self._grab_cbs(PairedBatchCallback): self.add_cb(PairedBatchCallback()) # a learner made without it
-        self._in_fit = ExitStack() # what callbacks enter here is left when the fit ends
-        try: return fit(self, *args, **kwargs)
-        except ValueError as e:
-            if _one_image not in str(e): raise
-            raise ValueError("a batch of one image cannot train a network with BatchNorm whose deepest map is a single "
-                             "pixel: give the loaders a batch size of at least 2, or larger images") from e
-        finally:
-            for cb in self._grab_cbs(PairedBatchCallback): cb.undo()
-            vars(self).pop('_in_fit').close()
-            vars(self).pop('_first_epoch', None)
-    _fit._undoes = True
-    return _fit
-
-Learner.fit = _always_undo(Learner.fit)
+@_instead_of('fit')
+def _always_undo(fit, learn, *args, **kwargs):
+    "Afterwards our callbacks have taken back what they did, however the fit ended"
+    given = signature(fit).bind(learn, *args, **kwargs).arguments.get('cbs')
+    _refuse_mixed_labels(learn, [*learn.cbs, *L(given)])
+    if not learn._grab_cbs(PairedBatchCallback): learn.add_cb(PairedBatchCallback()) # a learner made without it
+    learn._in_fit = ExitStack() # what callbacks enter here is left when the fit ends
+    try: return fit(learn, *args, **kwargs)
+    except ValueError as e:
+        if _one_image not in str(e): raise
+        raise ValueError("a batch of one image cannot train a network with BatchNorm whose deepest map is a single "
+                         "pixel: give the loaders a batch size of at least 2, or larger images") from e
+    finally:
+        for cb in learn._grab_cbs(PairedBatchCallback): cb.undo()
+        vars(learn).pop('_in_fit').close()
+        vars(learn).pop('_first_epoch', None)
 
 # %% ../../nbs/40_callback.install.ipynb #f5d1c968
 def _is_ours(o): return isinstance(o, SemiSupCallback) or type(o).__module__.split('.')[0]==__name__.split('.')[0]
 
-def _without_ours(export):
-    "`Learner.export` of the learner without our callbacks and metrics"
-    if hasattr(export, '_undoes'): return export
-    @wraps(export)
-    def _export(self, *args, **kwargs):
-        cbs,metrics = self.cbs.filter(_is_ours),self.metrics
-        self.remove_cbs(cbs)
-        self.metrics = metrics.filter(_is_ours, negate=True)
-        try: return export(self, *args, **kwargs)
-        finally:
-            self.add_cbs(cbs)
-            self.metrics = metrics
-    _export._undoes = True
-    return _export
-
-Learner.export = _without_ours(Learner.export)
+@_instead_of('export')
+def _without_ours(export, learn, *args, **kwargs):
+    "Without our callbacks and metrics"
+    cbs,metrics = learn.cbs.filter(_is_ours),learn.metrics
+    learn.remove_cbs(cbs)
+    learn.metrics = metrics.filter(_is_ours, negate=True)
+    try: return export(learn, *args, **kwargs)
+    finally:
+        learn.add_cbs(cbs)
+        learn.metrics = metrics
 
 # %% ../../nbs/40_callback.install.ipynb #f575faa3
-def _slices_in_order(validate):
-    "`Learner.validate`, for which a `PairedDL` is its labelled slices, each once"
-    if hasattr(validate, '_undoes'): return validate
-    @wraps(validate)
-    def _validate(self, ds_idx=1, dl=None, cbs=None):
-        if dl is None: dl = self.dls[ds_idx]
-        if isinstance(dl, PairedDL): dl = dl.new(shuffle=False, drop_last=False)
-        return validate(self, dl=dl, cbs=cbs)
-    _validate._undoes = True
-    return _validate
+@_instead_of('validate')
+def _slices_in_order(validate, learn, ds_idx=1, dl=None, cbs=None):
+    "A `PairedDL` is its labelled slices, each once"
+    if dl is None: dl = learn.dls[ds_idx]
+    if isinstance(dl, PairedDL): dl = dl.new(shuffle=False, drop_last=False)
+    return validate(learn, dl=dl, cbs=cbs)
 
-Learner.validate = _slices_in_order(Learner.validate)
-
-def _only_for_whole_labels(tta):
-    "`Learner.tta`, refused where the images are slices of scans"
-    if hasattr(tta, '_undoes'): return tta
-    @wraps(tta)
-    def _tta(self, *args, **kwargs):
-        if getattr(self.dls, 'recipe', None) is not None:
-            raise ValueError('learn.tta: would average predictions of slices that were turned and flipped, without '
-                             'turning them back; use predict_volume or predict_cohort with flips=True')
-        return tta(self, *args, **kwargs)
-    _tta._undoes = True
-    return _tta
-
-Learner.tta = _only_for_whole_labels(Learner.tta)
+@_instead_of('tta')
+def _only_for_whole_labels(tta, learn, *args, **kwargs):
+    "Refused where the images are slices of scans"
+    if getattr(learn.dls, 'recipe', None) is not None:
+        raise ValueError('learn.tta: would average predictions of slices that were turned and flipped, without '
+                         'turning them back; use predict_volume or predict_cohort with flips=True')
+    return tta(learn, *args, **kwargs)
 
 # %% ../../nbs/40_callback.install.ipynb #1a22bac7
 @patch

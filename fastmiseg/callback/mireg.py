@@ -92,12 +92,13 @@ class GradientBalance:
     @torch.no_grad()
     def take_in(self):
         "After the optimiser's step: what this step has shown becomes part of the means"
+        if not self._seen: return
         self._steps += 1
-        for stage,seen in self._seen.items():
-            new = mean_of_all(torch.stack(seen))
-            old = self._sizes.get(stage, new)
-            mean = old.lerp(new, max(1/self._steps, 1-self.decay))
-            self._sizes[stage] = torch.where(mean.isfinite(), mean, old) # a step that mixed precision skips
+        new = mean_of_all(torch.stack([torch.stack(o) for o in self._seen.values()]))
+        old = torch.stack([self._sizes.get(k, o) for k,o in zip(self._seen, new)])
+        mean = old.lerp(new, max(1/self._steps, 1-self.decay))
+        mean = torch.where(mean.isfinite(), mean, old) # a step that mixed precision skips
+        self._sizes.update(zip(self._seen, mean.unbind()))
         self._seen = {}
 
     def state_dict(self)->dict: return dict(sizes=dict(self._sizes), steps=self._steps)
@@ -150,7 +151,7 @@ class MIRegCallback(SemiSupCallback):
         consistency_weight=5., # λ3
         **kwargs               # other arguments
     ):
-        "With the paper's settings: constant weights, each batch for itself, gradients as they are, T that flips"
+        "The paper's settings: constant weights, no memory, no balance, T that flips; `paired_batch.passes` is 1 there"
         as_there = dict(marginal=1., memory=0., balance=False, T=RandomFlips())
         return cls(global_weight, local_weight, consistency_weight, **{**as_there, **kwargs})
 

@@ -48,7 +48,7 @@ def settings_of(
     weights = {**usual, **preset.weights.get(name, {})}
     s = Settings.from_dict({**preset.settings.to_dict(), **weights, **changes, 'seed':seed})
     if 'until' in row: s = replace(s, **{k:_reached(w, row['until']) for k,w in s.weights.items()})
-    if not methods[name].uses_T: s = replace(s, **_no_T)
+    if not s.uses_T: s = replace(s, **_no_T)
     return s
 
 def recipe_of_row(

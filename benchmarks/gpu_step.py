@@ -16,19 +16,21 @@ from fastmiseg.callback.mireg import MIRegCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.data import SemiSupDataBlock
 from fastmiseg.learner import miseg_learner
+from fastmiseg.transforms import RandomFlips
 from fastai.data.block import TransformBlock
 from fastai.vision.core import TensorImage, TensorMask
 from gpu import DEVICE, DRY, Clock, add
 
 SIZE,WIDTH,LABELED,UNLABELED = (32,4,2,3) if DRY else (224,16,4,10)
-METHODS = {'labels only': lambda: [], 'entropy minimisation': lambda: [EntropyMinCallback()], 'consistency': lambda: [ConsistencyCallback()],
-           'Mean Teacher': lambda: [EMATeacherCallback()], 'all terms of the paper': lambda: [MIRegCallback.paper()],
-           'all terms, with a teacher': lambda: [MIRegCallback.paper(), EMATeacherCallback()]}
+METHODS = {'labels only': lambda: [], 'entropy minimisation': lambda: [EntropyMinCallback()], 'consistency': lambda: [ConsistencyCallback(T=RandomFlips())],
+           'Mean Teacher': lambda: [EMATeacherCallback(T=RandomFlips())], 'all terms of the paper': lambda: [MIRegCallback.paper()],
+           'all terms, with a teacher': lambda: [MIRegCallback.paper(), EMATeacherCallback()],
+           'recommended (T warps, two passes)': lambda: [MIRegCallback()]}
 try:
     from step import TextbookMIReg
-    METHODS['all terms, textbook losses'] = lambda: [TextbookMIReg()]
+    METHODS['all terms, textbook losses'] = lambda: [TextbookMIReg.paper()]
 except ImportError as e: print(f'no textbook losses: {e}')
-if DRY: METHODS = {k:o for k,o in METHODS.items() if k in ('labels only','consistency') or 'all terms' in k}
+if DRY: METHODS = {k:o for k,o in METHODS.items() if k in ('labels only','consistency') or 'all terms' in k or 'recommended' in k}
 PRECISIONS = ['fp32'] if DEVICE=='cpu' else ['bf16','tf32','fp32']
 
 def set_precision(how):
@@ -60,6 +62,7 @@ def learner(cbs, how, n_iters, dls=None):
     if dls: dls = dls(n_iters)
     else: repeat((dls:=loaders(n_iters)).train)
     learn = miseg_learner(dls, width=WIDTH, cbs=cbs)
+    learn.paired_batch.passes = 2 if any(getattr(cb, 'balance', None) for cb in cbs) else 1 # as they are meant
     learn.remove_cbs([cb for cb in learn.cbs if type(cb).__name__=='ProgressCallback'])
     learn.logger = noop
     return getattr(learn, f'to_{how}')() if how in ('bf16','fp16') else learn

@@ -15,6 +15,7 @@ from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.learner import miseg_learner
 from fastmiseg.metrics import VolumeDice
 from fastmiseg.surface import VolumeHD95
+from fastmiseg.transforms import RandomFlips
 from gpu import DEVICE, DRY, OUT, add
 from gpu_slices import Discs, Packed, loaders
 
@@ -27,11 +28,12 @@ UNTIL = float(os.environ.get('UNTIL', 'inf')) # seconds since 1970
 EPOCH = min(STEPS, 4 if DRY else 300)
 WIDTH = 4 if DRY else 16
 
-METHODS = { # callbacks, T
-    'labels only':             (lambda: [], None),
-    'Mean Teacher':            (lambda: [EMATeacherCallback(weight=5.)], None),
-    'the paper':               (lambda: [MIRegCallback.paper()], None),
-    'pseudo-labels + teacher': (lambda: [PseudoLabelCallback(), EMATeacherCallback(.99)], None),
+METHODS = { # callbacks; T flips, and all images go through the network together, but for the recommended method
+    'labels only':             lambda: [],
+    'Mean Teacher':            lambda: [EMATeacherCallback(weight=5., T=RandomFlips())],
+    'the paper':               lambda: [MIRegCallback.paper()],
+    'pseudo-labels + teacher': lambda: [PseudoLabelCallback(), EMATeacherCallback(.99)],
+    'recommended':             lambda: [MIRegCallback()],
 }
 if DRY: METHODS = {k:METHODS[k] for k in ('pseudo-labels + teacher',)}
 
@@ -58,7 +60,7 @@ class Deadline(Callback):
         if time.time()>UNTIL: raise CancelFitException()
 
 def learner(name, work, store):
-    make,T = METHODS[name]
+    make = METHODS[name]
     torch.set_float32_matmul_precision('high')
     parts = ('labeled','valid',('unlabeled',)) if make() else ('labeled','valid')
     dls = loaders(store, parts, n_iters=EPOCH, seed=SEED, device=DEVICE, **(dict(bs=2, unlabeled_bs=3) if DRY else {}))
@@ -66,7 +68,7 @@ def learner(name, work, store):
     learn = miseg_learner(dls, width=WIDTH, metrics=VolumeDice(), path=work)
     if DEVICE=='cuda': learn.to_bf16()
     cbs = make()
-    for cb in cbs: cb.T = T
+    learn.paired_batch.passes = 2 if name=='recommended' else 1
     return learn,cbs
 
 def open_store():

@@ -37,9 +37,14 @@ class TextbookMIReg(MIRegCallback):
         return dict(global_mi=sum(glob)/len(glob), local_mi=sum(local)/len(local),
                     consistency=consistency_loss(step.probs('tx'), step.T(step.target)))
 
-METHODS = {'partial supervision': lambda: [], 'entropy minimisation': lambda: [EntropyMinCallback()], 'consistency': lambda: [ConsistencyCallback()],
-           'Mean Teacher': lambda: [EMATeacherCallback()], 'all terms of the paper': lambda: [MIRegCallback.paper()],
-           'all terms, with a teacher': lambda: [MIRegCallback.paper(), EMATeacherCallback()], 'all terms, textbook losses': lambda: [TextbookMIReg()]}
+METHODS = {'partial supervision': lambda: [], 'entropy minimisation': lambda: [EntropyMinCallback()], 'consistency': lambda: [ConsistencyCallback(T=RandomFlips())],
+           'Mean Teacher': lambda: [EMATeacherCallback(T=RandomFlips())], 'all terms of the paper': lambda: [MIRegCallback.paper()],
+           'all terms, with a teacher': lambda: [MIRegCallback.paper(), EMATeacherCallback()], 'all terms, textbook losses': lambda: [TextbookMIReg.paper()],
+           'recommended (T warps, two passes)': lambda: [MIRegCallback()]}
+
+def passes_of(cbs):
+    "The paper has one pass through the network, the recommended method two"
+    return 2 if any(getattr(cb, 'balance', None) for cb in cbs) else 1
 
 class _From(Callback):
     order = -100
@@ -69,6 +74,7 @@ def loaders(o, n_iters):
 def learner(o, cbs):
     set_seed(0)
     learn = Learner(loaders(o, 2), create_unet(n_in=1, n_out=4, width=o.width), loss_func=CrossEntropyLossFlat(axis=1), wd=1e-5, cbs=[*cbs, _From(), _To()])
+    learn.paired_batch.passes = passes_of(cbs)
     learn.remove_cbs([cb for cb in learn.cbs if type(cb).__name__=='ProgressCallback'])
     learn.logger = noop
     return learn

@@ -2,8 +2,9 @@
 
     python studies/choice.py   # writes studies/choice/README.md from runs.jsonl and scores.csv beside it
 
-The trainings are those of `python benchmarks/gpu_studies.py run CARRIED OUT --epochs 2 PLAN@acdc-64:1,3 PLAN@hippocampus:2` with the settings
-in runs.jsonl. The cohorts that were carried had no test subjects in them (70 hearts, 46 heads), so none can have been looked at.
+The trainings were made by `python benchmarks/gpu_studies.py run CARRIED OUT --epochs 2 PLAN@acdc-64:1,3 PLAN@hippocampus:2` (the last one
+on a CPU), with the settings in runs.jsonl, slices of 70 hearts and 46 people that are not among the test subjects of these presets, and the
+presets' `test` set to 0: what is not carried cannot be looked at.
 """
 import json
 from pathlib import Path

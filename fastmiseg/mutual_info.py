@@ -43,7 +43,7 @@ def _mi_loss(
     prior, # None, or wanted sizes of the clusters (K,) or (S,K), in any unit
     marginal: float = 1., # weight of the entropies of the clusters' sizes; 1: the information
 ) -> torch.Tensor: # minus the mean information over heads and displacements
-    P, (S, D, K, _) = _normalise(R), R.shape
+    P, S, K = _normalise(R), len(R), R.shape[-1]
     if symmetric: P = (P + P.mT)/2
     I = mutual_info(P)
     if marginal != 1: I = I + (marginal - 1)*(_entropy(P.sum(-1)) + _entropy(P.sum(-2)))

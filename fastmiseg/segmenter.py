@@ -47,27 +47,41 @@ class Segmenter:
 _tv = 'torchvision.models.'
 _number = lambda lo,hi: lambda v: type(v) is int and lo<=v<=hi
 _flag = lambda v: type(v) is bool
-_arguments = dict(n_in=_number(1,64), n_out=_number(2,256), width=_number(1,512), size=lambda v: isinstance(v, (list,tuple)) and len(v)==2 and all(map(_number(8,4096), v)),
+def _pair_of(fits): return lambda v: isinstance(v, (list,tuple)) and len(v)==2 and all(map(fits, v))
+_range = _pair_of(lambda o: isinstance(o, (int,float)))
+_arguments = dict(
+    n_in=_number(1,64), n_out=_number(2,256), width=_number(1,512), size=_pair_of(_number(8,4096)),
     blur=_flag, blur_final=_flag, self_attention=_flag, last_cross=_flag, bottle=_flag,
-    y_range=lambda v: v is None or isinstance(v, (list,tuple)) and len(v)==2 and all(isinstance(o, (int,float)) for o in v))
+    y_range=lambda v: v is None or _range(v))
 
 def _to_name(arch):
     "The architecture of a learner as a name; `None` if it has none"
     if isinstance(arch, str): return arch
     name = getattr(arch, '__name__', '')
-    return _tv+name if name in torchvision.models.list_models(torchvision.models) and getattr(torchvision.models, name) is arch else None
+    known = name in torchvision.models.list_models(torchvision.models)
+    return _tv+name if known and getattr(torchvision.models, name) is arch else None
+
+def _from_name(what):
+    "What `create_unet` takes for the name of an architecture"
+    if not (isinstance(what, str) and what): raise TypeError(what)
+    if not what.startswith(_tv): return what
+    name = what[len(_tv):]
+    if name not in torchvision.models.list_models(torchvision.models): raise LookupError(name)
+    return getattr(torchvision.models, name)
 
 def _build(arch, name):
     "The network that `arch` describes, without weights"
     what = arch.get('arch') if isinstance(arch, dict) else None
-    odd = [k for k in arch if k!='arch' and not (k in _arguments and _arguments[k](arch[k]))] if what else []
-    if odd: raise SegmenterError(f'{name}: arch: {odd[0]}={repr(arch[odd[0]])[:100]} is not an argument, or not a value, that a network is built with')
-    fun = what
-    if isinstance(what, str) and what.startswith(_tv): fun = getattr(torchvision.models, what[len(_tv):]) if what[len(_tv):] in torchvision.models.list_models(torchvision.models) else ''
-    try: return create_unet(fun, **{k:v for k,v in arch.items() if k!='arch'}) if isinstance(fun, str) and fun or callable(fun) else 1/0
+    given = {k:v for k,v in arch.items() if k!='arch'} if what else {}
+    if odd := [k for k,v in given.items() if not (k in _arguments and _arguments[k](v))]:
+        raise SegmenterError(f'{name}: arch: {odd[0]}={repr(arch[odd[0]])[:100]} is not an argument, or not a value, '
+                             'that a network is built with')
+    try: return create_unet(_from_name(what), **given)
     except Exception as e:
-        why = str(e) if isinstance(e, ValueError) else "expected 'unet', 'dynamic_unet', a timm name, or torchvision.models.NAME"
-        raise SegmenterError(f'{name}: the architecture {repr(what)[:100]} cannot be built ({why}); a newer fastmiseg or timm may know it') from None
+        why = "expected 'unet', 'dynamic_unet', a timm name, or torchvision.models.NAME"
+        if isinstance(e, ValueError): why = str(e)
+        raise SegmenterError(f'{name}: the architecture {repr(what)[:100]} cannot be built ({why}); '
+                             'a newer fastmiseg or timm may know it') from None
 
 def _skeleton(arch, name):
     "The same network on the meta device: shapes without memory, and without computing"
@@ -118,7 +132,8 @@ def _provenance(learn):
         res['split'] = {k:dict(scans=len(g), subjects=int(g.subject.nunique())) for k,g in scans.groupby('split')}
         res['seed'] = getattr(learn.dls.train, 'seed', None)
     if rec is not None and len(getattr(rec, 'values', ())):
-        res['metrics'] = dict(zip([o for o in rec.metric_names if o not in ('epoch','time')], map(float, rec.values[-1])))
+        names = [o for o in rec.metric_names if o not in ('epoch','time')]
+        res['metrics'] = dict(zip(names, map(float, rec.values[-1])))
     if method := method_of(learn.cbs): res['method'] = method
     return res
 
@@ -139,11 +154,13 @@ def export_segmenter(
                              'puts them together again')
     arch = learn.about['arch'] if seg else dict(getattr(learn, 'arch', {}))
     if not (arch and _to_name(arch['arch'])):
-        raise SegmenterError('learn: was not made by miseg_learner with an architecture that has a name, so nobody else could build its network from a file; use learn.export, for people who trust you')
+        raise SegmenterError('learn: was not made by miseg_learner with an architecture that has a name, so nobody '
+                             'else could build its network from a file; use learn.export, for people who trust you')
     arch = {**arch, 'arch':_to_name(arch['arch'])}
     arch.pop('pretrained', None)
     about = dict(format=_format, arch=arch, recipe=recipe.to_dict(), training=training_scans(learn),
-        versions=dict(fastmiseg=fastmiseg.__version__, torch=torch.__version__, fastai=fastai.__version__, python=platform.python_version()),
+        versions=dict(fastmiseg=fastmiseg.__version__, torch=torch.__version__, fastai=fastai.__version__,
+                      python=platform.python_version()),
         provenance={**(learn.about['provenance'] if seg else _provenance(learn)), **provenance})
     tensors = {k:v.detach().cpu().contiguous().clone() for k,v in learn.model.state_dict().items()}
     try:
@@ -152,7 +169,9 @@ def export_segmenter(
             _save(tmp, about, tensors)
             load_segmenter(tmp, 'cpu', f'{path}: this learner would not come back from it')
     except (OSError, SafetensorError) as e:
-        raise SegmenterError(str(e) if isinstance(e, WriteError) else f'{path}: cannot be written ({getattr(e, "strerror", None) or e})') from None
+        said = f'{path}: cannot be written ({getattr(e, "strerror", None) or e})'
+        why = str(e) if isinstance(e, WriteError) else said
+        raise SegmenterError(why) from None
     return path
 
 # %% ../nbs/57_segmenter.ipynb #cc200424
@@ -164,33 +183,43 @@ def _open(path, name):
     except OSError as e: raise SegmenterError(f'{name}: cannot be opened ({e.strerror})') from None
     except ValueError as e: raise SegmenterError(f'{name}: cannot be opened ({e})') from None
     if head[:4]==b'PK\x03\x04' or head[:2] in (b'\x80\x02',b'\x80\x03',b'\x80\x04',b'\x80\x05'):
-        raise SegmenterError(f'{name}: is a pickle, as torch.save and learn.export write them; loading one can run code, so it is not loaded. Ask for a file made by export_segmenter')
+        raise SegmenterError(f'{name}: is a pickle, as torch.save and learn.export write them; loading one can run '
+                             'code, so it is not loaded. Ask for a file made by export_segmenter')
     try:
         with safe_open(path, 'pt') as f:
             said = f.metadata() or {}
-            if 'fastmiseg' not in said: raise SegmenterError(f'{name}: is a safetensors file, but not a segmenter: its header says nothing about fastmiseg')
+            if 'fastmiseg' not in said:
+                raise SegmenterError(f'{name}: is a safetensors file, but not a segmenter: its header says nothing '
+                                     'about fastmiseg')
             shapes = {k:tuple(f.get_slice(k).get_shape()) for k in f.keys()}
         return said, shapes
-    except SafetensorError as e: raise SegmenterError(f'{name}: is not a safetensors file, or not whole ({str(e)[:100]})') from None
+    except SafetensorError as e:
+        raise SegmenterError(f'{name}: is not a safetensors file, or not whole ({str(e)[:100]})') from None
 
 def _about(said, name):
     "What the header says, if it is all it must say and nothing that this version does not know; and the recipe"
     try: about = parse_json(said['fastmiseg'], most=1<<20)
     except ValueError as e: raise SegmenterError(f'{name}: its header is damaged ({e})') from None
-    if not isinstance(about, dict) or type(about.get('format')) is not int: raise SegmenterError(f'{name}: its header does not say which format it has')
+    if not isinstance(about, dict) or type(about.get('format')) is not int:
+        raise SegmenterError(f'{name}: its header does not say which format it has')
     if about['format']>_format:
-        raise SegmenterError(f"{name}: has format {about['format']}, this fastmiseg ({fastmiseg.__version__}) knows formats up to {_format}; upgrade fastmiseg")
+        raise SegmenterError(f"{name}: has format {about['format']}, this fastmiseg ({fastmiseg.__version__}) knows "
+                             f'formats up to {_format}; upgrade fastmiseg')
     known = {'format','arch','recipe','training','versions','provenance'}
     if lost := sorted(known-set(about)): raise SegmenterError(f'{name}: its header lacks {", ".join(lost)}')
     if odd := sorted(set(about)-known): raise SegmenterError(f'{name}: its header has an unknown entry {odd[0]!r}')
     for k in ('arch','training','versions','provenance'):
-        if not isinstance(about[k], dict): raise SegmenterError(f'{name}: its header is damaged ({k} is not a table of names and values)')
+        if not isinstance(about[k], dict):
+            raise SegmenterError(f'{name}: its header is damaged ({k} is not a table of names and values)')
     try: recipe = Recipe.from_dict(about['recipe'])
     except ValueError as e: raise SegmenterError(f'{name}: its recipe cannot be used ({e})') from None
     for k,n in (('n_out',len(recipe.classes)),('n_in',recipe.channels)):
-        if about['arch'].get(k)!=n: raise SegmenterError(f"{name}: the network has {k}={about['arch'].get(k)}, but the recipe says {n}")
+        if (own := about['arch'].get(k))!=n:
+            raise SegmenterError(f'{name}: the network has {k}={own}, but the recipe says {n}')
     try: how_far(_example, about['training'], recipe)
-    except Exception: raise SegmenterError(f'{name}: its header is damaged (what it says of the training scans cannot be used)') from None
+    except Exception:
+        raise SegmenterError(f'{name}: its header is damaged (what it says of the training scans cannot be '
+                             'used)') from None
     return about, recipe
 
 _example = dict(spacing=[1.]*3, fov=[1.]*2, axes=[[1.,0.,0.],[0.,1.,0.],[0.,0.,1.]], level=[[0.,1.,2.]])
@@ -198,8 +227,10 @@ _example = dict(spacing=[1.]*3, fov=[1.]*2, axes=[[1.,0.,0.],[0.,1.,0.],[0.,0.,1
 def _compare(model, shapes, name):
     "The tensors of the file must be exactly those of the network"
     want = {k:tuple(v.shape) for k,v in model.state_dict().items()}
-    if lost := [k for k in want if k not in shapes]: raise SegmenterError(f'{name}: lacks {len(lost)} of {len(want)} tensors of its network, for example {lost[0]}')
-    if odd := [k for k in shapes if k not in want]: raise SegmenterError(f'{name}: has {len(odd)} tensors that its network does not have, for example {odd[0]}')
+    if lost := [k for k in want if k not in shapes]:
+        raise SegmenterError(f'{name}: lacks {len(lost)} of {len(want)} tensors of its network, for example {lost[0]}')
+    if odd := [k for k in shapes if k not in want]:
+        raise SegmenterError(f'{name}: has {len(odd)} tensors that its network does not have, for example {odd[0]}')
     for k,v in shapes.items():
         if v!=want[k]: raise SegmenterError(f'{name}: {k} has shape {v}, but the network needs {want[k]}')
 
@@ -208,10 +239,13 @@ def _fill(model, path, said, name):
     with safe_open(path, 'pt') as f: tensors = {k:f.get_tensor(k) for k in f.keys()}
     want = model.state_dict()
     for k,v in tensors.items():
-        if v.dtype!=want[k].dtype: raise SegmenterError(f'{name}: {k} holds {v.dtype}, but the network needs {want[k].dtype}')
-        if v.is_floating_point() and not v.isfinite().all(): raise SegmenterError(f'{name}: {k} holds NaN or infinite numbers: its training diverged, or it is damaged')
+        if v.dtype!=want[k].dtype:
+            raise SegmenterError(f'{name}: {k} holds {v.dtype}, but the network needs {want[k].dtype}')
+        if v.is_floating_point() and not v.isfinite().all():
+            raise SegmenterError(f'{name}: {k} holds NaN or infinite numbers: its training diverged, or it is damaged')
     if said.get('checksum')!=_sum_of(said['fastmiseg'], tensors):
-        raise SegmenterError(f'{name}: is damaged: its checksum is not that of what it holds; copy it again from where it came')
+        raise SegmenterError(f'{name}: is damaged: its checksum is not that of what it holds; copy it again from '
+                             'where it came')
     model.load_state_dict(tensors)
 
 class Ensemble(nn.Module):
@@ -229,8 +263,8 @@ def _check_alike(a, b, names):
     a,b = (json.loads(o.recipe.key) for o in (a,b))
     odd = next((k for k in ('classes', *a) if a[k]!=b[k]), None)
     if odd is None: return
-    raise SegmenterError(f'{names[0]} and {names[1]}: their recipes differ in {odd} ({a[odd]} and {b[odd]}); predictions '
-                         'can be averaged only of models with the same classes and the same slices')
+    raise SegmenterError(f'{names[0]} and {names[1]}: their recipes differ in {odd} ({a[odd]} and {b[odd]}); '
+                         'predictions can be averaged only of models with the same classes and the same slices')
 
 def _all_seen(summaries):
     "What is known of the training scans of all models together; nothing, if one of them knows nothing"
@@ -265,7 +299,8 @@ def load_segmenter(
     name=None    # for messages, instead of `path`
 )->Segmenter:
     "A network that can segment scans; nothing larger than its file is built before it is known to fit"
-    if isinstance(path, (list,tuple)): return _together([load_segmenter(o, device) for o in path], list(map(str, path)))
+    if isinstance(path, (list,tuple)):
+        return _together([load_segmenter(o, device) for o in path], list(map(str, path)))
     name = name or str(path)
     said,shapes = _open(path, name)
     about,recipe = _about(said, name)
@@ -299,8 +334,10 @@ def export_onnx(
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as tmp,evaluating(model),torch.no_grad(),warnings.catch_warnings():
         warnings.simplefilter('ignore') # the exporter that needs no other package is announced to go
-        torch.onnx.export(_Plain(model).eval(), (x,), str(tmp), dynamo=False, input_names=['image'], output_names=['logits'], dynamic_axes=dict(image=free, logits=free))
+        torch.onnx.export(_Plain(model).eval(), (x,), str(tmp), dynamo=False, input_names=['image'],
+                          output_names=['logits'], dynamic_axes=dict(image=free, logits=free))
         m = onnx.load(tmp)
-        onnx.helper.set_model_props(m, {'fastmiseg': json.dumps(_plain(dict(recipe=recipe.to_dict(), classes=recipe.classes)))})
+        about = _plain(dict(recipe=recipe.to_dict(), classes=recipe.classes))
+        onnx.helper.set_model_props(m, {'fastmiseg': json.dumps(about)})
         onnx.save(m, tmp)
     return path

@@ -18,7 +18,7 @@ from .augment import draw_light, relight
 # %% ../nbs/21_transforms.ipynb #a57bca3f
 @dataclass(eq=False)
 class Transformation:
-    "Drawn for each image of a batch; fields are tensors with a row for each image. A new kind overrides what it changes"
+    "Drawn for each image of a batch; its fields have a row for each image. A new kind overrides what it changes"
     def __call__(self,
         x:torch.Tensor # (N, ..., H, W) at any resolution: images, features, logits, masks
     )->torch.Tensor:   # same shape
@@ -84,7 +84,7 @@ class Moves(Transformation):
         raise NotImplementedError(f"{type(self).__name__} needs a method source(self, axis, length)")
 
     def _permutations(self, shape, device):
-        "(N, positions) x 2: where each position of a map is taken from, and the way back; kept, for several tensors share a map"
+        "(N, positions) x 2: where each position of a map is taken from, and the way back; kept for the next tensor"
         if '_made' not in vars(self): self._made = {}
         if (shape,device) not in self._made:
             there = 0
@@ -97,7 +97,8 @@ class Moves(Transformation):
 
     def _move(self, x, way):
         if len(x)!=len(self):
-            raise ValueError(f"x: {len(x)} images were given to a transformation drawn for {len(self)}; draw one for this batch")
+            raise ValueError(f"x: {len(x)} images were given to a transformation drawn for {len(self)}; "
+                             "draw one for this batch")
         both = self._permutations(tuple(x.shape[-self.n_axes:]), x.device)
         flat = x.reshape(len(x), -1, both[0].shape[1])
         return _Gather.apply(flat, both[way], both[1-way]).view(x.shape)
@@ -195,8 +196,8 @@ class Pool:
     def checked(self)->'Pool':
         "Itself; an error where T would leave every image as it is"
         if self.does_something(): return self
-        raise ValueError(f"T: {self} does nothing, so that there is nothing to learn from it. Give the recipe a flip that "
-                         "the anatomy allows ('h', 'v' or 'hv'), or let T shift: T=RandomShifts(.5), "
+        raise ValueError(f"T: {self} does nothing, so that there is nothing to learn from it. Give the recipe a flip "
+                         "that the anatomy allows ('h', 'v' or 'hv'), or let T shift: T=RandomShifts(.5), "
                          "or fastmiseg-train --shift .5")
 
     def __add__(self, other): return _Pools((self, other))

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np, pytest, torch
-from fastai.basics import Callback, SGD, load_learner, params, set_seed
+from fastai.basics import Callback, SGD, load_learner, set_seed
 from fastmiseg.callback.baselines import ConsistencyCallback, EntropyMinCallback
 from fastmiseg.callback.copypaste import CopyPasteCallback, largest_pieces
 from fastmiseg.callback.pseudo import PseudoLabelCallback

@@ -7,7 +7,7 @@ CUDA = torch.cuda.is_available()
 
 triton = pytest.importorskip('triton')
 from fastmiseg import pair_kernels
-from fastmiseg.pair_kernels import cuda_pair_sums, cuda_pair_sums_backward, supported
+from fastmiseg.pair_kernels import cuda_pair_sums, cuda_pair_sums_backward
 
 device = 'cuda' if CUDA else 'cpu'
 f32, f64 = torch.float32, torch.float64

@@ -2,7 +2,7 @@
 import gc, pickle
 from types import SimpleNamespace
 
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np, pytest, torch
 from fastai.basics import Transform
 from fastmiseg import slices
 from fastmiseg.augment import Augment

@@ -10,7 +10,7 @@ from fastmiseg.callback.baselines import ConsistencyCallback
 from fastmiseg.callback.method import sigmoid_rampup
 from fastmiseg.callback.plan import items_in_words
 from fastmiseg.callback.resume import ResumeCallback
-from fastmiseg.callback.state import checkpoints, load_state, save_state, plain
+from fastmiseg.callback.state import checkpoints, load_state, plain
 from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.lock import only_one
 from fastmiseg.transforms import RandomFlips, RandomShifts

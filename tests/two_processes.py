@@ -3,10 +3,9 @@ import os, sys, warnings; warnings.filterwarnings('ignore')
 from contextlib import nullcontext
 import torch, torch.distributed as dist
 from torch import nn
-from fastai.basics import Callback, Datasets, L, defaults, set_seed
+from fastai.basics import Callback, Datasets, L, set_seed
 from fastai.distributed import *
 from fastai.vision.core import TensorImage, TensorMask
-from fastmiseg.callback.baselines import ConsistencyCallback
 from fastmiseg.callback.copypaste import CopyPasteCallback
 from fastmiseg.callback.pseudo import PseudoLabelCallback
 from fastmiseg.callback.resume import ResumeCallback
@@ -14,10 +13,9 @@ from fastmiseg.callback.state import checkpoints, load_state, save_state
 from fastmiseg.lock import only_one
 from fastmiseg.callback.method import SemiSupCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
-from fastmiseg.processes import processes
 from fastmiseg.metrics import VolumeDice
 from own_methods import METHODS
-from toy import MIRegCallback, UNet, balanced_mireg, disc, learner, loaders, quiet, small_mireg
+from toy import UNet, balanced_mireg, disc, learner, loaders, quiet, small_mireg
 
 class GroupNormed(UNet):
     "Without batch norm, whose statistics would be those of a process"

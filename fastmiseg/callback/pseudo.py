@@ -45,7 +45,7 @@ def blur(
 
 # %% ../../nbs/44_callback.pseudo.ipynb #81ab57e6
 class PseudoLabelCallback(SemiSupCallback):
-    "Confident predictions are the masks of strongly changed copies (FixMatch; for segmentation UniMatch, Yang et al. 2023)"
+    "Confident predictions are the masks of strongly changed copies (FixMatch; UniMatch, Yang et al. 2023)"
     def __init__(self,
         weight=1.,          # of the term: a number, or a function of the training fraction
         threshold:float=.95,# probability from which a prediction counts as a label

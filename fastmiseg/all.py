@@ -43,6 +43,7 @@ from .callback.baselines import *
 from .callback.teacher import *
 from .callback.log import *
 from .callback.resume import *
-from .training import Settings, pretrain, semisup_cbs
+from .settings import Settings
+from .training import pretrain, semisup_cbs
 
 __all__ = [o for o in globals() if not o.startswith('_')]

@@ -16,7 +16,8 @@ from fastcore.docments import docments
 from fastcore.script import call_parse
 
 from .preparing import Preparation, Reading
-from .training import Settings, methods
+from .methods import methods
+from .settings import Settings
 
 # %% ../nbs/80_cli.ipynb #1c858459
 # what functions say of their arguments without naming them

@@ -26,7 +26,9 @@ from .scans.cohort import load_cohort, save_cohort
 from .scans.recipe import Recipe
 from .scans.store import SliceStore
 from .segmenter import export_segmenter, load_segmenter, method_of
-from .training import Settings, callbacks_of, check_processes, check_scans, fit, methods
+from .methods import methods
+from .settings import Settings
+from .training import callbacks_of, check_processes, check_scans, fit
 
 # %% ../nbs/71_commands.ipynb #c328bc21
 class RunError(ValueError): "A run folder that cannot be used, or a setting that does not exist"

@@ -33,7 +33,8 @@ from .scans.recipe import Recipe
 from .scans.store import SliceStore
 from .scans.volume import read_mask, read_volume
 from .show import show_slice
-from .training import Settings, fit
+from .settings import Settings
+from .training import fit
 
 # %% ../nbs/81_demo.ipynb #0cffcb9f
 def _hearts(out, subjects, choice, seed):

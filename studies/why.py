@@ -19,7 +19,8 @@ from fastmiseg.show import palette
 from fastmiseg.study.preset import presets, settings_of
 from fastmiseg.study.report import markdown
 from fastmiseg.study.work import versions
-from fastmiseg.training import fit, schedule
+from fastmiseg.settings import schedule
+from fastmiseg.training import fit
 
 stages = ('Conv5','Upconv3','Upconv2')
 

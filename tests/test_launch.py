@@ -12,7 +12,8 @@ from fastmiseg.models import create_unet
 from fastmiseg.processes import sync_batchnorm
 from fastmiseg.scans.cohort import save_cohort
 from fastmiseg.segmenter import load_segmenter
-from fastmiseg.training import Settings, check_processes
+from fastmiseg.settings import Settings
+from fastmiseg.training import check_processes
 
 pytest.importorskip('accelerate')
 tiny = ['--epochs=1', '--n-iters=3', '--width=2', '--bs=2', '--unlabeled-bs=2', '--workers=0']

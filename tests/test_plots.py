@@ -103,7 +103,7 @@ def test_terms_are_shown_in_words():
     assert axs[0].lines[0].get_ydata()[0]==.5 and axs[2].lines[0].get_ydata()[0]==.2
 
 def test_every_term_of_the_package_has_words():
-    from fastmiseg.training import methods
+    from fastmiseg.methods import methods
     assert not [k for m in methods.values() for k in m.weights if not meaning_of(k).better]
 
 def test_legends_of_curves_lie_beside_them():

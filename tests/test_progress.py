@@ -6,7 +6,8 @@ import pytest
 
 from fastmiseg import cli, progress
 from fastmiseg.progress import EpochLines, lines_instead_of_bars, peak_memory, span
-from fastmiseg.training import Settings, fit
+from fastmiseg.settings import Settings
+from fastmiseg.training import fit
 
 tiny = Settings(epochs=2, n_iters=10, width=2, bs=2, unlabeled_bs=2, method='consistency')
 

@@ -17,7 +17,7 @@ pair_products pair_kernels pair_sums mutual_info projectors losses models averag
 callback.stream callback.step callback.method callback.heads callback.guard callback.paired callback.install
 callback.baselines callback.mireg callback.teacher callback.pseudo callback.copypaste callback.log
 callback.state callback.plan callback.place callback.resume
-metrics surface learner training
+metrics surface learner methods settings training
 inference evaluation segmenter preparing viewing plots commands
 study.preset study.plans study.evidence study.report study.protocol study.work study.run
 progress cli demo all'''.split()

@@ -24,7 +24,8 @@ from fastmiseg.study.work import evaluate_slices, make_run, part_of
 from fastmiseg.metrics import VolumeDice
 from fastmiseg.packed import open_store, pack_slices
 from fastmiseg.surface import VolumeHD95
-from fastmiseg.training import Settings, callbacks_of
+from fastmiseg.settings import Settings
+from fastmiseg.training import callbacks_of
 
 recipe = Recipe(spacing=6., size=32, classes=('background','RV','Myo','LV'), flip='hv')
 small = Settings(method='paper', width=4, epochs=2, n_iters=10, bs=2, unlabeled_bs=2, lr=2e-2, div=400., pct_start=.1)

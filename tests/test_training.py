@@ -7,8 +7,9 @@ from fastmiseg import cli
 from fastmiseg.callback.method import SemiSupCallback
 from fastmiseg.preparing import Preparation
 from fastmiseg.warps import usual_pool
-from fastmiseg.training import (Settings, callbacks_of, check_scans, fit, json_object, methods, pretrain, read_settings,
-    schedule, semisup_cbs, terms, weight)
+from fastmiseg.methods import methods, terms
+from fastmiseg.settings import Settings, json_object, read_settings, schedule, weight
+from fastmiseg.training import callbacks_of, check_scans, fit, pretrain, semisup_cbs
 
 tiny = Settings(epochs=2, n_iters=3, width=2, bs=2, unlabeled_bs=2)
 

@@ -16,7 +16,7 @@ from filelock import FileLock
 from ..files import write_text
 from ..packed import scan_content
 from ..scans.recipe import Recipe
-from ..training import Settings
+from ..settings import Settings
 
 # %% ../../nbs/74_study.evidence.ipynb #4a5f0a7b
 # What makes two trainings the same run

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from .preset import presets, settings_of
-from ..training import read_settings
+from ..settings import read_settings
 
 # %% ../../nbs/73_study.plans.ipynb #5afeec6e
 @dataclass(frozen=True)

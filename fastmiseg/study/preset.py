@@ -9,7 +9,8 @@ __all__ = ['presets', 'Preset', 'settings_of', 'recipe_of_row']
 from dataclasses import dataclass, field, replace
 
 from ..scans.recipe import Recipe
-from ..training import Settings, methods
+from ..methods import methods
+from ..settings import Settings
 
 # %% ../../nbs/72_study.preset.ipynb #a15fb86b
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ __all__ = ['changes_of', 'protocol', 'made_with']
 from ..scans.recipe import Recipe
 from .plans import Study
 from .preset import Preset, settings_of
-from ..training import methods
+from ..methods import methods
 
 # %% ../../nbs/76_study.protocol.ipynb #c11b2402
 def _schedule(one_cycle): return 'one cycle' if one_cycle else 'linear warm-up and cosine (momentum 0.9)'

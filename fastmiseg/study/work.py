@@ -23,7 +23,8 @@ from ..packed import is_packed
 from ..scans.recipe import Recipe
 from .evidence import Evidence, name_of
 from ..surface import score_volume
-from ..training import Settings, callbacks_of, fit
+from ..settings import Settings
+from ..training import callbacks_of, fit
 
 # %% ../../nbs/77_study.work.ipynb #22227f5f
 def part_of(

@@ -10,7 +10,7 @@ import torch
 
 from fastmiseg.data import MISegDataLoaders
 from fastmiseg.learner import miseg_learner
-from fastmiseg.scans.cohort import split_cohort
+from fastmiseg.scans.split import split_cohort
 from fastmiseg.scans.phantom import make_phantom
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.store import SliceStore

@@ -5,7 +5,8 @@ warnings.filterwarnings('ignore')
 from pathlib import Path
 
 import psutil, torch
-from fastmiseg.scans.cohort import load_cohort, split_cohort
+from fastmiseg.scans.cohort import load_cohort
+from fastmiseg.scans.split import split_cohort
 from fastmiseg.scans.phantom import make_phantom
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.store import SliceStore

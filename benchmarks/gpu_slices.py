@@ -13,7 +13,8 @@ from PIL import Image
 
 def pack(data, folder, store=None, labeled=4, valid=20, test=30, seed=0, side=288, quality=95):
     "Prepare, cut, compress"
-    from fastmiseg.scans.cohort import load_cohort, split_cohort
+    from fastmiseg.scans.cohort import load_cohort
+    from fastmiseg.scans.split import split_cohort
     from fastmiseg.scans.recipe import Recipe
     from fastmiseg.scans.store import SliceStore
     folder = Path(folder)

@@ -10,6 +10,7 @@ from fastai.vision.all import *
 
 from .scans.volume import *
 from .scans.cohort import *
+from .scans.split import *
 from .scans.phantom import *
 from .scans.placement import Placement
 from .scans.recipe import *

@@ -27,7 +27,7 @@ from .evaluation import evaluate_cohort
 from .inference import predict_volume
 from .preparing import Preparation, parts_in_words
 from .progress import EpochLines
-from .scans.cohort import default_parts, split_cohort
+from .scans.split import default_parts, split_cohort
 from .scans.phantom import make_phantom
 from .scans.recipe import Recipe
 from .scans.store import SliceStore

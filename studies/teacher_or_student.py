@@ -12,7 +12,8 @@ from torch.func import functional_call
 
 from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.evaluation import evaluate_cohort
-from fastmiseg.scans.cohort import load_cohort, split_cohort
+from fastmiseg.scans.cohort import load_cohort
+from fastmiseg.scans.split import split_cohort
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.study.preset import presets, settings_of
 from fastmiseg.study.report import markdown

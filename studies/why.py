@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from fastmiseg.callback.mireg import MIRegCallback
 from fastmiseg.models import find_stages
 from fastmiseg.plots import plot_clusters
-from fastmiseg.scans.cohort import load_cohort, split_cohort
+from fastmiseg.scans.cohort import load_cohort
+from fastmiseg.scans.split import split_cohort
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.show import palette
 from fastmiseg.study.preset import presets, settings_of

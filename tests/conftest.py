@@ -16,7 +16,7 @@ def same_locale():
 @pytest.fixture(scope='session')
 def hearts(tmp_path_factory):
     "A small cohort of phantoms: root, df, recipe"
-    from fastmiseg.scans.cohort import split_cohort
+    from fastmiseg.scans.split import split_cohort
     from fastmiseg.scans.phantom import make_phantom
     from fastmiseg.scans.recipe import Recipe
     root = tmp_path_factory.mktemp('heart')

@@ -14,7 +14,8 @@ from fastmiseg.evaluation import evaluate_cohort, predict_cohort
 from fastmiseg.inference import predict_volume
 from fastmiseg.models import create_unet
 from fastmiseg.segmenter import Segmenter, SegmenterError, export_segmenter, load_segmenter
-from fastmiseg.scans.cohort import CohortError, CohortWarning, advice, load_cohort, related, save_cohort
+from fastmiseg.scans.cohort import CohortError, CohortWarning, load_cohort, related, save_cohort
+from fastmiseg.scans.split import advice
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.store import SliceStore
 from fastmiseg.scans.volume import Volume, VolumeError, VolumeWarning, read_volume, write_volume

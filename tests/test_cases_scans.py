@@ -883,6 +883,7 @@ def test_pipes_in_a_cohort_do_not_hang(tmp_path, column):
     code = '''
         import sys
         from fastmiseg.scans.cohort import *
+        from fastmiseg.scans.split import split_cohort
         from fastmiseg.scans.recipe import Recipe
         from fastmiseg.scans.store import SliceStore
         from fastmiseg.scans.volume import VolumeError

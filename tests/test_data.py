@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np, psutil, pytest, torch
 from fastai.basics import first
-from fastmiseg.scans.cohort import split_cohort
+from fastmiseg.scans.split import split_cohort
 from fastmiseg.scans.phantom import make_phantom
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.data import MISegDataLoaders

@@ -12,7 +12,7 @@ from fastmiseg.callback.baselines import ConsistencyCallback
 from fastmiseg.data import MISegDataLoaders
 from fastmiseg.learner import miseg_learner
 from fastmiseg.metrics import VolumeDice
-from fastmiseg.scans.cohort import split_cohort
+from fastmiseg.scans.split import split_cohort
 from fastmiseg.scans.phantom import make_phantom
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.surface import VolumeHD95

@@ -288,7 +288,7 @@ def test_float16_features_give_float32_information():
 
 def test_no_number_names_the_scans(tmp_path):
     "Those whose slices are in the batch, by their names in the cohort"
-    from fastmiseg.scans.cohort import split_cohort
+    from fastmiseg.scans.split import split_cohort
     from fastmiseg.data import MISegDataLoaders
     from fastmiseg.learner import miseg_learner
     from fastmiseg.scans.phantom import make_phantom

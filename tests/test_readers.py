@@ -8,7 +8,8 @@ from hypothesis import given, settings, strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 from test_volume import odd_sform, write_series
 
-from fastmiseg.scans.cohort import CohortError, check_cohort, find_duplicates, load_cohort, save_cohort, split_cohort
+from fastmiseg.scans.cohort import CohortError, check_cohort, find_duplicates, load_cohort, save_cohort
+from fastmiseg.scans.split import split_cohort
 from fastmiseg.scans.volume import Volume, read_mask, read_scan, read_volume, write_volume
 
 def image(seed=0, shape=(4,10,12)): return Volume(np.random.default_rng(seed).integers(1, 900, shape).astype(np.int16), (5.,1.5,1.25))

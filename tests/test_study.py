@@ -10,7 +10,8 @@ from fastai.callback.core import Callback
 from scipy.stats import ttest_rel
 
 from fastmiseg import training
-from fastmiseg.scans.cohort import load_cohort, split_cohort
+from fastmiseg.scans.cohort import load_cohort
+from fastmiseg.scans.split import split_cohort
 from fastmiseg.scans.phantom import make_phantom
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.study import work as study_work

@@ -23,7 +23,8 @@ from fastprogress.fastprogress import progress_bar
 from ..files import WriteError, is_temporary, parse_json, quick_sum, whole_file
 from .recipe import Placement, Recipe
 from .profile import scan_profile, summarise_profiles
-from .cohort import advice, check_images_apart, voxel_digest
+from .cohort import check_images_apart, voxel_digest
+from .split import advice
 from .volume import (
     VolumeError, VolumeWarning, collect_warnings, read_labels, read_volume, scan_files, split_choice, tell_warnings)
 

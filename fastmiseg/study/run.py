@@ -14,7 +14,8 @@ import pandas as pd, torch
 
 from ..files import write_text
 from ..packed import PackedSlices, is_packed
-from ..scans.cohort import load_cohort, split_cohort
+from ..scans.cohort import load_cohort
+from ..scans.split import split_cohort
 from ..scans.recipe import Recipe
 from ..scans.store import SliceStore
 from .evidence import Evidence, describe_run, name_of, student_of

@@ -127,7 +127,7 @@ studies = {o.name:o for o in [
 # Of every row but the paper's: Dice beside cross-entropy, labelled images in a pass of their own, T that warps
 strong = dict(loss='ce+dice', passes=2, shift=0., warp=.5, jitter=.5)
 # mutual information as in the recommended method, here with a teacher
-ours = dict(global_mi=.1, local_mi=.1, consistency=[5.,.8], mireg=dict(balance=True, memory=.9, marginal=1.5))
+ours = dict(global_mi=.1, local_mi=.1, consistency=[15.,.8], mireg=dict(balance=True, memory=.9, marginal=1.5))
 recommended = dict(method='recommended') # as chosen on validation scans
 without_mi = dict(method='consistency', consistency=[5.,.8]) # the same without mutual information
 
@@ -138,11 +138,11 @@ _benchmark = {
     'Labels only': dict(method='partial', **strong),
     'Entropy': dict(method='entropy', **strong),
     'Consistency': dict(method='consistency', **{**strong, 'warp':0., 'jitter':0.}), # T flips, as in the paper
-    'Mean Teacher': dict(method='teacher', **strong),
+    'Mean Teacher': dict(method='teacher', consistency=[15.,.8], **strong),
     "MI (the paper's settings)": dict(method='mireg', global_mi=.1, local_mi=.1, consistency=5., **_papers),
     'MI (ours)': dict(method='mireg+teacher', **ours, **strong),
-    'Pseudo-labels': dict(method='pseudo+teacher', **strong),
-    'Copy-paste': dict(method='copypaste+teacher', **strong),
+    'Pseudo-labels': dict(method='pseudo+teacher', pseudo=[1.,.8], **strong),
+    'Copy-paste': dict(method='copypaste+teacher', copypaste=[1.,.8], **strong),
     'Recommended': dict(recommended, **strong),
     'Recommended without MI': dict(without_mi, **strong),
 }

@@ -78,6 +78,7 @@ _lit,_moved = replace(_cpu, jitter=.5),replace(_cpu, jitter=.5, shift=.5)
 _moved_weights = dict(mi=(.0003,.1), consistency=[5.,.8], entropy=.003)
 
 _long = dict(settings=replace(_moved, width=16), weights=_weights(**_moved_weights, teacher=[2.,.8]))
+_brief = dict(settings=replace(_moved, width=16, epochs=2), weights=_long['weights'])
 _large = replace(_moved, width=16, bs=4, unlabeled_bs=10, n_iters=300)
 _small_acdc = replace(Recipe.acdc(), spacing=2.5, size=64, crop=48)
 _hearts = Recipe(spacing=3., size=48, classes=('background','RV','Myo','LV'), rotate=20., flip='hv', jitter=.8)
@@ -93,9 +94,9 @@ presets = {o.name:o for o in [
     Preset('cpu-shift', _moved, weights=_weights(**_moved_weights, teacher=[10.,.8])),
     Preset('cpu-wide', replace(_moved, width=16, epochs=2), weights=_weights(**_moved_weights, teacher=[10.,.8])),
     Preset('cpu-long', **_long),
-    Preset('acdc-64', **_long, labeled=3, valid=20, test=30, recipe=_small_acdc),
-    Preset('hippocampus', **_long, recipe='hippocampus'),
-    Preset('phantom', **_long, labeled=4, valid=8, test=12, recipe=_hearts),
+    Preset('acdc-64', **_brief, labeled=3, valid=20, test=30, recipe=_small_acdc),
+    Preset('hippocampus', **_brief, recipe='hippocampus'),
+    Preset('phantom', **_brief, labeled=4, valid=8, test=12, recipe=_hearts),
     Preset('acdc-224', replace(_large, epochs=100), 3, 20, 30, recipe='acdc', weights=_long['weights']),
     Preset('acdc-224-short', replace(_large, epochs=20), 3, 20, 30, recipe='acdc', weights=_long['weights']),
 ]}

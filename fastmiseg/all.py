@@ -8,7 +8,10 @@ __all__ = []
 # %% ../nbs/89_all.ipynb #c82a7fb4
 from fastai.vision.all import *
 
+from .scans.messages import (
+    VolumeError, VolumeWarning, collect_warnings, summarise_warnings, tell_warnings)
 from .scans.volume import *
+from .scans.masks import *
 from .scans.cohort import *
 from .scans.split import *
 from .scans.phantom import *

@@ -31,7 +31,8 @@ from .scans.split import default_parts, split_cohort
 from .scans.phantom import make_phantom
 from .scans.recipe import Recipe
 from .scans.store import SliceStore
-from .scans.volume import read_mask, read_volume
+from .scans.masks import read_mask
+from .scans.volume import read_volume
 from .show import show_slice
 from .settings import Settings
 from .training import fit

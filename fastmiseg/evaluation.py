@@ -18,8 +18,9 @@ from .inference import ask_network, check_free, recipe_of
 from .scans.intact import extension
 from .scans.readers import cohort_frame
 from .scans.recipe import Recipe
-from .scans.volume import (VolumeError, VolumeWarning, collect_warnings, read_mask, read_volume, scan_files,
-                                    tell_warnings)
+from .scans.masks import read_mask
+from .scans.messages import VolumeError, VolumeWarning, collect_warnings, tell_warnings
+from .scans.volume import read_volume, scan_files
 from .surface import score_volume
 
 # %% ../nbs/66_evaluation.ipynb #31ec28f5

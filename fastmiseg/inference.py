@@ -19,7 +19,8 @@ from .scans.intact import check_memory
 from .scans.placement import Placement
 from .scans.profile import how_far, scan_profile
 from .scans.recipe import Recipe
-from .scans.volume import Volume, VolumeError, VolumeWarning, read_volume, write_volume
+from .scans.messages import VolumeError, VolumeWarning
+from .scans.volume import Volume, read_volume, write_volume
 
 # %% ../nbs/65_inference.ipynb #2b2f309f
 def _predictor(model, flips):

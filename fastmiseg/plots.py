@@ -21,7 +21,7 @@ from .callback.step import StageMaps
 from .inference import predict_volume, recipe_of
 from .models import evaluating, find_stages
 from .mutual_info import global_joint, local_joint, mutual_info
-from .scans.volume import read_mask
+from .scans.masks import read_mask
 from .show import class_color, class_lines, new_figure, save_figure, show_slice
 from .transforms import normalize_of
 from .warps import usual_pool

@@ -19,7 +19,9 @@ from matplotlib.patches import Patch, Rectangle
 
 from .scans.placement import Placement
 from .scans.recipe import Recipe
-from .scans.volume import Volume, collect_warnings, read_mask, read_volume, write_volume
+from .scans.masks import read_mask
+from .scans.messages import collect_warnings
+from .scans.volume import Volume, read_volume, write_volume
 from .show import class_color, class_lines, new_figure, save_figure, show_slice
 
 # %% ../nbs/69_viewing.ipynb #ff677b31

@@ -18,7 +18,8 @@ from fastmiseg.scans.cohort import CohortError, CohortWarning, load_cohort, rela
 from fastmiseg.scans.split import advice
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.store import SliceStore
-from fastmiseg.scans.volume import Volume, VolumeError, VolumeWarning, read_volume, write_volume
+from fastmiseg.scans.messages import VolumeError, VolumeWarning
+from fastmiseg.scans.volume import Volume, read_volume, write_volume
 
 def put(path, a, spacing=(5.,2.,2.)):
     "An array (z,y,x) as a NIfTI file, written by nibabel"

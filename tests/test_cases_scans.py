@@ -12,8 +12,10 @@ from fastmiseg.scans import intact
 from fastmiseg.scans.cohort import load_cohort, save_cohort
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.store import SliceStore
-from fastmiseg.scans.volume import (Volume, VolumeError, VolumeWarning, choose_volume, collect_warnings, read_mask, read_size,
-                                    read_volume, scan_files, split_choice, write_volume)
+from fastmiseg.scans.masks import read_mask
+from fastmiseg.scans.messages import VolumeError, VolumeWarning, collect_warnings
+from fastmiseg.scans.volume import (
+    Volume, choose_volume, read_size, read_volume, scan_files, split_choice, write_volume)
 
 def read(path, **kw):
     "The volume, and what was said"
@@ -886,7 +888,7 @@ def test_pipes_in_a_cohort_do_not_hang(tmp_path, column):
         from fastmiseg.scans.split import split_cohort
         from fastmiseg.scans.recipe import Recipe
         from fastmiseg.scans.store import SliceStore
-        from fastmiseg.scans.volume import VolumeError
+        from fastmiseg.scans.messages import VolumeError
         df = load_cohort(sys.argv[1]+'/c.csv', classes=('background','x'))
         print(check_cohort(df, show=False).problem.tolist())
         df = split_cohort(df, 1, 1)

@@ -11,7 +11,7 @@ from fastmiseg.files import WriteError
 from fastmiseg.scans.cohort import load_cohort, save_cohort
 from fastmiseg.commands import evaluate_run, predict_scans, prepare_run, resume_run, train_run
 from fastmiseg.segmenter import SegmenterError, load_segmenter
-from fastmiseg.scans.volume import VolumeError
+from fastmiseg.scans.messages import VolumeError
 
 tiny = dict(epochs=2, n_iters=8, width=2, bs=2, unlabeled_bs=2)
 _tiny = [f'--{k.replace("_","-")}={v}' for k,v in tiny.items()]

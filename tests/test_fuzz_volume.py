@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmiseg.scans.volume import Volume, VolumeError, collect_warnings, read_volume, write_volume
+from fastmiseg.scans.messages import VolumeError, collect_warnings
+from fastmiseg.scans.volume import Volume, read_volume, write_volume
 
 CASES = 150 # for each of the kinds of file below
 KINDS = {'dcm':('',''), 'nii.gz':('.nii.gz','.nii.gz'), 'nii':('.nii','.nii'), 'mha':('.mha','.mha'), 'mhd':('.mhd','.mhd'), 'zraw':('.mhd','.zraw'), 'nrrd':('.nrrd','.nrrd'), 'raw nrrd':('.nrrd','.nrrd')}

@@ -9,7 +9,8 @@ from fastmiseg.evaluation import evaluate_cohort, predict_cohort
 from fastmiseg.inference import ask_network, predict_volume
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.surface import dice
-from fastmiseg.scans.volume import Volume, VolumeError, read_volume, resample, write_volume
+from fastmiseg.scans.messages import VolumeError
+from fastmiseg.scans.volume import Volume, read_volume, resample, write_volume
 
 def agreement(a, b): return [dice(a==c, b==c) for c in (1,2,3)]
 

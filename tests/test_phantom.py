@@ -6,7 +6,8 @@ import numpy as np, pandas as pd, pytest
 
 from fastmiseg.scans.cohort import CohortError
 from fastmiseg.scans.phantom import make_phantom, phantom_scan
-from fastmiseg.scans.volume import check_same_geometry, read_volume
+from fastmiseg.scans.masks import check_same_geometry
+from fastmiseg.scans.volume import read_volume
 
 small = dict(size=(24,32), n_slices=(4,5))
 

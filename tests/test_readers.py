@@ -10,7 +10,8 @@ from test_volume import odd_sform, write_series
 
 from fastmiseg.scans.cohort import CohortError, check_cohort, find_duplicates, load_cohort, save_cohort
 from fastmiseg.scans.split import split_cohort
-from fastmiseg.scans.volume import Volume, read_mask, read_scan, read_volume, write_volume
+from fastmiseg.scans.masks import read_mask, read_scan
+from fastmiseg.scans.volume import Volume, read_volume, write_volume
 
 def image(seed=0, shape=(4,10,12)): return Volume(np.random.default_rng(seed).integers(1, 900, shape).astype(np.int16), (5.,1.5,1.25))
 def mask_of(vol, values=(0,1)): return vol.like(np.choose((vol.array[-1] if vol.array.ndim==4 else vol.array)%len(values), values).astype(np.uint16 if max(values)>255 else np.uint8))

@@ -10,7 +10,8 @@ from scipy.ndimage import map_coordinates
 
 from fastmiseg.scans.placement import Placement, _warp, orient
 from fastmiseg.scans.recipe import Recipe
-from fastmiseg.scans.volume import Volume, VolumeError, read_volume, resample, write_volume
+from fastmiseg.scans.messages import VolumeError
+from fastmiseg.scans.volume import Volume, read_volume, resample, write_volume
 
 quick = settings(max_examples=60, deadline=None)
 codes = [''.join(o) for p in itertools.permutations(('LR','PA','SI')) for o in itertools.product(*p)]

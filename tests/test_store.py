@@ -10,7 +10,8 @@ import fastmiseg.scans.store as S
 from fastmiseg.files import is_temporary, temporary_name
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.store import SliceStore
-from fastmiseg.scans.volume import Volume, VolumeError, VolumeWarning, read_volume, write_volume, scan_files
+from fastmiseg.scans.messages import VolumeError, VolumeWarning
+from fastmiseg.scans.volume import Volume, read_volume, write_volume, scan_files
 
 recipe = Recipe(size=32, classes=('background','ball'))
 linux = pytest.mark.skipif(sys.platform!='linux', reason='workers are forked on Linux only')

@@ -9,8 +9,10 @@ import nibabel, numpy as np, pytest, SimpleITK as sitk
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from fastmiseg.scans.intact import extensions
-from fastmiseg.scans.volume import (Volume, VolumeError, VolumeWarning, check_same_geometry, collect_warnings, read_mask, read_scan,
-                              read_volume, resample, summarise_warnings, write_volume)
+from fastmiseg.scans.masks import check_same_geometry, read_mask, read_scan
+from fastmiseg.scans.messages import (
+    VolumeError, VolumeWarning, collect_warnings, summarise_warnings)
+from fastmiseg.scans.volume import Volume, read_volume, resample, write_volume
 
 def rotation(rng):
     q,r = np.linalg.qr(rng.normal(size=(3,3)))
@@ -96,6 +98,7 @@ def test_failed_write_leaves_nothing(tmp_path):
     before = f.read_bytes()
     code = '''
         import resource, signal, sys, numpy as np
+        from fastmiseg.scans.messages import VolumeError
         from fastmiseg.scans.volume import *
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
         big = Volume(np.random.default_rng(0).integers(0, 30000, (10,64,64)).astype(np.int16))

@@ -21,8 +21,9 @@ from .intact import check_regular, extension
 from .readers import CohortError, subject_of
 from .standards import layouts
 from .table import note
-from .volume import (
-    VolumeError, choose_volume, collect_warnings, read_scan, read_size, read_volume, summarise_warnings)
+from .masks import read_scan
+from .messages import VolumeError, collect_warnings, summarise_warnings
+from .volume import choose_volume, read_size, read_volume
 
 # %% ../../nbs/18_scans.cohort.ipynb #d83d963e
 _all_ = ['CohortError']

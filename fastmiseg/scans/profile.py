@@ -13,7 +13,9 @@ import numpy as np
 import pandas as pd
 
 from .placement import Placement, orient, slice_axis
-from .volume import Volume, VolumeError, collect_warnings, read_labels, read_volume
+from .masks import read_labels
+from .messages import VolumeError, collect_warnings
+from .volume import Volume, read_volume
 
 # %% ../../nbs/22_scans.profile.ipynb #231f4f31
 def scan_profile(

@@ -19,7 +19,9 @@ from fastcore.basics import patch
 from ..files import read_json
 from .placement import Placement, along, orient, slice_axis, world_axes
 from .profile import common_grid, ct_window, look_at
-from .volume import Volume, VolumeError, check_same_geometry, class_indices
+from .masks import check_same_geometry, class_indices
+from .messages import VolumeError
+from .volume import Volume
 
 # %% ../../nbs/23_scans.recipe.ipynb #619d9719
 # Shares of the slices that a training changes with augment='strong': nnU-Net's (Isensee et al. 2021, supplement)

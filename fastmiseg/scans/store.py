@@ -25,8 +25,9 @@ from .recipe import Placement, Recipe
 from .profile import scan_profile, summarise_profiles
 from .cohort import check_images_apart, voxel_digest
 from .split import advice
-from .volume import (
-    VolumeError, VolumeWarning, collect_warnings, read_labels, read_volume, scan_files, split_choice, tell_warnings)
+from .masks import read_labels
+from .messages import VolumeError, VolumeWarning, collect_warnings, tell_warnings
+from .volume import read_volume, scan_files, split_choice
 
 # %% ../../nbs/26_scans.store.ipynb #412cb793
 def _stat(files):

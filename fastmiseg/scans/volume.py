@@ -5,7 +5,7 @@
 # %% ../../nbs/12_scans.volume.ipynb #3177477c
 from __future__ import annotations
 
-import os, re, tempfile, threading, warnings
+import os, re, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,101 +17,11 @@ import SimpleITK as sitk
 from .dicom import read_series, series_size
 from .grid import Grid, check_channels, scale_values, square_axes
 from .intact import check_intact, check_regular, data_file, extension, extensions, header_size
+from .messages import VolumeError, itk_messages, warn_scan
 from .nifti import read_nifti
 
 # %% auto #0
-__all__ = ['VolumeError', 'VolumeWarning', 'collect_warnings', 'summarise_warnings', 'tell_warnings', 'choose_volume',
-           'split_choice', 'Volume', 'write_volume', 'scan_files', 'read_volume', 'read_size', 'check_same_geometry',
-           'read_labels', 'class_indices', 'read_mask', 'read_scan', 'resample']
-
-# %% ../../nbs/12_scans.volume.ipynb #52bfa8f3
-class VolumeError(ValueError): "A scan that cannot be used"
-
-class VolumeWarning(UserWarning):
-    "A scan that was accepted although something about it is odd"
-    def __init__(self,
-        path, # The file
-        text  # What is odd about it
-    ):
-        super().__init__(path, text)
-        self.path,self.text = path,text
-    def __str__(self): return f'{self.path}: {self.text}'
-
-# %% ../../nbs/12_scans.volume.ipynb #d11a2956
-_here = threading.local()
-
-@contextmanager
-def collect_warnings():
-    "Within this block `VolumeWarning`s of this thread go into the list that it yields"
-    old,_here.found = getattr(_here, 'found', None),[]
-    try: yield _here.found
-    finally: _here.found = old
-
-def _warn(
-    path,    # The file
-    text:str # What is odd about it
-):
-    "Warn, or collect the warning"
-    found = getattr(_here, 'found', None)
-    if found is None: warnings.warn(VolumeWarning(path, text), stacklevel=3)
-    else: found.append(VolumeWarning(path, text))
-
-def summarise_warnings(
-    found # A list of `VolumeWarning`s, from `collect_warnings`
-)->list[str]: # One line per kind, the most frequent first
-    "What was odd, and in how many files"
-    kinds = {}
-    for o in found:
-        kinds.setdefault(re.sub(r'[-\d][\d.,e+-]*', '#', o.text), {})[str(o.path)] = o.text
-    lines = []
-    for texts in sorted(kinds.values(), key=len, reverse=True):
-        path,text = next(iter(texts.items()))
-        n = len(texts)
-        lines.append(f'{n} files: {text} (for example {path})' if n>1 else f'{path}: {text}')
-    return lines
-
-def tell_warnings(
-    path, # What was read, for example '200 scans'
-    when, # The first line, for example 'while they were read:'
-    found # A list of `VolumeWarning`s, from `collect_warnings`
-):
-    "Many warnings as one, a line for each kind"
-    if not found: return
-    warnings.warn(VolumeWarning(path, '\n  '.join([when, *summarise_warnings(found)])),
-                  stacklevel=3)
-
-# %% ../../nbs/12_scans.volume.ipynb #a8219acb
-class _Listener(sitk.LoggerBase):
-    "Keeps ITK's warnings while this thread reads a file"
-    def _take(self, text):
-        said = getattr(_here, 'said', None)
-        if said is None: return _before.DisplayText(text)
-        text = re.sub(r'^(WARNING: In [^\n]*\n)?\s*(\w+ \(0x[0-9a-f]+\): )?', '', text)
-        said.append(' '.join(text.split()))
-    DisplayText = DisplayErrorText = DisplayWarningText = _take
-    DisplayGenericOutputText = DisplayDebugText = _take
-
-_listener = _Listener()
-_before = _listener.SetAsGlobalITKLogger()
-
-def _why(e, path):
-    "The one line of ITK's error that says something"
-    noise = (r'^Exception thrown[^\n]*\n|(itk::|sitk::|ITK )?ERROR: '
-             r'|\w+\(0x[0-9a-f]+\): |\[nrrd\] \w+: ')
-    lines = [o.strip() for o in re.sub(noise, '', str(e)).strip().splitlines()]
-    telling = [o for o in lines if o and not o.startswith('Reason: Success')]
-    why = telling[-1] if telling else type(e).__name__
-    return why.replace(str(path), 'it').strip()[:200]
-
-@contextmanager
-def _itk(path):
-    "Run SimpleITK: its warnings become `VolumeWarning`s about `path`, its errors a `VolumeError`"
-    _here.said = []
-    try: yield
-    except (RuntimeError, MemoryError) as e:
-        raise VolumeError(f'{path}: SimpleITK cannot use it ({_why(e, path)})') from None
-    finally: said,_here.said = _here.said,None
-    for o in dict.fromkeys(said): _warn(path, o.replace(f'{path} ', ''))
+__all__ = ['choose_volume', 'split_choice', 'Volume', 'write_volume', 'scan_files', 'read_volume', 'read_size', 'resample']
 
 # %% ../../nbs/12_scans.volume.ipynb #9e9f5ada
 def choose_volume(
@@ -208,7 +118,7 @@ def write_volume(
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix='.fastmiseg-', dir=path.parent) as tmp:
             tmp = Path(tmp)/path.name
-            with _itk(path): sitk.WriteImage(im, _utf8(tmp), useCompression=extension(path)!='.nii')
+            with itk_messages(path): sitk.WriteImage(im, _utf8(tmp), useCompression=extension(path)!='.nii')
             check_intact(tmp)
             for o in sorted(tmp.parent.iterdir(),
                             key=lambda o: o==tmp): os.replace(o, path.parent/o.name)
@@ -281,7 +191,7 @@ def _read_itk(path, channels):
     r = sitk.ImageFileReader()
     r.SetFileName(str(path))
     r.SetImageIO(_io[extension(path)])
-    with _itk(path): im = r.Execute()
+    with itk_messages(path): im = r.Execute()
     if 'complex' in im.GetPixelIDTypeAsString():
         raise ValueError('has complex voxels; save their magnitude')
     check_channels(im.GetSize(), im.GetNumberOfComponentsPerPixel(), channels)
@@ -348,7 +258,7 @@ def _check_values(vol, nan_to_zero):
                           'place, or leave the scan out')
     if bad:
         vol.array = a = np.where(ok, a, a.dtype.type(0))
-        _warn(vol.path, f'{bad:,} voxels were NaN or infinite and are now 0')
+        warn_scan(vol.path, f'{bad:,} voxels were NaN or infinite and are now 0')
     lo,hi = float(a.min()),float(a.max())
     if max(-lo, hi, hi-lo)>float(np.finfo(np.float32).max):
         raise VolumeError(f'{vol.path}: its voxels range from {lo:.3g} to {hi:.3g}, which float32 '
@@ -374,7 +284,7 @@ def read_volume(
     if vol.array.ndim==3 and channels: vol.array = vol.array[None]
     _check_geometry(vol)
     _check_values(vol, nan_to_zero)
-    for o in grid.notes: _warn(path, o)
+    for o in grid.notes: warn_scan(path, o)
     return vol
 
 def read_size(
@@ -387,112 +297,6 @@ def read_size(
         if os.path.isdir(file): return series_size(file, chosen.get('series'), chosen.get('phase'))
         if extension(file): return header_size(file)
     return read_volume(path).shape[::-1] # which says what is wrong with it
-
-# %% ../../nbs/12_scans.volume.ipynb #e62e165e
-def check_same_geometry(
-    image:Volume, # The scan
-    mask:Volume,  # Must lie on the grid of `image`
-    tol=1e-3      # Largest difference of spacing (relative), origin (voxels) and direction
-):
-    "Raise a `VolumeError` if a mask doesn't lie on the grid of its image"
-    a,b = image.path or 'the image',mask.path or 'the mask'
-    todo = ('they must lie on one grid: resample the mask onto the image (`resample(mask, '
-            'to=image, nearest=True)`), or find the right file')
-    if image.shape!=mask.shape:
-        raise VolumeError(f'{b}: has {mask.shape} voxels (z,y,x), but {a} has {image.shape}; {todo}')
-    for k,scale in dict(spacing=image.spacing, origin=min(image.spacing), direction=1.).items():
-        u,v = getattr(image, k),getattr(mask, k)
-        d = (np.abs(np.subtract(u, v))/scale).max()
-        if not d<=tol:
-            raise VolumeError(f'{b}: its {k} is {_round(v)}, but that of {a} is {_round(u)}; {todo}')
-        if d>1e-6: _warn(b, f'its {k} differs from that of its image by {d:.0e}, which was ignored')
-
-def _round(o): return tuple(round(i, 6) for i in o)
-
-# %% ../../nbs/12_scans.volume.ipynb #1c8e1d44
-def read_labels(
-    path # A mask
-)->Volume: # With its values as they are stored, but whole
-    "Read a mask before it is known which classes there are; raises `VolumeError`"
-    vol = read_volume(path)
-    if vol.array.dtype.kind=='f': vol.array = _whole_numbers(vol.array, path)
-    return vol
-
-def _whole_numbers(a, path):
-    "Labels that were stored with a scale factor are near whole numbers, and each has one value only"
-    if (a==np.rint(a)).all(): return a
-    values,counts = np.unique(a, return_counts=True)
-    near = np.rint(values)
-    off = np.abs(values-near)
-    shared = np.isin(near, near[1:][np.diff(near)==0])
-    odd = (off>.05) | (off>1e-3)&shared
-    if odd.any():
-        raise VolumeError(f'{path}: {counts[odd].sum():,} of {a.size:,} voxels have fractional '
-                          f'values (for example {values[odd][0]:g}), expected class numbers; was '
-                          'it resampled with interpolation, or is it not a mask?')
-    return np.rint(a)
-
-# %% ../../nbs/12_scans.volume.ipynb #00dbe74b
-def class_indices(
-    a,       # A mask's values, as they are stored
-    path,    # Its file, for messages
-    classes, # As for `read_mask`
-    labels   # As for `read_mask`
-)->np.ndarray: # uint8
-    "Class indices from stored values; raises `VolumeError` for others than are declared"
-    if a.dtype.kind=='f': a = _whole_numbers(a, path)
-    if labels: labels = {0:0, **{int(k):int(v) for k,v in labels.items()}}
-    else:
-        n = 256 if classes is None else classes if isinstance(classes, int) else len(classes)
-        labels = {i:i for i in range(n)}
-    found = _values(a)
-    odd = [o for o in found if o not in labels]
-    if odd:
-        raise VolumeError(f'{path}: holds the value{"s"*(len(odd)>1)} {_some(odd)}, declared '
-                          f'{"are" if len(labels)>1 else "is"} {_some(labels)}; declare all '
-                          'classes (`classes`, `labels`) or correct the mask')
-    if all(labels[o]==o for o in found): return a.astype(np.uint8)
-    out = np.zeros(a.shape, np.uint8)
-    for o in found: out[a==o] = labels[o]
-    return out
-
-def _values(a):
-    "Whole numbers that occur, in order"
-    few = a.dtype.kind!='f' and a.itemsize<=2 and a.min()>=0
-    return [int(o) for o in (np.flatnonzero(np.bincount(a.ravel())) if few else np.unique(a))]
-
-def _some(o, n=9): return ', '.join(map(str, list(o)[:n])) + (', ...' if len(o)>n else '')
-
-# %% ../../nbs/12_scans.volume.ipynb #9b509fc0
-def read_mask(
-    path,              # File
-    image:Volume=None, # Scan on whose grid it must lie; the result takes over its geometry
-    classes=None,      # Names of the classes, background first, or their number
-    labels=None        # Stored value -> class index, where they differ; 0 is background
-)->Volume:             # uint8 class indices
-    "Read a mask; raises `VolumeError`"
-    vol = read_labels(path)
-    if image is not None: check_same_geometry(image, vol)
-    vol.array = class_indices(vol.array, path, classes, labels)
-    return vol if image is None else replace(image, array=vol.array, path=vol.path)
-
-# %% ../../nbs/12_scans.volume.ipynb #ad936464
-def read_scan(
-    image,          # File, or folder of a DICOM series
-    mask=None,      # Its mask, if it has one
-    channels=False, # As for `read_volume`
-    nan_to_zero=False, # As for `read_volume`
-    classes=None,   # As for `read_mask`
-    labels=None     # As for `read_mask`
-)->tuple:           # Image, and mask or None
-    "Read an image and its mask, with all checks; raises `VolumeError`"
-    x = read_volume(image, channels=channels, nan_to_zero=nan_to_zero)
-    if x.array.min()==x.array.max(): _warn(image, f'has a constant value of {x.array.flat[0]:g}')
-    if x.shape[0]==1: _warn(image, 'has a single slice')
-    if mask is None: return x,None
-    y = read_mask(mask, image=x, classes=classes, labels=labels)
-    if not y.array.any(): _warn(mask, 'is empty: background only')
-    return x,y
 
 # %% ../../nbs/12_scans.volume.ipynb #b9a56c78
 def _other_spacing(vol, spacing):
@@ -527,4 +331,4 @@ def resample(
     r.SetOutputSpacing([float(o) for o in to.spacing[::-1]])
     r.SetOutputOrigin([float(o) for o in to.origin])
     r.SetOutputDirection([float(o) for o in to.direction])
-    with _itk(vol.path): return replace(Volume.from_sitk(r.Execute(vol.to_sitk())), path=vol.path)
+    with itk_messages(vol.path): return replace(Volume.from_sitk(r.Execute(vol.to_sitk())), path=vol.path)

@@ -15,7 +15,7 @@ from fastprogress import progress_bar
 
 from .files import WriteError, whole_file
 from .inference import ask_network, check_free, recipe_of
-from .scans.intact import extension
+from .scans.formats import extension
 from .scans.readers import cohort_frame
 from .scans.recipe import Recipe
 from .scans.masks import read_mask

@@ -14,7 +14,7 @@ import pandas as pd
 
 from .scans.cohort import find_duplicates, load_cohort
 from .scans.split import split_cohort
-from .scans.intact import extension
+from .scans.formats import extension
 from .scans.readers import layouts
 from .scans.recipe import Recipe
 

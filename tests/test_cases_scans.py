@@ -10,6 +10,7 @@ from pydicom.uid import (DeflatedExplicitVRLittleEndian, EnhancedMRImageStorage,
 
 from fastmiseg.scans import intact
 from fastmiseg.scans.cohort import load_cohort, save_cohort
+from fastmiseg.scans.formats import extensions
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.store import SliceStore
 from fastmiseg.scans.masks import read_mask
@@ -856,7 +857,7 @@ def kinds(tmp_path):
     return dict(pipe='a named pipe', link='a named pipe', zero='a device')
 
 @pytest.mark.skipif(not hasattr(os,'mkfifo'), reason='needs named pipes')
-@pytest.mark.parametrize('ext', [*intact.extensions,'.dcm',''])
+@pytest.mark.parametrize('ext', [*extensions,'.dcm',''])
 def test_only_regular_files_are_opened(tmp_path, ext):
     for k,what in kinds(tmp_path).items():
         f = tmp_path/f'x_{k}{ext}'

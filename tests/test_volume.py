@@ -8,7 +8,7 @@ from pathlib import Path
 import nibabel, numpy as np, pytest, SimpleITK as sitk
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from fastmiseg.scans.intact import extensions
+from fastmiseg.scans.formats import extensions
 from fastmiseg.scans.masks import check_same_geometry, read_mask, read_scan
 from fastmiseg.scans.messages import (
     VolumeError, VolumeWarning, collect_warnings, summarise_warnings)

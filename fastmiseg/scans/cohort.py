@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from ..files import write_text
-from .intact import check_regular, extension
+from .formats import extension
+from .intact import check_regular
 from .readers import CohortError, subject_of
 from .standards import layouts
 from .table import note

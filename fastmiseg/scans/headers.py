@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np, pydicom
 from pydicom.datadict import tag_for_keyword
 
-from .intact import check_regular, extension
+from .formats import extension
+from .intact import check_regular
 
 # %% auto #0
 __all__ = ['strong_tags', 'weak_tags', 'tag_name', 'text_of', 'reason', 'read_headers', 'has_images', 'choose_series',

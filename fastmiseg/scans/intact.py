@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['extensions', 'check_regular', 'free_memory', 'check_memory', 'Claim', 'extension', 'check_intact', 'data_file',
-           'header_size', 'read_whole']
+__all__ = ['check_regular', 'free_memory', 'check_memory', 'check_intact', 'data_file', 'header_size', 'read_whole']
 
 # %% ../../nbs/05_scans.intact.ipynb #41e8b8f6
-import gzip, math, os, re, stat, struct, zlib
+import gzip, os, stat, zlib
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
+
+from .formats import Claim, extension, read_claim
 
 # %% ../../nbs/05_scans.intact.ipynb #b8963bd3
 _kinds = {stat.S_IFDIR:'a folder', stat.S_IFIFO:'a named pipe (FIFO)', stat.S_IFSOCK:'a socket',
@@ -59,273 +59,6 @@ def check_memory(
                          'free: close other programs, crop or resample the scan, or read it on a '
                          'larger machine')
 
-# %% ../../nbs/05_scans.intact.ipynb #47ad5e00
-class Claim(NamedTuple):
-    "What a header says of its voxels"
-    start:int             # Byte at which they begin
-    need:int              # Bytes that they take, unpacked
-    how:str               # raw, gzip, zlib or text
-    file:str|None = None  # Other file that holds them
-    unit:float = 1.       # mm in a unit of its geometry
-    scale:tuple = (1.,0.) # Value = stored * scale[0] + scale[1]
-    dims:tuple = ()       # Sizes, the fastest axis first
-    notes:tuple = ()      # Sentences for a warning
-
-# %% ../../nbs/05_scans.intact.ipynb #7766e42a
-_nifti_bits = {2:8, 4:16, 8:32, 16:32, 64:64, 128:24, 256:8, 512:16, 768:32, 1024:64, 1280:64,
-               2304:32}
-
-def _nifti(head):
-    "What the header of a NIfTI-1 file claims"
-    if len(head)<348: raise ValueError('is not a NIfTI file: it has no complete header')
-    end = {b'\x5c\x01\0\0':'<', b'\0\0\x01\x5c':'>'}.get(head[:4])
-    if head[4:8] in (b'n+2\0', b'ni2\0'):
-        raise ValueError('is NIfTI-2, which is not supported: save it as NIfTI-1')
-    if end and head[344:348]==b'ni1\0':
-        raise ValueError('is the header of a pair (.hdr and .img), which is not supported: save it '
-                         'as one .nii or .nii.gz file')
-    if end is None or head[344:348]!=b'n+1\0':
-        raise ValueError('is not a NIfTI file: its header does not begin and end as one')
-    dim,(kind,bits) = struct.unpack(end+'8h', head[40:56]),struct.unpack(end+'2h', head[70:74])
-    start, = struct.unpack(end+'f', head[108:112])
-    dim = dim[:4]+tuple(max(o,1) for o in dim[4:])
-    if not 1<=dim[0]<=7 or min(dim[1:dim[0]+1])<1:
-        raise ValueError(f'has a damaged header: {dim[0]} dimensions of sizes {dim[1:]}')
-    if _nifti_bits.get(kind)!=bits:
-        raise ValueError(f'has voxels of a type that cannot be read (NIfTI code {kind}, {bits} '
-                         'bits)')
-    if not 352<=start<=2**31 or start!=int(start):
-        raise ValueError(f'has a damaged header: voxels said to begin at byte {start}')
-    return Claim(int(start), math.prod(dim[1:dim[0]+1])*bits//8, 'raw', dims=dim[1:dim[0]+1])
-
-# %% ../../nbs/05_scans.intact.ipynb #33bb1a70
-_units = {
-    '':1., '?':1., 'unknown':1., 'mm':1., 'millimeter':1., 'cm':10., 'centimeter':10., 'm':1e3, 'meter':1e3,
-    'um':1e-3, 'µm':1e-3, 'μm':1e-3, 'micron':1e-3, 'micrometer':1e-3, 'nm':1e-6, 'nanometer':1e-6}
-
-def _unit(text, what):
-    "mm in a unit of length"
-    name = text.strip().lower().replace('metre','meter')
-    unit = _units.get(name, _units.get(name.removesuffix('s')))
-    if unit is None:
-        raise ValueError(f'has a geometry in {text[:40]!r} ({what}), expected mm, cm, m or um: '
-                         'correct the header')
-    return unit
-
-# %% ../../nbs/05_scans.intact.ipynb #94580730
-def _numbers(text, kind, what):
-    try: return [kind(o) for o in text.split()]
-    except ValueError: raise ValueError(f'has a damaged header: {what} is {text[:40]!r}') from None
-
-def _finite(text, what):
-    "Finite numbers from a header's text"
-    out = _numbers(text, float, what)
-    if not all(math.isfinite(o) for o in out):
-        raise ValueError(f'has a damaged header: {what} is {text[:60]!r}, expected finite numbers; '
-                         'correct it')
-    return out
-
-def _lengths(text, what):
-    "Numbers, of which the first three are positive"
-    out = _numbers(text, float, what)
-    if not all(math.isfinite(o) and o>0 for o in out[:3]):
-        raise ValueError(f'has a damaged header: {what} is {text[:60]!r}, expected positive '
-                         'numbers of mm; correct it')
-    return out
-
-def _fields(pairs):
-    "Keys and values, each key once"
-    out = {}
-    for k,v in pairs:
-        if k=='Comment': continue
-        if k in out: raise ValueError(f'has a damaged header: it says {k!r} twice')
-        out[k] = v
-    return out
-
-def _beside(file):
-    "Raise unless a data file's name stays in the folder of its header"
-    absolute = file.startswith(('/','\\','~')) or re.match(r'[A-Za-z]:', file)
-    if absolute or '..' in re.split(r'[\\/]', file):
-        raise ValueError('names a file outside its own folder for its voxels '
-                         f'({ascii(file)[:80]}), which is never read: save it as one file')
-    if re.match(r'(?i)list\b', file) or '%' in file:
-        raise ValueError('spreads its voxels over many files, which is not supported: save it as '
-                         'one file')
-    return file
-
-# %% ../../nbs/05_scans.intact.ipynb #dd98ab05
-_meta_types = {1:'CHAR UCHAR', 2:'SHORT USHORT', 4:'INT UINT LONG ULONG FLOAT',
-               8:'LONG_LONG ULONG_LONG DOUBLE'}
-
-_meta_bytes = {o:n for n,names in _meta_types.items() for o in names.split()}
-
-def _meta_place(d, n):
-    "Are origin and axes some? -> what to say"
-    for k in ('Offset','Position','Origin'):
-        if k in d and len(_finite(d[k], k))!=n:
-            raise ValueError(f'has a damaged header: {k} is {d[k][:60]!r}, expected {n} numbers')
-    for k in ('TransformMatrix','Rotation','Orientation'):
-        if k not in d: continue
-        m = _finite(d[k], k)
-        axes = [math.hypot(*m[i:i+n]) for i in range(0, n*n, n)]
-        if len(m)!=n*n or not all(abs(o-1)<1e-3 for o in axes[:3]):
-            raise ValueError(f'has a damaged header: {k} is {d[k][:60]!r}, expected {n} axes of '
-                             'length 1; correct it')
-    missing = [o[0] for o in (('Offset','Position','Origin'),
-                              ('TransformMatrix','Rotation','Orientation')) if not {*o}&{*d}]
-    if not missing: return ()
-    return (f'does not say how it lies in the patient ({", ".join(missing)}): it is taken to begin '
-            'at 0, or its axes to run to the left, back and head',)
-
-def _meta(head):
-    "What the header of a MetaImage file claims"
-    m = re.search(rb'^[ \t]*ElementDataFile[ \t]*[=:][ \t]*([^\r\n]*)\r?\n?', head, re.M)
-    if not m: raise ValueError('is not a MetaImage file: it has no line `ElementDataFile = ...`')
-    text = head[:m.end()].decode('latin-1')
-    d = _fields(re.findall(r'^[ \t]*(\w+)[ \t]*[=:][ \t]*([^\r\n]*?)[ \t]*\r?$', text, re.M))
-    missing = [o for o in ('NDims','DimSize','ElementType') if o not in d]
-    if missing: raise ValueError(f'has a damaged header: no {" and no ".join(missing)}')
-    size = next((o for o in ('ElementSpacing','ElementSize') if o in d), None)
-    if not size:
-        raise ValueError('does not say how large its voxels are: add a line `ElementSpacing = ...` '
-                         'in mm to its header')
-    dims,ndims = _numbers(d['DimSize'], int, 'DimSize'),_numbers(d['NDims'], int, 'NDims')
-    if ndims!=[len(dims)] or min(dims)<1:
-        raise ValueError(f'has a damaged header: NDims is {d["NDims"]!r}, DimSize is '
-                         f'{d["DimSize"]!r}')
-    if len(_lengths(d[size], size))!=len(dims):
-        raise ValueError(f'has a damaged header: {size} is {d[size][:60]!r}, expected {len(dims)} '
-                         'numbers')
-    notes = _meta_place(d, len(dims))
-    per = _meta_bytes.get(d['ElementType'].removeprefix('MET_').removesuffix('_ARRAY'))
-    if per is None:
-        raise ValueError(f'has voxels of a type that cannot be read ({d["ElementType"]!r})')
-    chans = _numbers(d.get('ElementNumberOfChannels','1'), int, 'ElementNumberOfChannels')
-    if len(chans)!=1 or chans[0]<1:
-        raise ValueError('has a damaged header: ElementNumberOfChannels is '
-                         f'{d["ElementNumberOfChannels"]!r}')
-    skip = _numbers(d.get('HeaderSize','0'), int, 'HeaderSize')
-    if len(skip)!=1 or skip[0]<0:
-        raise ValueError('does not say where its voxels begin (HeaderSize is '
-                         f'{d["HeaderSize"]!r}): give the number of bytes before them, or save it '
-                         'as one file')
-    scale = [_finite(d.get(f'ElementToIntensityFunction{o}', default), o)
-             for o,default in (('Slope','1'),('Offset','0'))]
-    if [len(o) for o in scale]!=[1,1] or scale[0][0]==0:
-        raise ValueError('has a damaged header: ElementToIntensityFunctionSlope and -Offset must '
-                         'be numbers, the first not 0')
-    file = m[1].decode('utf-8','surrogateescape').strip()
-    local = file.upper()=='LOCAL'
-    how = ('text' if d.get('BinaryData','True').lower() in ('false','0') else
-           'zlib' if d.get('CompressedData','').lower() in ('true','1') else 'raw')
-    return Claim(
-        (m.end() if local else 0)+skip[0], math.prod(dims)*per*chans[0], how,
-        None if local else _beside(file), _unit(d.get('DistanceUnits',''), 'DistanceUnits'),
-        (scale[0][0],scale[1][0]), tuple(dims), notes)
-
-# %% ../../nbs/05_scans.intact.ipynb #e2f6550a
-# which SimpleITK understands
-_nrrd_spaces = ('left-posterior-superior','right-anterior-superior','left-anterior-superior',
-                'lps','ras','las','left-posterior-superior-time','lpst')
-
-def _nrrd_place(d):
-    "Is it said how it lies in the patient? -> what to say"
-    space = d.get('space','').strip().lower()
-    # which is how SimpleITK writes several channels
-    if space in _nrrd_spaces or d.get('space dimension')=='4':
-        if 'space origin' in d: return ()
-        return ('does not say where it lies (`space origin`): it is taken to begin at 0',)
-    if space.startswith(('right','left','ras','las')):
-        raise ValueError(f'has a space that cannot be read ({space!r}): save it as 3D, with '
-                         'right-anterior-superior or left-posterior-superior')
-    return ('does not say how it lies in the patient (`space`): its axes are taken to run to the '
-            'left, back and head',)
-
-# %% ../../nbs/05_scans.intact.ipynb #c73fd44c
-_nrrd_space = ('domain','space','???','none','')
-
-def _nrrd_geometry(d, dims):
-    "mm in a unit of it, once its numbers are found to be some"
-    units = [o for o in re.findall(r'"([^"]*)"', d.get('space units', d.get('units','')))]
-    kinds = [o.lower() for o in d.get('kinds','').split()]+['']*len(dims)
-    space = [i for i,k in enumerate(kinds[:len(dims)]) if k in _nrrd_space]
-    if 'space directions' in d:
-        vectors = re.findall(r'\([^()]*\)|none', d['space directions'].lower())
-        if len(vectors)!=len(dims) or len([o for o in vectors if o!='none'])<min(3, len(space)):
-            raise ValueError(f'has a damaged header: {len(dims)} sizes, but space directions are '
-                             f'{d["space directions"][:80]!r}; give one for each axis in space')
-        for o in re.findall(r'\(([^()]*)\)', d['space directions']):
-            if not any(_finite(o.replace(',',' '), 'space directions')):
-                raise ValueError('has a damaged header: space directions are '
-                                 f'{d["space directions"][:80]!r}, one of them has no length; '
-                                 'correct it')
-        if 'space origin' in d: _finite(re.sub(r'[(),]',' ',d['space origin']), 'space origin')
-    elif 'spacings' in d:
-        steps = d['spacings'].split()
-        if len(steps)!=len(dims):
-            raise ValueError(f'has a damaged header: {len(dims)} sizes, but spacings are '
-                             f'{d["spacings"]!r}')
-        if len(space)>3: space = [i for i in space if steps[i].lower()!='nan'][:3]
-        _lengths(' '.join(steps[i] for i in space), 'spacings')
-        units = [units[i] for i in space if i<len(units)]
-    else:
-        raise ValueError('does not say how large its voxels are: add a line `spacings: ...` in mm '
-                         'to its header')
-    found = {_unit(o, 'space units') for o in units} or {1.}
-    if len(found)>1:
-        raise ValueError(f'measures its axes in different units ({", ".join(units)}): save it with '
-                         'mm for all')
-    return found.pop()
-
-# %% ../../nbs/05_scans.intact.ipynb #33e66557
-_nrrd_types = {
-    1: 'signed char|int8|int8_t|uchar|unsigned char|uint8|uint8_t',
-    2: 'short|short int|signed short|signed short int|int16|int16_t|ushort|unsigned short|unsigned '
-       'short int|uint16|uint16_t',
-    4: 'int|signed int|int32|int32_t|uint|unsigned int|uint32|uint32_t|float',
-    8: 'longlong|long long|long long int|signed long long|signed long long int|int64|int64_t|'
-       'ulonglong|unsigned long long|unsigned long long int|uint64|uint64_t|double'}
-
-_nrrd_bytes = {o:n for n,names in _nrrd_types.items() for o in names.split('|')}
-
-_nrrd_how = dict(raw='raw', gzip='gzip', gz='gzip', ascii='text', text='text', txt='text',
-                 hex='text')
-
-def _nrrd(head):
-    "What the header of an NRRD file claims"
-    if not head.startswith(b'NRRD000'):
-        raise ValueError('is not an NRRD file: it does not begin with `NRRD`')
-    m = re.search(rb'\r?\n\r?\n', head)
-    text = (head[:m.start()] if m else head).decode('latin-1')
-    d = _fields((k.strip().lower().replace('datafile','data file'), v)
-                for k,v in re.findall(r'^([^#:\n][^:\n]*):[ \t]+([^\r\n]*?)\s*$', text, re.M))
-    file = d.get('data file')
-    if not (m or file):
-        raise ValueError('has a damaged header: no empty line between header and voxels')
-    missing = [o for o in ('type','sizes','encoding') if o not in d]
-    if missing: raise ValueError(f'has a damaged header: no {" and no ".join(missing)}')
-    dims,per = _numbers(d['sizes'], int, 'sizes'),_nrrd_bytes.get(d['type'].lower())
-    if not dims or min(dims)<1: raise ValueError(f'has a damaged header: sizes are {d["sizes"]!r}')
-    if per is None: raise ValueError(f'has voxels of a type that cannot be read ({d["type"]!r})')
-    how = _nrrd_how.get(d['encoding'].lower())
-    if how is None:
-        raise ValueError(f'has voxels in an encoding that cannot be read ({d["encoding"]!r}): save '
-                         'it with gzip or raw')
-    if {'old min','oldmin','old max','oldmax'}&{*d}:
-        raise ValueError('has quantised voxels (`old min`, `old max`), which is not supported: '
-                         'save it with its real values')
-    skip = [sum(_numbers(d.get(f'{o} skip', d.get(f'{o}skip','0')), int, f'{o} skip'))
-            for o in ('line','byte')]
-    if skip[1]<0:
-        raise ValueError(f'does not say where its voxels begin (byte skip is {skip[1]}): save it '
-                         'as one .nrrd file')
-    if skip[0] or skip[1]:
-        raise ValueError('skips lines or bytes before its voxels, which is not supported: save it '
-                         'as one .nrrd file')
-    unit = _nrrd_geometry(d, dims)
-    return Claim(0 if file else m.end(), math.prod(dims)*per, how, _beside(file) if file else None,
-                 unit, dims=tuple(dims), notes=_nrrd_place(d))
-
 # %% ../../nbs/05_scans.intact.ipynb #d623b77f
 def _pieces(path, start, how, size=1<<20):
     "The bytes of `path` from `start` on, unpacked, in pieces"
@@ -360,19 +93,6 @@ def _count(pieces, limit, keep=None):
     return n
 
 # %% ../../nbs/05_scans.intact.ipynb #a6118829
-_formats = {'.nii':_nifti, '.nii.gz':_nifti, '.mha':_meta, '.mhd':_meta, '.nrrd':_nrrd,
-            '.nhdr':_nrrd}
-
-# Endings of the files that can hold a scan
-extensions = tuple(_formats)
-
-def extension(
-    path # of any file
-)->str|None: # One of `extensions`, lower case, or None
-    "The ending of a file that holds a scan"
-    name = Path(path).name.lower()
-    return next((o for o in sorted(_formats, key=len, reverse=True) if name.endswith(o)), None)
-
 def _first(path):
     "Enough of a .nii.gz for its header"
     found = []
@@ -394,7 +114,7 @@ def _header(path):
         if head[344:347]==b'n+1': todo = 'rename it to .nii'
         raise ValueError(f'is not gzip-compressed, though it is named .nii.gz: {todo}')
     if zipped: head = _first(path)
-    return _formats[ext](head), zipped, head
+    return read_claim(head, ext), zipped, head
 
 # %% ../../nbs/05_scans.intact.ipynb #c5f285ec
 def _same(found, need, unpacked):

@@ -19,7 +19,7 @@ from typing import Callable
 import pandas as pd
 
 from .headers import has_images
-from .intact import extension
+from .formats import extension
 from .table import find_file, read_table
 from .volume import choose_volume
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..files import read_json
-from .intact import extensions
+from .formats import extensions
 from .readers import CohortError, cohort_frame, layout, layouts, scans_in, stem
 
 # %% ../../nbs/17_scans.standards.ipynb #e522aa3a

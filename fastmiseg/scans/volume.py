@@ -16,7 +16,8 @@ import SimpleITK as sitk
 
 from .dicom import read_series, series_size
 from .grid import Grid, check_channels, scale_values, square_axes
-from .intact import check_intact, check_regular, data_file, extension, extensions, header_size
+from .formats import extension, extensions
+from .intact import check_intact, check_regular, data_file, header_size
 from .messages import VolumeError, itk_messages, warn_scan
 from .nifti import read_nifti
 

@@ -7,7 +7,7 @@ import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import fastmiseg.evaluation as E, fastmiseg.inference as I, fastmiseg.segmenter as S, fastmiseg.scans.store as ST
+import fastmiseg.evaluation as E, fastmiseg.inference as I, fastmiseg.segmenter as S, fastmiseg.scans.prepared as P
 from fastmiseg.data import MISegDataLoaders
 from fastmiseg.files import WriteError, read_json, whole_file, write_text
 from fastmiseg.evaluation import evaluate_cohort, predict_cohort
@@ -341,7 +341,7 @@ def test_a_store_for_reading(tmp_path, monkeypatch, lost):
     if lost: (store.dir/'index.json').unlink() # then what is there is found by its content, and nothing needs writing
     else: df.image.map(os.utime)               # other times, the same bytes: as after a copy
     def refuse(path, **kw): raise WriteError(f'{path}: cannot be written (Read-only file system; 0 MB are free there)')
-    monkeypatch.setattr(ST, 'whole_file', refuse); monkeypatch.setattr(os, 'access', lambda path, mode: mode!=os.W_OK)
+    monkeypatch.setattr(P, 'whole_file', refuse); monkeypatch.setattr(os, 'access', lambda path, mode: mode!=os.W_OK)
     assert np.array_equal(SliceStore(tmp_path/'s', recipe).prepare(df, workers=0, progress=False).verify().image('a', 1), want)
     with pytest.raises(OSError, match='the slice store cannot be written .*Read-only'): SliceStore(tmp_path/'s', recipe).prepare(pd.concat([df, cohort(tmp_path, 'z', ['test'], n=50)]), workers=0, progress=False)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 import SimpleITK as sitk
 
-import fastmiseg.scans.store as S
+import fastmiseg.scans.prepared as P, fastmiseg.scans.store as S, fastmiseg.scans.workers as W
 from fastmiseg.files import is_temporary, temporary_name
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.store import SliceStore
@@ -48,7 +48,7 @@ def test_workers_start_after_threads_were_used(tmp_path):
 
 def test_spawned_workers(tmp_path, monkeypatch):
     df = make(tmp_path, 3)
-    monkeypatch.setattr(S, '_start_method', 'spawn')
+    monkeypatch.setattr(W, '_start_method', 'spawn')
     same(go(tmp_path/'a', df), go(tmp_path/'b', df, workers=0))
 
 def test_progress_bar(tmp_path, capfd):
@@ -67,7 +67,7 @@ def test_a_killed_worker_loses_only_the_scan_in_hand(tmp_path, monkeypatch):
     def read(path, **kw):
         if path.endswith('s3.nii.gz'): os.kill(os.getpid(), signal.SIGKILL)
         return read_volume(path, **kw)
-    monkeypatch.setattr(S, 'read_volume', read)
+    monkeypatch.setattr(P, 'read_volume', read)
     with pytest.raises(VolumeError, match='(?s)1 of 8 scans cannot be used.*s3.nii.gz: the process that prepared it was killed: is there enough memory') as e:
         go(tmp_path/'a', df)
     assert e.value.problems.scan.tolist()==['s3']
@@ -79,15 +79,16 @@ def test_a_killed_worker_loses_only_the_scan_in_hand(tmp_path, monkeypatch):
     assert before.items()<=entries(store).items() and len(entries(store))==len(before)+4
 
 slow = '''
-import sys, time, pandas as pd, fastmiseg.scans.store as S
+import sys, time, pandas as pd, fastmiseg.scans.prepared as P
 from fastmiseg.scans.recipe import Recipe
-read = S.read_volume
+from fastmiseg.scans.store import SliceStore
+read = P.read_volume
 def slowly(*a, **kw): time.sleep(.1); return read(*a, **kw)
-S.read_volume = slowly
+P.read_volume = slowly
 if __name__=='__main__':
     df = pd.read_pickle(sys.argv[2])
     print('ready', flush=True)
-    S.SliceStore(sys.argv[1], Recipe(size=32, classes=('background','ball'))).prepare(df, workers=2, progress=False)
+    SliceStore(sys.argv[1], Recipe(size=32, classes=('background','ball'))).prepare(df, workers=2, progress=False)
 '''
 def start(tmp_path, store, df):
     df.to_pickle(tmp_path/'df.pkl'); (tmp_path/'slow.py').write_text(slow)
@@ -205,10 +206,10 @@ def test_a_changed_data_file_beside_its_header_is_noticed(tmp_path, ext):
 def test_a_folder_counts_with_all_its_files(tmp_path):
     d = tmp_path/'series'; d.mkdir()
     (d/'1.dcm').write_bytes(b'1')
-    seen,h = S._fingerprint(str(d))
+    seen,h = P.fingerprint(str(d))
     (d/'2.dcm').write_bytes(b'2')
-    assert S._fingerprint(str(d))[1]!=h
-    assert S._stat([o for o,*_ in seen])!=seen                          # a new file shows from outside
+    assert P.fingerprint(str(d))[1]!=h
+    assert P.file_stats([o for o,*_ in seen])!=seen                          # a new file shows from outside
 
 def test_recipes_live_side_by_side(tmp_path):
     df = make(tmp_path, 2)
@@ -245,7 +246,7 @@ def test_a_file_that_changes_while_it_is_prepared(tmp_path, monkeypatch):
         v = read_volume(path, **kw)
         if path==df.image[0]: os.utime(path)
         return v
-    monkeypatch.setattr(S, 'read_volume', read)
+    monkeypatch.setattr(P, 'read_volume', read)
     with pytest.raises(VolumeError, match='(?s)1 of 2 scans.*s0.nii.gz: changed while it was prepared'): go(tmp_path/'a', df, workers=0)
 
 # -- what is not opened, and what is said ------------------------------------------------------------------------------

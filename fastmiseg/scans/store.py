@@ -9,219 +9,25 @@ from __future__ import annotations
 __all__ = ['SliceStore']
 
 # %% ../../nbs/26_scans.store.ipynb #116e301e
-import hashlib, json, multiprocessing, os, signal, sys, threading, time, warnings, zlib
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+import os, time
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np, pandas as pd
-import SimpleITK as sitk
 from fastcore.basics import num_cpus, patch
 from fastprogress.fastprogress import progress_bar
 
-from ..files import WriteError, is_temporary, parse_json, quick_sum, whole_file
-from .recipe import Placement, Recipe
-from .profile import scan_profile, summarise_profiles
-from .cohort import check_images_apart, voxel_digest
+from ..files import is_temporary, quick_sum
+from .cohort import check_images_apart
+from .placement import Placement
+from .messages import VolumeError, VolumeWarning, tell_warnings
+from .prepared import (
+    StoreError, file_stats, folder_name, from_steps, image_key, mask_key, prepare_scans, seal, unseal, write_stored)
+from .profile import summarise_profiles
+from .recipe import Recipe
 from .split import advice
-from .masks import read_labels
-from .messages import VolumeError, VolumeWarning, collect_warnings, tell_warnings
-from .volume import read_volume, scan_files, split_choice
-
-# %% ../../nbs/26_scans.store.ipynb #412cb793
-def _stat(files):
-    "How files look from outside"
-    s = [os.stat(o) for o in files]
-    return [[o, 0 if os.path.isdir(o) else i.st_size, i.st_mtime_ns, i.st_ino]
-            for o,i in zip(files, s)]
-
-def _fingerprint(path):
-    "How the files of a scan look from outside, and a hash of what is in them"
-    try:
-        seen,h = _stat(scan_files(path)),hashlib.blake2b(digest_size=16)
-        if chosen := split_choice(path)[1]: h.update(json.dumps(chosen, sort_keys=True).encode())
-        for file,*_ in seen:
-            if os.path.isdir(file): continue
-            with open(file, 'rb') as f:
-                while block := f.read(1<<20): h.update(block)
-    except OSError as e:
-        raise VolumeError(f'{path}: cannot be read ({e.strerror}): check the path and its '
-                          'permissions') from None
-    return seen, h.hexdigest()
-
-# %% ../../nbs/26_scans.store.ipynb #981719b2
-class _Unwritable(WriteError):
-    "The store cannot be written: no scan is to blame, and going on is useless"
-
-def _write(path, put):
-    "A whole file, or an error that says what to do"
-    try:
-        with whole_file(path) as tmp:
-            with open(tmp, 'wb') as f: put(f)
-    except WriteError as e:
-        raise _Unwritable(f'the slice store cannot be written ({e}): make room or choose another '
-                          'folder, and prepare again; what is prepared so far is kept') from None
-
-def _seal(about):
-    "As JSON, with a checksum of itself in a second line"
-    text = json.dumps(about, sort_keys=True)
-    return f'{text}\n{zlib.crc32(text.encode())}\n'.encode()
-
-def _unseal(path):
-    "What `_seal` made; None where it is not there or not whole"
-    try:
-        text,said,_ = path.read_text(encoding='utf-8').split('\n')
-        return parse_json(text, most=1<<30) if said==str(zlib.crc32(text.encode())) else None
-    except (OSError, ValueError): return None
-
-# %% ../../nbs/26_scans.store.ipynb #88679638
-_version = 4 # of the files; goes up when the same scan and recipe give other files than before
-
-def _digest(*parts): return hashlib.blake2b('|'.join(parts).encode(), digest_size=12).hexdigest()
-
-def _image_key(content, siblings): return _digest('image', content, *sorted(siblings))+'.image'
-
-def _mask_key(image_key, content): return _digest('mask', image_key, content)+'.mask'
-
-def _save(dir, key, a, about):
-    "An array, and then what is known about it: where that is, all is there"
-    path = dir/f'{key}.npy'
-    _write(path, lambda f: np.save(f, a))
-    about = dict(about, bytes=path.stat().st_size, sum=quick_sum(path))
-    _write(dir/f'{key}.json', lambda f: f.write(_seal(about)))
-    return about
-
-# %% ../../nbs/26_scans.store.ipynb #ed662b56
-_steps = np.float32(65535)
-
-def _prepare_image(dir, key, recipe, vol, limits):
-    "The slices of a scan, and what is known of them"
-    x,where = recipe.slices(vol, limits)
-    return _save(dir, key, np.rint(x*_steps).astype(np.uint16),
-                 dict(n=where.n, where=where.to_dict(), share=where.share,
-                      voxels=voxel_digest(vol.array), profile=scan_profile(vol, where)))
-
-def _prepare_mask(dir, key, recipe, path, where, image):
-    "Those of its mask, and what they cut off"
-    vol = read_labels(path)
-    y = recipe.masks(vol, where, image)
-    about,total = {},int(np.count_nonzero(vol.array))
-    lost = int(np.count_nonzero(where.beyond(vol.array)))
-    if not total: about['odd'] = 'the mask is empty: background only'
-    elif lost:
-        about['odd'] = (f'slices of {where.size[0]}x{where.size[1]} pixels cut off a part of what '
-                        f'the mask shows ({lost/total:.1%}): give the Recipe a larger `size`')
-    shows = [np.setdiff1d(o, 0).tolist() for o in map(np.unique, y)]
-    return _save(dir, key, y, dict(about, total=total, lost=lost, shows=shows))
-
-_known = dict(image=('n','bytes','sum','share','voxels','profile'),
-              mask=('bytes','sum','total','lost'))
-
-def _entry(about, kind): return {k:about[k] for k in _known[kind]}
-
-def _whole(dir, key):
-    "What is known about prepared slices, if they are there"
-    about = _unseal(dir/f'{key}.json')
-    return about if about and _size(dir/f'{key}.npy')==about['bytes'] else None
-
-# %% ../../nbs/26_scans.store.ipynb #8414f652
-def _prepare(job):
-    "Prepare the scans of a job: fingerprints by path, entries by key, problems by scan, warnings"
-    dir,recipe,scans = job # scans: [(image, mask or None)]
-    prints,entries,problems,vols = {},{},{},{}
-    def read(path):
-        if path not in vols: vols[path] = read_volume(path, channels=recipe.channels>1)
-        if _stat(scan_files(path))!=prints[path][0]:
-            raise VolumeError(f'{path}: changed while it was prepared: prepare again when it is '
-                              'complete')
-        return vols[path]
-    with collect_warnings() as odd:
-        for scan in scans:
-            try: prints[scan[0]] = _fingerprint(scan[0])
-            except VolumeError as e: problems[scan] = str(e)
-        siblings = [i for i,_ in scans if i in prints] if recipe.per=='subject' else []
-        for image,mask in scans:
-            if (image,mask) in problems: continue
-            try:
-                key = _image_key(prints[image][1], [prints[i][1] for i in siblings])
-                if not (about := _whole(dir, key)):
-                    limits = None
-                    if len(siblings)>1: limits = recipe.limits(*_usable(read, recipe, siblings))
-                    about = _prepare_image(dir, key, recipe, read(image), limits)
-                entries[key] = _entry(about, 'image')
-                if not mask: continue
-                prints[mask] = _fingerprint(mask)
-                mkey = _mask_key(key, prints[mask][1])
-                where = Placement.from_dict(about['where'])
-                about = _whole(dir, mkey) or _prepare_mask(dir, mkey, recipe, mask, where, image)
-                entries[mkey] = _entry(about, 'mask')
-                if 'odd' in about: odd.append(VolumeWarning(mask, about['odd']))
-            except _Unwritable: raise
-            except VolumeError as e: problems[image,mask] = str(e)
-            except Exception as e: problems[image,mask] = f'{image}: {type(e).__name__}: {e}'
-    return prints, entries, problems, [(o.path, o.text) for o in odd]
-
-def _size(path): return path.stat().st_size if path.exists() else None
-
-def _usable(read, recipe, images):
-    "Those of a subject's scans that can be prepared: a bad one says nothing about the others"
-    out = []
-    for o in images:
-        try:
-            recipe.limits(v := read(o))
-            out.append(v)
-        except VolumeError: pass
-    return out
-
-# %% ../../nbs/26_scans.store.ipynb #865d96d6
-_start_method = 'fork' if sys.platform=='linux' else 'spawn'
-
-def _leave_with_parent():
-    "A pool's workers would wait for ever for a parent that was killed"
-    parent = os.getppid()
-    def leave():
-        while os.getppid()==parent: time.sleep(.5)
-        os._exit(1)
-    threading.Thread(target=leave, daemon=True).start()
-
-def _start_worker():
-    # Ctrl-C is the parent's affair: a worker finishes its scan
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _leave_with_parent()
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-
-# %% ../../nbs/26_scans.store.ipynb #369fb16e
-def _submit(pool, f, job):
-    with warnings.catch_warnings():
-        # Python 3.12, of any fork
-        warnings.filterwarnings('ignore', 'This process .* is multi-threaded', DeprecationWarning)
-        return pool.submit(f, job)
-
-def _parallel(f, jobs, workers):
-    "Yield (job, f(job)) as they finish; a job that kills its process yields a BrokenProcessPool"
-    if not workers:
-        yield from ((j, f(j)) for j in jobs)
-        return
-    def pool(n): return ProcessPoolExecutor(n, multiprocessing.get_context(_start_method), _start_worker)
-    jobs = list(reversed(jobs))
-    while jobs:
-        flying,p = {},pool(workers)
-        try:
-            while jobs or flying:
-                while jobs and len(flying)<2*workers:
-                    flying[_submit(p, f, jobs[-1])] = jobs[-1]
-                    jobs.pop()
-                for r in wait(flying, return_when=FIRST_COMPLETED).done:
-                    out = r.result()
-                    yield flying.pop(r), out
-        except BrokenProcessPool: pass
-        finally: p.shutdown(cancel_futures=True)
-        for j in flying.values():
-            with pool(1) as p:
-                try: out = _submit(p, f, j).result()
-                except BrokenProcessPool as e: out = e
-            yield j, out
+from .workers import run_jobs
 
 # %% ../../nbs/26_scans.store.ipynb #24ff1ff7
 def _rows(df):
@@ -247,7 +53,7 @@ class _Index:
         self.files,self.entries = self._read()
     def _read(self):
         try:
-            d = _unseal(self.path)
+            d = unseal(self.path)
             return d['files'],d['entries']
         except (KeyError, TypeError): return {},{}
     def add(self, files, entries):
@@ -255,15 +61,15 @@ class _Index:
         f,e = self._read() # another process may have added to it
         self.files,self.entries = {**f, **self.files, **files},{**e, **self.entries, **entries}
         try:
-            _write(self.path,
-                   lambda o: o.write(_seal(dict(files=self.files, entries=self.entries))))
-        except _Unwritable:
+            write_stored(self.path,
+                   lambda o: o.write(seal(dict(files=self.files, entries=self.entries))))
+        except StoreError:
             # else a store for reading: it only takes longer to find what is there
             if os.access(self.path.parent, os.W_OK): raise
     def content(self, path):
         "Hash of a scan if it looks as it did, else None"
         seen,h = self.files.get(path, (None,None))
-        try: return h if seen and _stat([o for o,*_ in seen])==[list(o) for o in seen] else None
+        try: return h if seen and file_stats([o for o,*_ in seen])==[list(o) for o in seen] else None
         except OSError: return None
 
 # %% ../../nbs/26_scans.store.ipynb #4eb28149
@@ -274,7 +80,7 @@ class SliceStore:
         recipe:Recipe # How a scan becomes slices
     ):
         self.path,self.recipe = Path(path),recipe
-        self.dir = self.path/_digest(str(_version), recipe.key)
+        self.dir = self.path/folder_name(recipe)
         self.scans,self.problems,self.summary = None,None,{}
         self._keys,self._open,self._verified = {},{},set()
 
@@ -283,7 +89,7 @@ class SliceStore:
         i     # Which slice; or several: a slice object or a list
     )->np.ndarray: # float32 (C,H,W) in 0..1
         "A slice"
-        return np.divide(self._map(scan, 0)[i], _steps, dtype=np.float32)
+        return from_steps(self._map(scan, 0)[i])
 
     def mask(self, scan, i)->np.ndarray: # uint8 (H,W), class indices
         "The mask of a slice"
@@ -337,7 +143,7 @@ def _damaged(self:SliceStore, scan, key, why):
 def _about(self:SliceStore, scan, kind):
     "What is known about the slices of a scan"
     key = self._key(scan, kind)
-    about = _unseal(self.dir/f'{key}.json')
+    about = unseal(self.dir/f'{key}.json')
     if not about: raise self._damaged(scan, key, 'what is said about them is not what was written')
     return about
 
@@ -346,7 +152,7 @@ def _verify(self:SliceStore, key, scan=None):
     "Before anything of a file is used: is it what was written? Once in a process and its workers"
     if key in self._verified: return
     scan = scan or next(s for s,k in self._keys.items() if key in k)
-    path,about = self.dir/f'{key}.npy',_unseal(self.dir/f'{key}.json')
+    path,about = self.dir/f'{key}.npy',unseal(self.dir/f'{key}.json')
     if not about: raise self._damaged(scan, key, 'what is said about them is not what was written')
     try: right = path.stat().st_size==about['bytes'] and quick_sum(path)==about['sum']
     except OSError as e: raise self._damaged(scan, key, e.strerror) from None
@@ -377,9 +183,9 @@ def _lookup(self:SliceStore, groups, index):
         hashes = [index.content(r['image']) for r in g]
         siblings = [h for h in hashes if h] if self.recipe.per=='subject' else []
         for r,h in zip(g, hashes):
-            if not h or not known(key := _image_key(h, siblings)): continue
+            if not h or not known(key := image_key(h, siblings)): continue
             m = r['mask'] and index.content(r['mask'])
-            mkey = m and _mask_key(key, m)
+            mkey = m and mask_key(key, m)
             if not r['mask'] or mkey and known(mkey): keys[r['scan']] = key,mkey
     return keys
 
@@ -402,11 +208,11 @@ def _run(self:SliceStore, jobs, index, workers, progress):
     "Prepare `jobs`; what went wrong, by (image, mask)"
     try: self.dir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise _Unwritable(f'{self.dir}: the slice store cannot be made ({e.strerror}): choose '
+        raise StoreError(f'{self.dir}: the slice store cannot be made ({e.strerror}): choose '
                           'another folder') from None
     if not (self.dir/'recipe.txt').exists():
-        _write(self.dir/'recipe.txt', lambda f: f.write(repr(self.recipe).encode()))
-    results = _parallel(_prepare, jobs,
+        write_stored(self.dir/'recipe.txt', lambda f: f.write(repr(self.recipe).encode()))
+    results = run_jobs(prepare_scans, jobs,
                         min(len(jobs), min(8, num_cpus()) if workers is None else workers))
     files,entries,problems,odd,saved = {},{},{},[],time.monotonic()
     try:

@@ -10,7 +10,7 @@ root = Path(__file__).parents[1]
 
 # A room imports only from rooms above it
 order = '''files processes lock show
-scans.formats scans.intact scans.grid scans.nifti scans.headers scans.dicom scans.messages scans.volume
+scans.formats scans.intact scans.grid scans.nifti scans.headers scans.stack scans.dicom scans.messages scans.volume
 scans.masks slices scans.table scans.readers scans.standards scans.cohort scans.split
 scans.phantom scans.placement scans.profile scans.recipe scans.prepared scans.workers scans.store
 augment transforms warps packed data

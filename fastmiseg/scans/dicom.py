@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import locale, os, tempfile, warnings
-from collections import Counter
 from pathlib import Path
 
 import numpy as np, pydicom
@@ -15,244 +14,12 @@ from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels import get_decoder
 
 from .grid import Grid, square_axes
-from .headers import (
-    choose_series, frames_of, read_headers, reason, strong_tags, tag_name, text_of, weak_tags)
+from .headers import choose_series, frames_of, read_headers, reason, tag_name
 from .intact import check_memory, check_regular
+from .stack import choose_phase, stack_frames
 
 # %% auto #0
 __all__ = ['read_series', 'series_size']
-
-# %% ../../nbs/10_scans.dicom.ipynb #ecadd8f3
-def _key(frame, keyword):
-    "A value by which frames are told apart, and sorted"
-    v = frame.get(keyword)
-    if keyword=='InstanceNumber' and frame.many: return float(v or 0)*1e6 + frame.index
-    if v is None: return ''
-    if keyword in ('EchoTime','EffectiveEchoTime'): return round(float(v), 2)
-    if isinstance(v, (int,float)): return float(v)
-    return text_of(v)
-
-def _split(frames, keywords):
-    "Frames by the values of those keywords that differ: [(words, frames)]"
-    keys = [k for k in keywords if len({_key(f, k) for f in frames})>1]
-    groups = {}
-    for f in frames: groups.setdefault(tuple(_key(f, k) for k in keys), []).append(f)
-    order = sorted(groups, key=lambda o: [(isinstance(i,str), i) for i in o])
-    def words(o):
-        return ', '.join(f'{k} {v:g}' if isinstance(v, float) else f'{k} {v}' for k,v in zip(keys, o))
-    return [(words(o), groups[o]) for o in order]
-
-# %% ../../nbs/10_scans.dicom.ipynb #8d6ea990
-def _normal(frame):
-    "The direction across the slices, of length 1"
-    v = frame.numbers('ImageOrientationPatient', 6)[0]
-    n = np.cross(v[:3], v[3:])
-    return n/max(np.linalg.norm(n), 1e-9)
-
-def _places(frames):
-    "Which slice each frame belongs to, counted along the normal of the slices"
-    at = np.array([f.numbers('ImagePositionPatient', 3)[0] for f in frames])@_normal(frames[0])
-    near = .01*min(frames[0].numbers('PixelSpacing', 2)[0])
-    order = np.argsort(at, kind='stable')
-    place = np.empty(len(frames), int)
-    place[order] = np.cumsum(np.diff(at[order], prepend=at[order[:1]])>near)
-    return place
-
-# %% ../../nbs/10_scans.dicom.ipynb #6c07a610
-def _some(o, n=3):
-    return ', '.join(list(o)[:n]) + (', ...' if len(o)>n else '')
-
-def _check_copies(frames):
-    "Raise if one slice is there twice"
-    seen = {}
-    for f in frames:
-        uid = f.ds.get('SOPInstanceUID')
-        twin = seen.setdefault((uid,f.index), f) if uid else f
-        if twin is not f:
-            raise ValueError(f'{f}: is the same slice as {twin} '
-                             f'({tag_name("SOPInstanceUID")} is {uid}): remove one of them')
-
-def _blocks(frames, where):
-    "Are the frames numbered place by place, or volume by volume?"
-    order = [where[id(f)] for f in sorted(frames, key=lambda f: (_key(f, 'InstanceNumber'), f.index))]
-    n = len(set(order))
-    m = len(order)//n
-    by_volume = all(len(set(order[i*n:(i+1)*n]))==n for i in range(m))
-    return by_volume or all(len(set(order[i*m:(i+1)*m]))==1 for i in range(n))
-
-# %% ../../nbs/10_scans.dicom.ipynb #fd02778b
-def _by_one_keyword(frames, place, n):
-    "In n volumes, by a keyword with n values that no two slices at a place share; else None"
-    for k in weak_tags[:-1]:
-        parts = _split(frames, [k])
-        if len(parts)==n and all(len({place[id(f)] for f in o})==len(o) for _,o in parts): return parts
-
-def _by_order(frames, place, n):
-    "In n volumes, by the order of the slices at each place; else None"
-    groups = {}
-    for f in frames: groups.setdefault(place[id(f)], []).append(f)
-    for k in weak_tags:
-        if any(len({_key(f, k) for f in o})<n for o in groups.values()): continue
-        if k=='InstanceNumber' and len(groups)>1 and not _blocks(frames, place): continue
-        def late(f, k=k): return isinstance(_key(f, k), str), _key(f, k)
-        ranks = [sorted(groups[p], key=late) for p in sorted(groups)]
-        return [(f'by {k}', [o[i] for o in ranks]) for i in range(n)]
-
-def _phases(frames):
-    "Volumes whose slices are at the same places: [(words, frames)]"
-    places = _places(frames)
-    count = np.bincount(places)
-    if count.max()==1: return [('', frames)]
-    _check_copies(frames)
-    place,n = dict(zip(map(id, frames), places)),count.max()
-    parts = _by_one_keyword(frames, place, n) or (count.min()==n and _by_order(frames, place, n))
-    if parts: return parts
-    worst = int(np.argmax(count))
-    twice = [str(f) for f in frames if place[id(f)]==worst]
-    raise ValueError(f'{len(frames)} slices are at {len(count)} places: {count[worst]} are at one '
-                     f'({_some(twice)}) and nothing tells them apart (their '
-                     f'{tag_name("ImagePositionPatient")} is the same): remove what is there twice, '
-                     'or export the phases as series of their own')
-
-# %% ../../nbs/10_scans.dicom.ipynb #8fc155ac
-def _odd(values, near):
-    "Which rows are not as most are"
-    rounded = [tuple(o) for o in np.round(values, 3)]
-    usual = values[rounded.index(Counter(rounded).most_common(1)[0][0])]
-    return (np.abs(values-usual)>near).any(1)
-
-def _check_same(frames, keyword, n, near):
-    "Raise unless n numbers are the same in all frames"
-    odd = _odd(np.array([f.numbers(keyword, n)[0] for f in frames]), near)
-    if not odd.any(): return
-    first,ref = frames[int(np.argmax(odd))],frames[int(np.argmin(odd))]
-    some = 'it into a folder of its own'
-    if odd.sum()>1: some = f'the {odd.sum()} that differ into a folder of their own'
-    raise ValueError(f'{first.says(keyword)}, but {text_of(ref.get(keyword))} in {(~odd).sum()} of its '
-                     f'{len(frames)} slices: move {some}')
-
-def _check_alike(frames):
-    "Raise unless orientation, spacing and size are the same in all frames, and can be"
-    for k in ('Rows','Columns'): _check_same(frames, k, 1, 0)
-    _check_same(frames, 'ImageOrientationPatient', 6, 1e-3)
-    spacing = frames[0].numbers('PixelSpacing', 2)[0]
-    _check_same(frames, 'PixelSpacing', 2, np.abs(spacing)*1e-3)
-    if not (spacing>0).all():
-        raise ValueError(f'{frames[0].says("PixelSpacing")}, expected positive numbers of mm; '
-                         'only images with a known size are read: export the series again')
-    v,decimals = frames[0].numbers('ImageOrientationPatient', 6)
-    rounding = 10.**-max(decimals) if max(decimals)>1 else 0
-    off = max(abs(v[:3]@v[:3]-1), abs(v[3:]@v[3:]-1), abs(v[:3]@v[3:]))
-    if off>2e-3+2*rounding:
-        raise ValueError(f'{frames[0].says("ImageOrientationPatient")}, '
-                         'expected two perpendicular directions of length 1; export the series again')
-
-# %% ../../nbs/10_scans.dicom.ipynb #6a752b96
-def _choose_phase(frames, phase=None):
-    "The frames of one volume"
-    parts,stacks = [],_split(frames, strong_tags)
-    for words,o in stacks:
-        try:
-            _check_alike(o)
-            phases = _phases(o)
-        except ValueError:
-            if len(stacks)==1: raise
-            phases = [('', o)] # what is wrong is said when it is asked for
-        parts += [(', '.join(filter(None, (words,more))), p) for more,p in phases]
-    if len(parts)==1 and phase is None: return frames
-    if phase is None:
-        said = '; '.join(f'{i}: {words or "-"} ({len(o)} slice{"s"*(len(o)>1)})'
-                         for i,(words,o) in enumerate(parts[:8]))
-        if len(parts)>8: said += '; ...'
-        raise ValueError(f'holds {len(parts)} volumes (phases, echoes or acquisitions) in one '
-                         f'series, expected one; choose one with phase=0 to phase={len(parts)-1}: {said}')
-    try: number = int(phase)
-    except (TypeError, ValueError): number = -1
-    if not 0<=number<len(parts):
-        raise ValueError(f'phase={phase!r}: it holds {len(parts)} volume{"s"*(len(parts)>1)}, '
-                         f'expected a number from 0 to {len(parts)-1}')
-    return parts[number][1]
-
-# %% ../../nbs/10_scans.dicom.ipynb #1c439566
-def _thickness(frame):
-    "Of a single slice"
-    k = 'SpacingBetweenSlices'
-    if frame.get(k) is None: k = 'SliceThickness'
-    v = frame.numbers(k, 1, 'a single slice must say how thick it is: export the series again')[0][0]
-    if not v>0:
-        raise ValueError(f'{frame.says(k)}, expected a positive number of mm; export the series again')
-    return float(v)
-
-def _step(frames, z, half):
-    "The distance between slices, if it is one"
-    steps,n = np.diff(z),len(z)
-    usual = float(np.median(steps))
-    worst = int(np.abs(steps-usual).argmax())
-    apart = z[None] - z[:,None]
-    count = np.arange(n)[None] - np.arange(n)[:,None]
-    later = count>0
-    lo,hi = ((apart+s*2.02*half)[later]/count[later] for s in (-1,1))
-    rounded = lo.max()<=hi.min() and half<=.1*usual
-    if not usual>0 or not rounded and abs(steps[worst]-usual)>.01*usual:
-        raise ValueError(f'slices are {usual:g} mm apart, but {steps[worst]:g} mm between '
-                         f'{frames[worst]} and {frames[worst+1]} (their '
-                         f'{tag_name("ImagePositionPatient")}): a slice is missing or there twice; '
-                         'export the series again')
-    even = np.abs(steps-usual).max()<1e-6*usual
-    fit = float((z[-1]-z[0])/(n-1) if even else np.polyfit(np.arange(n), z, 1)[0])
-    if even or not rounded: return fit,[]
-    fit = float(np.clip(fit, lo.max(), hi.min()))
-    said = frames[0].get('SpacingBetweenSlices')
-    if said is not None and lo.max()<=float(said)<=hi.min(): fit = float(said)
-    if abs(steps[worst]-usual)<=.01*usual: return fit,[]
-    return fit,[f'has rounded positions of its slices, which were taken to be {fit:.4g} mm apart']
-
-# %% ../../nbs/10_scans.dicom.ipynb #928c4a98
-def _upright(frames, at, plane, step, half):
-    "Are the slices straight above each other?"
-    n = len(frames)
-    aside = at@plane.T  # along rows and columns
-    drift = np.polyfit(np.arange(n), aside, 1)[0]
-    rest = aside - aside.mean(0) - np.outer(np.arange(n)-(n-1)/2, drift)
-    size,allowed = np.linalg.norm(drift)/step, 2*np.abs(plane)@half+1e-6
-    if (np.abs(rest)>allowed+.01*step).any():
-        i = int(np.linalg.norm(rest, axis=1).argmax())
-        raise ValueError(f'{frames[i].says("ImagePositionPatient")}: it is shifted sideways by '
-                         f'{np.linalg.norm(rest[i]):.2g} mm from the line of the other slices; '
-                         'export the series again')
-    if (np.abs(drift)*(n-1)<=allowed).all() or size<=2e-4: return []
-    if size<=1.5e-3:
-        return [f'has slices that drift sideways (by {size:.0e} mm in a mm), which was corrected']
-    tilt = frames[0].get('GantryDetectorTilt')
-    if tilt is None: tilt = 'missing'
-    raise ValueError(f'its slices are sheared by {np.degrees(np.arctan(size)):.1f} degrees '
-                     f'({tag_name("ImagePositionPatient")} runs sideways; '
-                     f'{tag_name("GantryDetectorTilt")} is {tilt}): the gantry was tilted; straighten '
-                     'it first, for example with `dcm2niix`, whose file ends in _Tilt')
-
-# %% ../../nbs/10_scans.dicom.ipynb #5fc7f0e7
-def _stack_frames(frames):
-    "Frames in order; steps (3,3), a column for each axis of the image; origin; and what was odd"
-    _check_alike(frames)
-    found = [f.numbers('ImagePositionPatient', 3) for f in frames]
-    at = np.array([v for v,_ in found])
-    v = frames[0].numbers('ImageOrientationPatient', 6)[0]
-    decimals = np.array([d for _,d in found]).max(0)
-    # of the last decimal; whole numbers are taken as exact
-    half = np.where(decimals>0, 10.**-decimals.astype(float)/2, 0)
-    between,along = frames[0].numbers('PixelSpacing', 2)[0]
-    across,notes = _normal(frames[0]),[]
-    order = np.argsort(at@across, kind='stable')
-    frames,at = [frames[i] for i in order],at[order]
-    if len(frames)==1: step,origin = _thickness(frames[0]),at[0]
-    else:
-        step,more = _step(frames, at@across, float(np.abs(across)@half))
-        notes += more + _upright(frames, at, v.reshape(2,3), step, half)
-        late = float(((at-at[0])@across).mean()) - step*(len(frames)-1)/2
-        origin = at[0] + across*(late if abs(late)>1e-6 else 0)
-    row,column = (o/np.linalg.norm(o) for o in v.reshape(2, 3))
-    steps = np.stack([row*along, column*between, across*step], 1)
-    return frames, steps, origin, notes
 
 # %% ../../nbs/10_scans.dicom.ipynb #5a1e2e56
 def _by_sitk(ds, index, n):
@@ -408,7 +175,7 @@ def _grid(folder, series, phase):
         except Exception as e:
             raise ValueError(f'{name}: cannot be read ({reason(e)}); export the series again') from None
     for f in frames: f.numbers('ImagePositionPatient', 3)
-    frames,steps,origin,notes = _stack_frames(_choose_phase(frames, phase))
+    frames,steps,origin,notes = stack_frames(choose_phase(frames, phase))
     return frames, steps, origin, [*aside,*notes]
 
 # %% ../../nbs/10_scans.dicom.ipynb #9a773a0d

@@ -40,6 +40,7 @@ from .optimizer import *
 from .learner import *
 from .inference import *
 from .evaluation import *
+from .scores import *
 from .segmenter import *
 from .viewing import *
 from .plots import *

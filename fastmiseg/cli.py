@@ -87,7 +87,7 @@ def _beside(prepared):
     return Path(prepared).with_name('run' if Path(prepared).name!='run' else 'run1')
 
 def _print_scores(scores):
-    from fastmiseg.evaluation import scores_text
+    from fastmiseg.scores import scores_text
     print('\n' + scores_text(scores))
 
 # %% ../nbs/80_cli.ipynb #4f2998cb

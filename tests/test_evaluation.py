@@ -1,7 +1,8 @@
 "Whose scores they are, and what a class costs that was missed"
 import numpy as np, pandas as pd, pytest
 
-from fastmiseg.evaluation import evaluate_cohort, score_table, scores_text
+from fastmiseg.evaluation import evaluate_cohort
+from fastmiseg.scores import score_table, scores_text
 from fastmiseg.surface import score_volume
 
 def scores(masks, preds, spacing=(5.,1.,2.)):

@@ -13,13 +13,13 @@ order = '''files processes lock show
 scans.formats scans.intact scans.grid scans.nifti scans.headers scans.stack scans.dicom scans.messages scans.volume
 scans.masks slices scans.table scans.readers scans.standards scans.cohort scans.split
 scans.phantom scans.placement scans.profile scans.recipe scans.prepared scans.workers scans.store
-augment transforms warps packed data
+augment transforms warps packed preparing data
 pair_products pair_kernels pair_sums mutual_info projectors losses models average optimizer
 callback.stream callback.step callback.method callback.heads callback.guard callback.paired callback.install
 callback.baselines callback.mireg callback.teacher callback.pseudo callback.copypaste callback.log
 callback.state callback.plan callback.place callback.resume
 metrics surface learner methods settings training
-inference evaluation segmenter preparing viewing plots commands
+inference evaluation scores segmenter viewing plots commands
 study.preset study.plans study.evidence study.report study.protocol study.work study.run
 progress cli demo all'''.split()
 

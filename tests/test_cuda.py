@@ -103,10 +103,12 @@ class Keep(Callback):
         if self.training: self.losses.append((self.learn.loss_grad if hasattr(self.learn, 'loss_grad') else self.learn.loss).detach())
 
 def train(path, device, method, epochs=2, cbs=(), **kw):
-    "A short training that depends smoothly on its batches: plain SGD, no dropout; on this device"
-    learn = quiet(learner(path, width=4, dls=loaders(device=device), opt_func=partial(SGD, mom=.9), **kw))
+    """A short training in which rounding stays rounding: plain SGD, no dropout, more than one pixel in the deepest maps, and
+    a small step (with 1e-2 and maps of one pixel, weights that are changed by 3e-7 change the eighth loss by 6 %)"""
+    dls = loaders(device=device, size=32, bs=4)
+    learn = quiet(learner(path, width=4, dls=dls, opt_func=partial(SGD, mom=.9), **kw))
     cbs = [*METHODS[method](), keep:=Keep(), *cbs]
-    learn.fit(epochs, 1e-2, cbs=cbs)
+    learn.fit(epochs, 2e-4, cbs=cbs)
     learn.steps = torch.stack(keep.losses).cpu()
     return learn
 

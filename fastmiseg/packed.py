@@ -15,12 +15,13 @@ import numpy as np, pandas as pd
 
 from .files import digest, whole_file
 from .scans.cohort import find_duplicates
+from .scans.prepared import from_steps, to_steps
 from .scans.recipe import Placement, Recipe
 from .scans.store import SliceStore
 from .scans.volume import scan_files
 
 # %% ../nbs/30_packed.ipynb #4444ca2e
-_ending,_format,_steps = '.slices.npz',1,np.float32(65535)
+_ending,_format = '.slices.npz',1
 
 def scan_content(
     row # of a cohort: `image`, `mask`
@@ -41,7 +42,7 @@ def pack_slices(
         raise ValueError('recipe: has no `size`; give the Recipe one, so that all slices are as large')
     df = df.drop(columns='split', errors='ignore').reset_index(drop=True)
     slices = SliceStore(store, recipe).prepare(df, progress=False)
-    images = [np.rint(slices.image(o, slice(None))*_steps).astype(np.uint16) for o in df.scan]
+    images = [to_steps(slices.image(o, slice(None))) for o in df.scan]
     masks = [slices.mask(r.scan, slice(None)) for r in df.itertuples() if isinstance(r.mask, str)]
     cohort = df.assign(content=[scan_content(r) for r in df.itertuples()], image=df.scan,
                        mask=[r.scan if isinstance(r.mask, str) else None for r in df.itertuples()])
@@ -131,7 +132,7 @@ class PackedSlices:
         i     # which slice; or several: a slice object or a list
     )->np.ndarray: # float32 (C,H,W) in 0..1
         "A slice"
-        return np.divide(self._held.images[self._held.scans[scan].image][i], _steps, dtype=np.float32)
+        return from_steps(self._held.images[self._held.scans[scan].image][i])
 
     def shows(self, scan)->list[list]: # for each slice the classes in its mask, background left out
         "What the slices of a scan show"

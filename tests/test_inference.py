@@ -9,7 +9,7 @@ from fastmiseg.evaluation import evaluate_cohort, predict_cohort
 from fastmiseg.inference import ask_network, predict_volume
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.surface import dice
-from fastmiseg.scans.messages import VolumeError
+from fastmiseg.scans.messages import VolumeError, VolumeWarning
 from fastmiseg.scans.volume import Volume, read_volume, resample, write_volume
 
 def agreement(a, b): return [dice(a==c, b==c) for c in (1,2,3)]
@@ -173,5 +173,5 @@ def test_warnings_are_told_once(heart, tmp_path):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         evaluate_cohort(heart.learn, df, progress=False)
-    said = [str(o.message) for o in said if issubclass(o.category, V.VolumeWarning)]
+    said = [str(o.message) for o in said if issubclass(o.category, VolumeWarning)]
     assert len(said)==1 and f'{len(df)} files' in said[0], said

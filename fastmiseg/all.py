@@ -23,6 +23,7 @@ from .transforms import *
 from .warps import *
 from .slices import *
 from .data import *
+from .loaders import *
 from .show import *
 from .mutual_info import *
 from .projectors import *

@@ -83,7 +83,7 @@ def test_several_processes_draw_what_one_does(cohort, tmp_path, monkeypatch):
     together,alone = make(2),make(4).train.get_idxs()
     shares = []
     for rank in (0,1):
-        monkeypatch.setattr('fastmiseg.data.processes', lambda rank=rank: (rank,2))
+        monkeypatch.setattr('fastmiseg.loaders.processes', lambda rank=rank: (rank,2))
         shares.append(together.train.get_idxs())
     assert [(a[0]+b[0], a[1]+b[1]) for a,b in zip(*shares)]==alone
 

@@ -13,7 +13,7 @@ order = '''files processes lock show
 scans.formats scans.intact scans.grid scans.nifti scans.headers scans.stack scans.dicom scans.messages scans.volume
 scans.masks slices scans.table scans.readers scans.standards scans.cohort scans.split
 scans.phantom scans.placement scans.profile scans.recipe scans.prepared scans.workers scans.store
-augment transforms warps packed preparing data
+augment transforms warps packed preparing loaders data
 pair_products pair_kernels pair_sums mutual_info projectors losses models average optimizer
 callback.stream callback.step callback.method callback.heads callback.guard callback.paired callback.install
 callback.baselines callback.mireg callback.teacher callback.pseudo callback.copypaste callback.log

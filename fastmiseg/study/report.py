@@ -184,30 +184,45 @@ def _plot_lines(ax, seeds, x):
     ax.minorticks_off()
     ax.legend(fontsize=8)
 
-def _plot_bands(ax, seeds, x, study):
-    "A line for each method with a band over the draws; what uses all masks lies across"
-    seeds = seeds.assign(line=seeds.row.map(study.line), x=seeds.row.map(x))
+def _plot_dice(ax, seeds, study):
+    "A line for each method; bands over the draws for two of them; what uses all masks lies across"
     full,lines = seeds[seeds.row==study.bound]['mean'],seeds[seeds.row!=study.bound]
+    looks = {study.ours: dict(color=palette[1], marker='o', lw=2.6, zorder=4),
+             study.base: dict(color='black', marker='s', ls='--', zorder=3)}
+    ax.axhline(full.mean(), color=palette[3], lw=2, label=study.bound)
     by = lines.groupby(['line','x'])['mean'].agg(['mean','std']).fillna(0)
-    last = by['mean'].groupby('line').last().sort_values(ascending=False) # as the lines end, so is the legend
-    names = list(dict.fromkeys(lines.line))
-    for k in last.index:
-        g,i = by.loc[k],names.index(k)
-        look = dict(color=palette[1+i%7], ls=['-','--'][i//7%2], marker='osD^vPX'[i%7], ms=4)
-        look['lw'] = 2.6 if k==study.ours else 1.2
-        ax.plot(g.index, g['mean'], label=k, zorder=3 if k==study.ours else 2, **look)
-        ax.fill_between(g.index, g['mean']-g['std'], g['mean']+g['std'], color=look['color'], alpha=.12, lw=0)
-    if len(full):
-        ax.axhline(full.mean(), color=palette[0], lw=1.2, label=study.bound)
-        ax.axhspan(full.mean()-full.std(ddof=0), full.mean()+full.std(ddof=0), color=palette[0], alpha=.12, lw=0)
-    ax.set(xscale='log', xlabel='labelled subjects', ylabel='mean Dice, band: sd over draws')
+    for k in sorted(lines.line.unique(), key=lambda k: list(looks).index(k) if k in looks else 9):
+        g,look = by.loc[k],looks.get(k, dict(color='.7', lw=1))
+        ax.plot(g.index, g['mean'], label=k if k in looks else '_', ms=5, **look)
+        if k in looks: ax.fill_between(g.index, g['mean']-g['std'], g['mean']+g['std'], color=look['color'], alpha=.1, lw=0)
+    ax.plot([], [], color='.7', lw=1, label='the other methods')
     ticks = sorted(lines.x.unique())
+    ax.set(xscale='log', xlabel='labelled subjects', ylabel='Dice, mean and sd over draws')
     ax.set_xticks(ticks, [str(o) for o in ticks])
     ax.minorticks_off()
-    handles,labels = ax.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda i: labels[i]!=study.bound)
-    ax.legend([handles[i] for i in order], [labels[i] for i in order], fontsize=8, loc='center left',
-              bbox_to_anchor=(1.01, .5), frameon=False)
+    ax.legend(fontsize=8, loc='lower right')
+
+def _plot_gains(ax, seeds, study):
+    "What each method adds to the base in the same draw, at each number of labelled subjects"
+    base = seeds[seeds.line==study.base].set_index(['x','seed'])['mean']
+    full = seeds[seeds.row==study.bound]
+    full = pd.concat([full.assign(x=x) for x in base.index.unique('x')])
+    some = pd.concat([full, seeds[~seeds.line.isin([study.base,study.bound])]])
+    some = some.assign(gain=some['mean']-base.loc[list(zip(some.x, some.seed))].to_numpy())
+    names = some.groupby('line').gain.mean().sort_values().index
+    ticks = sorted(some.x.unique())
+    for i,x in enumerate(ticks):
+        up = .25*((len(ticks)-1)/2-i)
+        g = some[some.x==x].groupby('line').gain
+        y = np.arange(len(names))+up
+        each = [g.get_group(k) for k in names]
+        for v,at in zip(each, y): ax.plot(v, [at]*len(v), 'o', ms=2.5, color=palette[2+i], alpha=.6)
+        ax.plot([v.mean() for v in each], y, 'D', ms=5, color=palette[2+i], label=f'{x} labelled')
+    ax.axvline(0, color='black', lw=1, ls='--')
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    for o in ax.get_yticklabels(): o.set_fontweight('bold' if o.get_text()==study.ours else 'normal')
+    ax.set(xlabel=f'Dice above "{study.base}" in the same draw\n(diamond: mean)')
+    ax.legend(fontsize=8, loc='lower right')
 
 def _plot_rows(ax, seeds):
     by_row = seeds.groupby('row', sort=False)['mean']
@@ -231,16 +246,18 @@ def plot_study(
     seeds = _of_seeds(scores)['mean'].reset_index()
     rows,lines = seeds.row.unique(),study.x or study.curve
     size = (6.4, 3.6) if lines else (4.2+.07*max(map(len, rows)), 1.1+.36*len(rows))
-    if study.draws and study.x: size = (7.6, 4.4)
-    fig = new_figure(size, out)
-    ax = fig.subplots()
-    if study.curve: _plot_epochs(ax, curves)
-    elif study.x:
-        x = scores.drop_duplicates('row').set_index('row')[study.x]
-        if study.draws: _plot_bands(ax, seeds, x, study)
-        else: _plot_lines(ax, seeds, x)
-    else: _plot_rows(ax, seeds)
-    ax.set_title(textwrap.fill(study.title, 45), fontsize=10)
-    ax.grid(alpha=.3)
+    draws = study.draws and study.x
+    fig = new_figure((10.5, 4.6) if draws else size, out)
+    axs = fig.subplots(1, 2, width_ratios=(1,1.25)) if draws else [fig.subplots()]
+    x = scores.drop_duplicates('row').set_index('row')[study.x] if study.x else None
+    if draws:
+        seeds = seeds.assign(line=seeds.row.map(study.line), x=seeds.row.map(x))
+        _plot_dice(axs[0], seeds, study)
+        _plot_gains(axs[1], seeds, study)
+    elif study.curve: _plot_epochs(axs[0], curves)
+    elif study.x: _plot_lines(axs[0], seeds, x)
+    else: _plot_rows(axs[0], seeds)
+    axs[0].set_title(textwrap.fill(study.title, 45), fontsize=10)
+    for ax in axs: ax.grid(alpha=.3)
     if out: fig.savefig(out, dpi=110)
     return fig

@@ -194,7 +194,8 @@ def _plot_dice(ax, seeds, study):
     for k in sorted(lines.line.unique(), key=lambda k: list(looks).index(k) if k in looks else 9):
         g,look = by.loc[k],looks.get(k, dict(color='.7', lw=1))
         ax.plot(g.index, g['mean'], label=k if k in looks else '_', ms=5, **look)
-        if k in looks: ax.fill_between(g.index, g['mean']-g['std'], g['mean']+g['std'], color=look['color'], alpha=.1, lw=0)
+        if k not in looks: continue
+        ax.fill_between(g.index, g['mean']-g['std'], g['mean']+g['std'], color=look['color'], alpha=.1, lw=0)
     ax.plot([], [], color='.7', lw=1, label='the other methods')
     ticks = sorted(lines.x.unique())
     ax.set(xscale='log', xlabel='labelled subjects', ylabel='Dice, mean and sd over draws')
@@ -246,7 +247,7 @@ def plot_study(
     seeds = _of_seeds(scores)['mean'].reset_index()
     rows,lines = seeds.row.unique(),study.x or study.curve
     size = (6.4, 3.6) if lines else (4.2+.07*max(map(len, rows)), 1.1+.36*len(rows))
-    draws = study.draws and study.x
+    draws = study.draws and study.x and study.base in map(study.line, rows) # gains need a base
     fig = new_figure((10.5, 4.6) if draws else size, out)
     axs = fig.subplots(1, 2, width_ratios=(1,1.25)) if draws else [fig.subplots()]
     x = scores.drop_duplicates('row').set_index('row')[study.x] if study.x else None

@@ -1,7 +1,9 @@
 # `make demo` and `make test` set themselves up in .venv; nothing else is needed but Python 3.10 to 3.12.
+# make prepare BIN=/my/env/bin: in an environment that has `pip install -e '.[dev]'` already
 # make demo DATA=/my/scans ARGS="--valid 1": options of fastmiseg-demo (fastmiseg-demo --help has them all)
 PYTHON ?= python3
 BIN := .venv/bin
+SETUP = $(if $(filter .venv/bin,$(BIN)),.venv/installed)
 DATA ?=
 ARGS ?=
 
@@ -21,15 +23,15 @@ help:
 	$(BIN)/pip install -q -e ".[dev]"
 	touch $@
 
-demo: .venv/installed
+demo: $(SETUP)
 	$(BIN)/fastmiseg-demo $(if $(DATA),--data "$(DATA)") $(ARGS)
 
-test: .venv/installed
+test: $(SETUP)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(ARGS)
-	@echo "done: all examples of the notebooks in nbs/ and all tests in tests/ passed, with the environment in .venv/"
+	@echo "done: all examples of the notebooks in nbs/ and all tests in tests/ passed, with the environment of $(BIN)"
 
-prepare: .venv/installed
+prepare: $(SETUP)
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
 	$(BIN)/ruff check fastmiseg tests benchmarks docs
@@ -37,14 +39,14 @@ prepare: .venv/installed
 	rm -rf README_files
 	$(BIN)/jupyter nbconvert nbs/index.ipynb --to markdown --output-dir . --output README --RegexRemovePreprocessor.patterns='^#\| hide'
 
-bench: .venv/installed
+bench: $(SETUP)
 	for f in mutual_info step network; do OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/$$f.py || exit 1; done
 	for f in data prepare metrics; do (echo "Made by \`python benchmarks/$$f.py\`" && echo && $(BIN)/python -W ignore benchmarks/$$f.py) > benchmarks/$$f.tmp && mv benchmarks/$$f.tmp benchmarks/$$f.md || exit 1; done
 
 gpu:
 	bash benchmarks/gpu.sh $(if $(OUT),"$(OUT)",gpu-results)
 
-docs: .venv/installed
+docs: $(SETUP)
 	$(BIN)/python docs/build.py
 
 clean:

@@ -16,6 +16,7 @@ from fastcore.docments import docments
 from fastcore.script import call_parse
 
 from .preparing import Preparation, Reading
+from .scans.standards import layouts
 from .methods import methods
 from .settings import Settings
 
@@ -109,6 +110,7 @@ def _options_of(
         default = f.default if f.default is not MISSING else f.default_factory()
         shown = '' if default in (None,{},False) else f' (default: {default})'
         text = ' '.join(said[f.name].split())+shown
+        if f.name=='layout': text += f": {', '.join(layouts)}"
         if f.name=='method': text += '. ' + '; '.join(f'{k}: {m.what}' for k,m in methods.items())
         anno = f.type if f.type is not bool or default is False else _yes_or_no
         yield inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[anno, text],

@@ -56,6 +56,12 @@ def _write_config(out, store, seed, recipe, settings=None, **more):
     if settings: config['train'] = settings.to_dict()
     write_text(out/'config.json', json.dumps({**config, 'recipe':recipe.to_dict()}, indent=1))
 
+def _check_method(file, settings):
+    method = settings.get('method') if isinstance(settings, dict) else None
+    if isinstance(method, str) and method not in methods:
+        raise RunError(f'{file}: was trained with the method {method!r}, which is not known here; install the package '
+                       'that has it')
+
 def _config(run):
     "What `config.json` of a run says, checked"
     file = Path(run)/'config.json'
@@ -74,7 +80,9 @@ def _config(run):
             if type(c[k]) is not kind: raise ValueError(f'{k}: expected {kind.__name__}, got {str(c[k])[:100]!r}')
         if '\0' in c['store']: raise ValueError('store: is not a name of a folder')
         c.update(recipe=Recipe.from_dict(c['recipe']), store=Path(run)/c['store'])
-        if 'train' in c: c['train'] = Settings.from_dict(c['train'])
+        if 'train' in c:
+            _check_method(file, c['train'])
+            c['train'] = Settings.from_dict(c['train'])
     except KeyError as e: raise RunError(f'{file}: is damaged (there is no {e.args[0]!r} in it)') from None
     except (TypeError, ValueError) as e: raise RunError(f'{file}: is damaged ({e})') from None
     return c

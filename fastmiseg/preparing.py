@@ -47,8 +47,7 @@ def number_or_text(
 @dataclass(frozen=True)
 class Reading:
     "Which files are the scans, and whose they are"
-    # Layout of DATA, where it is not recognised: bids, nnunet, msd, acdc, promise12, mmwhs, folder, dicom or csv
-    layout:str=None
+    layout:str=None # Layout of DATA, where it is not recognised
     # Whose scan is it? A regular expression for the names of scans: its first group, or what it matches
     subject:str=None
     # Names of the classes between commas, background first, where the layout does not know them

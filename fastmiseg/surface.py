@@ -117,7 +117,7 @@ def score_volume(
 
 # %% ../nbs/61_surface.ipynb #b95dd70a
 class VolumeDistance(VolumeMetric):
-    "A metric that is a distance (mm) between outlines: a subclass says which `distance`"
+    "A metric that is a distance (mm) between outlines: `distance(pred, mask, spacing, pooled, missed)` of a subclass"
     def __init__(self,
         cls=None,      # One foreground class, by number or name; by default the mean over all
         missed='nan',  # If just one mask lacks the class: mm, 'nan' (leaves the scan out), 'inf' or 'diagonal'

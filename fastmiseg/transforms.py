@@ -31,7 +31,11 @@ class Transformation:
         "Move the positions of `x` back"
         return x
 
-    changes_light = False
+    @property
+    def changes_light(self)->bool:
+        "Whether intensities change: where a subclass has a `light` of its own"
+        return type(self).light is not Transformation.light
+
     def light(self,
         x:torch.Tensor # (N,C,H,W) in 0..1
     )->torch.Tensor:   # same shape
@@ -133,7 +137,6 @@ class Shifts(Moves):
 class Light(Transformation):
     "Each image in another light; nothing moves"
     amounts:torch.Tensor # (N,3) brightness, contrast and gamma, as for `relight`
-    changes_light = True
 
     def light(self, x): return relight(x, *self.amounts.to(x.device, non_blocking=True).unbind(1))
 

@@ -108,6 +108,7 @@ def test_in_the_words_of_the_command_line(hearts, tmp_path, capsys):
     (dict(store=5), "config.json: is damaged .store: expected str, got '5'"), (dict(store=None), 'store: expected str'), (dict(seed='x'), 'seed: expected int'),
     (dict(recipe=[1]), 'is damaged .Recipe: expected names and values'), (dict(recipe={'size':[1e99,1]}), 'Recipe: size='), (dict(recipe={'sise':3}), "there is no 'sise'"),
     (dict(train={'lr':'1'}), "lr: expected float, got '1'"), (dict(train={'width':10**9}), 'width: 1000000000 is not at most 4096'), (dict(train={'x':1}), "there is no 'x'"),
+    (dict(train={'method':'mine'}), "config.json: was trained with the method 'mine', which is not known here; install the package"), (dict(train={'method':[]}), 'method: expected str'),
     (dict(train=[[]]), 'settings: expected names and values'), (dict(train={'mireg':{'a':[[[[]]]]}}), "mireg: MIRegCallback takes no 'a' here"), (dict(format=True, x=1), None)])
 def test_damaged_config(run, tmp_path, changes, said):
     config = json.loads((run/'config.json').read_text())

@@ -1,5 +1,5 @@
 "The site is whole and needs no network, and every public name is documented"
-import re, sys
+import os, re, sys
 from pathlib import Path
 
 import pytest
@@ -115,6 +115,44 @@ def test_the_example_of_a_method_runs(contributing):
     cb = contributing('Adding a method')['SameSizeCallback']()
     p = torch.rand(2,3,4,4).softmax(1)
     assert cb.penalty(SimpleNamespace(target=p, probs=lambda name: p.flip(-1)))<1e-8
+
+def test_a_package_of_ones_own_registers_a_method(tmp_path):
+    "As the page says: found by its entry point, by commands and studies, with a term that nothing here knows"
+    import subprocess
+    code,info = examples('CONTRIBUTING.md'),tmp_path/'own-1.dist-info'
+    info.mkdir()
+    (info/'METADATA').write_text('Metadata-Version: 2.1\nName: own\nVersion: 1\n')
+    (info/'entry_points.txt').write_text('[fastmiseg]\nown = own_methods\n')
+    own = tmp_path/'own_methods.py'
+    own.write_text(f"from fastmiseg.callback.method import SemiSupCallback\n{code['Adding a method']}{code['Without changing this package']}")
+    script = tmp_path/'fastmiseg-train'
+    script.write_text("from fastmiseg.study.preset import presets, settings_of\n"
+                      "from fastmiseg.training import callbacks_of\n"
+                      "from fastmiseg.cli import train\n"
+                      "s = settings_of(presets['cpu'], dict(method='same-size'))\n"
+                      "print(s.weights, [type(o).__name__ for o in callbacks_of(s)])\n"
+                      "if __name__=='__main__': train()\n")
+    def run(*args):
+        env = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, (tmp_path, root)))}
+        return subprocess.run([sys.executable, '-W', 'ignore', *args], env=env, capture_output=True, text=True, timeout=300)
+    done = run(script, '--help')
+    said = ' '.join(done.stdout.split())
+    assert said.startswith("{'same_size': 1.0} ['SameSizeCallback'] usage: fastmiseg-train"), done.stderr[-2000:]
+    assert 'same-size: structures keep their size' in said
+    own.write_text('import no_such_module')
+    said = run('-c', 'import fastmiseg.methods').stderr
+    assert 'own_methods: is to be imported with fastmiseg, as own says in its entry points, and cannot be' in said
+
+def test_the_example_of_a_transformation_changes_images(contributing):
+    "On the images alone; maps stay where they are, and the pool can be added to others"
+    import torch
+    from fastmiseg.transforms import RandomFlips
+    pool = contributing('Adding a transformation T')['RandomNegatives']
+    x,T = torch.rand(8,1,4,4),pool(1.).draw(8)
+    assert torch.equal(T.images(x), 1-x) and torch.equal(T(x), x)
+    both = (RandomFlips()+pool(1.)).draw(8)
+    assert torch.equal(both.images(x), 1-both(x)) and torch.equal(both.inverse(both(x)), x)
+    assert torch.equal(both[2:5].images(x[2:5]), both.images(x)[2:5])
 
 def test_the_example_of_a_reader_reads(contributing, tmp_path, monkeypatch):
     from fastmiseg.scans import readers

@@ -109,6 +109,7 @@ def test_wrong_uses_have_a_sentence(tmp_path):
         bad(tmp_path, [Nothing(unlabeled=[4]), Nothing(unlabeled=[5])], supervised())
     with pytest.raises(ValueError, match='T: 2 methods were given a T of their own'):
         bad(tmp_path, [ConsistencyCallback(T=RandomFlips()), Nothing(T=RandomShifts(.5))])
+    with pytest.raises(ValueError, match='T: .*RandomFlips.* is not a pool to draw transformations from; give one, as RandomFlips'): bad(tmp_path, ConsistencyCallback(T=RandomFlips))
     with pytest.raises(ValueError, match=r'T: RandomFlips\(axes=\(\), p=0.5\) does nothing'): bad(tmp_path, ConsistencyCallback(T=RandomFlips(())))
     with pytest.raises(ValueError, match="give the loss reduction='mean'"):
         bad(tmp_path, Nothing(), loss_func=CrossEntropyLossFlat(axis=1, reduction='none'))

@@ -58,7 +58,12 @@ def picture():
 
 begin,end = '<!-- rooms: made by python tests/test_rooms.py -->\n','\n<!-- end of rooms -->'
 
-def test_every_room_has_its_place(): assert sorted(order)==sorted(files)
+def misplaced():
+    "A sentence for each module that has no place in `order`, and each place without a module"
+    said = [f'{o}: is a new room; give it a place in `order` of tests/test_rooms.py' for o in files if o not in order]
+    return said + [f'{o}: has a place in `order` of tests/test_rooms.py, and no module' for o in order if o not in files]
+
+def test_every_room_has_its_place(): assert not misplaced()
 
 @pytest.mark.parametrize('room', files)
 def test_imports_come_from_above(room):
@@ -115,6 +120,7 @@ def test_titles_follow_modules():
     assert not odd
 
 if __name__=='__main__':
+    if misplaced(): sys.exit('\n'.join(misplaced()))
     page = root/'CONTRIBUTING.md'
     before,rest = page.read_text(encoding='utf-8').split(begin)
     page.write_text(before + begin + picture() + end + rest.split(end)[1], encoding='utf-8')

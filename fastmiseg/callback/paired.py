@@ -20,7 +20,7 @@ from .stream import UnlabeledStream, random_states, restore_random_states, share
 from ..loaders import PairedDL
 from ..models import find_stages
 from ..processes import processes
-from ..transforms import normalize_of
+from ..transforms import Pool, normalize_of
 from ..warps import usual_pool
 
 # %% ../../nbs/48_callback.paired.ipynb #8c1f8d3b
@@ -109,6 +109,8 @@ class PairedBatchCallback(Callback):
         self.teacher = next((r for r in self.methods if isinstance(r, Teacher)), None)
         self.stream = _unlabeled_stream(self.learn, self.methods)
         pool = _only_one('T', self.methods, 'a T') or usual_pool()
+        if not isinstance(pool, Pool):
+            raise ValueError(f"T: {pool!r} is not a pool to draw transformations from; give one, as RandomFlips()")
         self.T_pool = pool.for_recipe(getattr(self.dls, 'recipe', None))
         self.normalization = normalize_of(self.dls) # `unet_learner` gives learners a `normalize` of their own
         if self.generator is None: self.generator = torch.Generator().manual_seed(torch.initial_seed())

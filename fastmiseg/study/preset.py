@@ -9,7 +9,7 @@ __all__ = ['presets', 'Preset', 'settings_of', 'recipe_of_row']
 from dataclasses import dataclass, field, replace
 
 from ..scans.recipe import Recipe
-from ..methods import methods
+from ..methods import methods, terms
 from ..settings import Settings
 
 # %% ../../nbs/73_study.preset.ipynb #a15fb86b
@@ -45,7 +45,7 @@ def settings_of(
     for k,o in changes.items():
         if isinstance(o, dict): changes[k] = {**getattr(preset.settings, k, {}), **o}
     name = changes.get('method', preset.settings.method)
-    usual = methods[name].weights if name in methods else {}
+    usual = {k:w for k,w in methods[name].weights.items() if k in terms} if name in methods else {}
     weights = {**usual, **preset.weights.get(name, {})}
     s = Settings.from_dict({**preset.settings.to_dict(), **weights, **changes, 'seed':seed})
     if 'until' in row: s = replace(s, **{k:_reached(w, row['until']) for k,w in s.weights.items()})

@@ -94,6 +94,12 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     assert (tmp_path/'mask.nii.gz').exists() and (tmp_path/'heart.safetensors').exists()
     assert len(text.splitlines())<=150
 
+@pytest.mark.parametrize('page', ['CONTRIBUTING.md', 'README.md', 'CHANGELOG.md'])
+def test_files_that_a_page_names_are_there(page):
+    "Notebooks get other numbers"
+    named = set(re.findall(r'\b(?:nbs|tests|docs|studies|benchmarks)/[\w./]*\w\.\w+', (root/page).read_text(encoding='utf-8')))
+    assert not [o for o in named if not (root/o).exists()]
+
 def examples(file):
     "The Python examples of a page, by heading"
     text = (root/file).read_text(encoding='utf-8')

@@ -16,5 +16,5 @@ def test_outputs_tell_nothing_of_the_machine_that_made_them(nb):
 def test_outputs_are_what_a_reader_wants(nb):
     for i,c in enumerate(json.loads(nb.read_text(encoding='utf-8'))['cells']):
         for o in c.get('outputs', []):
-            assert o.get('name')!='stderr', f"{nb.name}, cell {i}: a warning is stored ({''.join(o['text'])[:80]!r}); silence it in a hidden cell, as 64_training does, and run the notebook again"
-            assert '█' not in json.dumps(o, ensure_ascii=False), f'{nb.name}, cell {i}: a progress bar is stored; switch it off in a hidden cell, as 64_training does, and run the notebook again'
+            assert o.get('name')!='stderr', f"{nb.name}, cell {i}: a warning is stored ({''.join(o['text'])[:80]!r}); silence it in a hidden cell, as the notebook of `training` does, and run the notebook again"
+            assert '█' not in json.dumps(o, ensure_ascii=False), f'{nb.name}, cell {i}: a progress bar is stored; switch it off in a hidden cell, as the notebook of `training` does, and run the notebook again'

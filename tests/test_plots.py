@@ -105,7 +105,7 @@ def test_terms_are_shown_in_words():
 def test_every_term_of_the_package_has_words():
     from fastmiseg.methods import methods
     without = {k for m in methods.values() for k in m.weights if not meaning_of(k).better}
-    assert not without, f'give them words in `_meanings` of nbs/54_callback.log.ipynb: {without}'
+    assert not without, f'give them words in `_meanings` of callback.log: {without}'
 
 def test_legends_of_curves_lie_beside_them():
     fig = plot_training(pd.DataFrame(dict(train_loss=[1.,.5], valid_loss=[1.,.6], dice=[.1,.2], dice_RV=[.1,.2])))

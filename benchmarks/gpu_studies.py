@@ -7,6 +7,7 @@
 `pack`, here: the prepared slices of each cohort, at the recipe of the preset of that name, in CARRIED/PRESET.slices.npz. `run`, there: every
 run of the plans that is not in CARRIED/runs.jsonl (what an earlier call brought back) or in OUT, scored on the slices (valid-slices; --score);
 seed after seed, so that what a limit cuts off is the last seed of all rows. `:1,2` are numbers of labelled subjects instead of the preset's.
+Many processes share a device best behind NVIDIA's multiplexer (`nvidia-cuda-mps-control -d` before).
 OUT gets runs.jsonl, scores.csv and scans.csv after each run. `merge`, here: OUT's runs into a folder of evidence, of which
 `fastmiseg-compare PLAN --preset acdc-64 --score valid-slices` (with `--labeled 1`) then writes the table.
 """

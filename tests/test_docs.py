@@ -108,11 +108,8 @@ def examples(file):
 
 @pytest.fixture
 def contributing():
-    import pandas as pd
-    from fastmiseg import all as ours
-    from fastmiseg.files import write_text
-    from fastmiseg.scans import readers
-    names = {**vars(ours), **vars(readers), 'write_text': write_text, 'pd': pd}
+    names = {}
+    exec('from fastmiseg.all import *', names)
     return lambda heading: (exec(examples('CONTRIBUTING.md')[heading], names), names)[1]
 
 def test_the_example_of_a_method_runs(contributing):
@@ -130,7 +127,7 @@ def test_a_package_of_ones_own_registers_a_method(tmp_path):
     (info/'METADATA').write_text('Metadata-Version: 2.1\nName: own\nVersion: 1\n')
     (info/'entry_points.txt').write_text('[fastmiseg]\nown = own_methods\n')
     own = tmp_path/'own_methods.py'
-    own.write_text(f"from fastmiseg.callback.method import SemiSupCallback\n{code['Adding a method']}{code['Without changing this package']}")
+    own.write_text(f"from fastmiseg.all import *\n{code['Adding a method']}{code['Without changing this package']}")
     script = tmp_path/'fastmiseg-train'
     script.write_text("from fastmiseg.study.preset import presets, settings_of\n"
                       "from fastmiseg.training import callbacks_of\n"

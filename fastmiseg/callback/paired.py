@@ -73,7 +73,7 @@ def _projectors(methods, found, device):
         if r.projectors is not None: r.projectors.to(device)
     return [r.projectors for r in methods if r.projectors is not None]
 
-# %% ../../nbs/48_callback.paired.ipynb #dd1f7c8e
+# %% ../../nbs/48_callback.paired.ipynb #a1faebbe
 class PairedBatchCallback(Callback):
     "Takes paired batches apart, and runs the methods that are attached to the learner"
     order = TrainEvalCallback.order+1 # before everything that looks at the batch
@@ -91,170 +91,189 @@ class PairedBatchCallback(Callback):
         self.step = self.guard = self._x_l = self._undo_lr_find = None
         self._mask_notes = {}
 
-    # before training
-    def before_fit(self):
-        if hasattr(self.learn, 'distributed_trainer'): share_out(self.learn.distributed_trainer)
-        finds = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
-        if hasattr(self.learn, '_in_fit'): self.methods = self.attached()
-        if self.methods: self._prepare()
-        if finds and (self.methods or isinstance(self.dls.train, PairedDL)): self._undo_lr_find = self._snapshot()
+# %% ../../nbs/48_callback.paired.ipynb #4f2febc6
+@patch
+def before_fit(self:PairedBatchCallback):
+    if hasattr(self.learn, 'distributed_trainer'): share_out(self.learn.distributed_trainer)
+    finds = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+    if hasattr(self.learn, '_in_fit'): self.methods = self.attached()
+    if self.methods: self._prepare()
+    if finds and (self.methods or isinstance(self.dls.train, PairedDL)): self._undo_lr_find = self._snapshot()
 
-    def attached(self)->list:
-        "The methods among the learner's callbacks"
-        return [cb for cb in self.learn.cbs if isinstance(cb, SemiSupCallback)]
+@patch
+def attached(self:PairedBatchCallback)->list:
+    "The methods among the learner's callbacks"
+    return [cb for cb in self.learn.cbs if isinstance(cb, SemiSupCallback)]
 
-    def _prepare(self):
-        if self.passes not in (1,2,3): raise ValueError(f"passes: {self.passes!r} is not 1, 2 or 3")
-        for r in self.methods: r.join(self.methods)
-        self.teacher = next((r for r in self.methods if isinstance(r, Teacher)), None)
-        self.stream = _unlabeled_stream(self.learn, self.methods)
-        pool = _only_one('T', self.methods, 'a T') or usual_pool()
-        if not isinstance(pool, Pool):
-            raise ValueError(f"T: {pool!r} is not a pool to draw transformations from; give one, as RandomFlips()")
-        self.T_pool = pool.for_recipe(getattr(self.dls, 'recipe', None))
-        self.normalization = normalize_of(self.dls) # `unet_learner` gives learners a `normalize` of their own
-        if self.generator is None: self.generator = torch.Generator().manual_seed(torch.initial_seed())
-        found = find_stages(self.model, list(dict.fromkeys(n for r in self.methods for n in r.layers)))
-        modules = _projectors(self.methods, found, next(self.model.parameters()).device)
-        if self.heads is None or not self.heads.serve(self.learn, modules): self.heads = Heads(self.learn, modules)
-        self.heads.share()
-        self.maps = StageMaps(self.model, found)
+@patch
+def _prepare(self:PairedBatchCallback):
+    if self.passes not in (1,2,3): raise ValueError(f"passes: {self.passes!r} is not 1, 2 or 3")
+    for r in self.methods: r.join(self.methods)
+    self.teacher = next((r for r in self.methods if isinstance(r, Teacher)), None)
+    self.stream = _unlabeled_stream(self.learn, self.methods)
+    pool = _only_one('T', self.methods, 'a T') or usual_pool()
+    if not isinstance(pool, Pool):
+        raise ValueError(f"T: {pool!r} is not a pool to draw transformations from; give one, as RandomFlips()")
+    self.T_pool = pool.for_recipe(getattr(self.dls, 'recipe', None))
+    self.normalization = normalize_of(self.dls) # `unet_learner` gives learners a `normalize` of their own
+    if self.generator is None: self.generator = torch.Generator().manual_seed(torch.initial_seed())
+    found = find_stages(self.model, list(dict.fromkeys(n for r in self.methods for n in r.layers)))
+    modules = _projectors(self.methods, found, next(self.model.parameters()).device)
+    if self.heads is None or not self.heads.serve(self.learn, modules): self.heads = Heads(self.learn, modules)
+    self.heads.share()
+    self.maps = StageMaps(self.model, found)
 
-    def draw(self,
-        n:int # images of this process
-    ): # `Transformation`
-        "T for the images of this process: the same as for these images in one process with the batches of all"
-        rank,world = processes()
-        T = self.T_pool.draw(n*world, self.generator)
-        return T if world==1 else T[rank*n:(rank+1)*n]
+@patch
+def draw(self:PairedBatchCallback,
+    n:int # images of this process
+): # `Transformation`
+    "T for the images of this process: the same as for these images in one process with the batches of all"
+    rank,world = processes()
+    T = self.T_pool.draw(n*world, self.generator)
+    return T if world==1 else T[rank*n:(rank+1)*n]
 
-    # each batch
-    def before_batch(self):
-        self._x_l = self.step = None
-        self._note_mask()
-        x_u = None
-        if len(self.yb)==2 and getattr(self.dl, 'unlabeled', None) is not None:
-            x_u,self.learn.yb = self.yb[0],self.yb[1:]
-        if not self.training or not self.methods: return
-        if self.stream is not None: x_u = to_device(next(self.stream), self.x.device)
-        x_l,x_u = (o.as_subclass(Tensor) for o in (self.x, x_u))
-        _check_sizes(x_l, x_u)
-        y = self.yb[-1]
-        y_l = y.as_subclass(Tensor) if isinstance(y, Tensor) else y
-        self.step = Step(x_l, y_l, x_u, self.draw(len(x_u)), self.pct_train,
-                         self._ask_teacher(), self.normalization, self.generator)
-        for r in self.methods: r.views(self.step)
-        if 'tx' in self.step.images: self.T_pool.checked()
-        self._x_l = x_l
-        if self.passes==1: self.learn.xb = (torch.cat([x_l, *self.step.images.values()]),)
+# %% ../../nbs/48_callback.paired.ipynb #c3f2f55c
+@patch
+def before_batch(self:PairedBatchCallback):
+    self._x_l = self.step = None
+    self._note_mask()
+    x_u = None
+    if len(self.yb)==2 and getattr(self.dl, 'unlabeled', None) is not None:
+        x_u,self.learn.yb = self.yb[0],self.yb[1:]
+    if not self.training or not self.methods: return
+    if self.stream is not None: x_u = to_device(next(self.stream), self.x.device)
+    x_l,x_u = (o.as_subclass(Tensor) for o in (self.x, x_u))
+    _check_sizes(x_l, x_u)
+    y = self.yb[-1]
+    y_l = y.as_subclass(Tensor) if isinstance(y, Tensor) else y
+    self.step = Step(x_l, y_l, x_u, self.draw(len(x_u)), self.pct_train,
+                     self._ask_teacher(), self.normalization, self.generator)
+    for r in self.methods: r.views(self.step)
+    if 'tx' in self.step.images: self.T_pool.checked()
+    self._x_l = x_l
+    if self.passes==1: self.learn.xb = (torch.cat([x_l, *self.step.images.values()]),)
+    self.maps.listen()
+
+@patch
+def _note_mask(self:PairedBatchCallback):
+    "Remember what the mask knows of its scans: `CastToTensor` drops it"
+    y = self.yb[-1] if len(self.yb) else None
+    self._mask_notes = {} if y is None else {k: vars(y)[k] for k in ('scan','index') if k in vars(y)}
+
+@patch
+def _ask_teacher(self:PairedBatchCallback):
+    "What the step asks for the teacher's answer, with its maps; None without a teacher"
+    if self.teacher is None: return None
+    def ask(x):
         self.maps.listen()
+        with self._mixed_precision(): logits = self.teacher.answer(x)
+        return logits,self.maps.take()
+    return ask
 
-    def _note_mask(self):
-        "Remember what the mask knows of its scans: `CastToTensor` drops it"
-        y = self.yb[-1] if len(self.yb) else None
-        self._mask_notes = {} if y is None else {k: vars(y)[k] for k in ('scan','index') if k in vars(y)}
+@patch
+def _mixed_precision(self:PairedBatchCallback):
+    "The learner's autocast, wherever in the step we are"
+    mixed = getattr(self.learn, 'mixed_precision', None)
+    return nullcontext() if mixed is None else torch.autocast('cuda', mixed.autocast.fast_dtype)
 
-    def _ask_teacher(self):
-        "What the step asks for the teacher's answer, with its maps; None without a teacher"
-        if self.teacher is None: return None
-        def ask(x):
+@patch
+def after_pred(self:PairedBatchCallback):
+    for k,o in self._mask_notes.items(): setattr(self.learn.yb[-1], k, o)
+    if self.step is None: return
+    step,names = self.step,list(self.step.images)
+    if self.passes==1: step.receive(['l',*names], self.pred, self.maps.take())
+    else:
+        step.receive(['l'], self.pred, self.maps.take())
+        for group in [[k] for k in names] if self.passes==3 else [names] if names else []:
             self.maps.listen()
-            with self._mixed_precision(): logits = self.teacher.answer(x)
-            return logits,self.maps.take()
-        return ask
+            out = get_model(self.model)(torch.cat([step.images[k] for k in group]))
+            step.receive(group, out, self.maps.take())
+    self.learn.pred,self.learn.xb,self._x_l = step.logits['l'],(self._x_l,),None
 
-    def _mixed_precision(self):
-        "The learner's autocast, wherever in the step we are"
-        mixed = getattr(self.learn, 'mixed_precision', None)
-        return nullcontext() if mixed is None else torch.autocast('cuda', mixed.autocast.fast_dtype)
+@patch
+def after_loss(self:PairedBatchCallback):
+    terms = {'the supervised loss': self.loss}
+    if self.step is None:
+        if self.training and isinstance(self.dls.train, PairedDL) and not self.loss.ndim:
+            self.guard = Guard(terms)
+        return
+    if self.loss_grad.ndim:
+        raise ValueError(f"loss_func: returned a tensor of shape {tuple(self.loss_grad.shape)}; the terms of "
+                         "methods are added to one number, so give the loss reduction='mean'")
+    with torch.autocast(self.loss_grad.device.type, enabled=False):
+        for r in self.methods:
+            self.learn.loss_grad = self.learn.loss_grad + r.weighted(self.step)
+            terms.update(r.terms)
+    self.step,self.guard = None,Guard(terms)
 
-    def after_pred(self):
-        for k,o in self._mask_notes.items(): setattr(self.learn.yb[-1], k, o)
-        if self.step is None: return
-        step,names = self.step,list(self.step.images)
-        if self.passes==1: step.receive(['l',*names], self.pred, self.maps.take())
-        else:
-            step.receive(['l'], self.pred, self.maps.take())
-            for group in [[k] for k in names] if self.passes==3 else [names] if names else []:
-                self.maps.listen()
-                out = get_model(self.model)(torch.cat([step.images[k] for k in group]))
-                step.receive(group, out, self.maps.take())
-        self.learn.pred,self.learn.xb,self._x_l = step.logits['l'],(self._x_l,),None
+# %% ../../nbs/48_callback.paired.ipynb #b8ebe44d
+@patch
+def before_step(self:PairedBatchCallback):
+    if self.guard and (bad:=self.guard.bad()): self._stop(bad)
+    if self.methods: self.heads.attach()
 
-    def after_loss(self):
-        terms = {'the supervised loss': self.loss}
-        if self.step is None:
-            if self.training and isinstance(self.dls.train, PairedDL) and not self.loss.ndim:
-                self.guard = Guard(terms)
-            return
-        if self.loss_grad.ndim:
-            raise ValueError(f"loss_func: returned a tensor of shape {tuple(self.loss_grad.shape)}; the terms of "
-                             "methods are added to one number, so give the loss reduction='mean'")
-        with torch.autocast(self.loss_grad.device.type, enabled=False):
-            for r in self.methods:
-                self.learn.loss_grad = self.learn.loss_grad + r.weighted(self.step)
-                terms.update(r.terms)
-        self.step,self.guard = None,Guard(terms)
+@patch
+def _stop(self:PairedBatchCallback, bad):
+    self.opt.zero_grad()
+    if self._undo_lr_find: raise CancelFitException() # the rate has grown too large: the end of the search
+    raise FloatingPointError(
+        f"{bad} at step {self.train_iter} (epoch {self.epoch}, batch {self.iter}). Training stopped before the "
+        "step, with the weights of the one before. "
+        f"The batch came from {batch_items(self.dl, self.iter, self.stream)}")
 
-    # the optimiser's step
-    def before_step(self):
-        if self.guard and (bad:=self.guard.bad()): self._stop(bad)
-        if self.methods: self.heads.attach()
+@patch
+def after_step(self:PairedBatchCallback):
+    if not self.methods: return
+    self.heads.detach()
+    self.heads.zero_grad()
 
-    def _stop(self, bad):
-        self.opt.zero_grad()
-        if self._undo_lr_find: raise CancelFitException() # the rate has grown too large: the end of the search
-        raise FloatingPointError(
-            f"{bad} at step {self.train_iter} (epoch {self.epoch}, batch {self.iter}). Training stopped before the "
-            "step, with the weights of the one before. "
-            f"The batch came from {batch_items(self.dl, self.iter, self.stream)}")
+@patch
+def after_cancel_batch(self:PairedBatchCallback):
+    if self.methods: self.heads.detach()
 
-    def after_step(self):
-        if not self.methods: return
+# afterwards: no trace
+@patch
+def after_fit(self:PairedBatchCallback): self.undo()
+
+@patch
+def undo(self:PairedBatchCallback):
+    "Take everything back: hooks, batch, optimiser; also called when a fit ends with an exception"
+    if self.maps: self.maps.remove()
+    if self.methods and self.heads:
         self.heads.detach()
         self.heads.zero_grad()
+    if self._x_l is not None: self.learn.xb = (self._x_l,)
+    for r in self.methods:
+        r._fitting = False
+        r.undo()
+    undo_lr_find = self._undo_lr_find
+    self._begin()
+    if undo_lr_find: undo_lr_find()
 
-    def after_cancel_batch(self):
-        if self.methods: self.heads.detach()
+# what has to be kept to go on later
+@patch
+def state_dict(self:PairedBatchCallback)->dict:
+    "Of T, the heads, the methods and the stream of unlabelled images"
+    return dict(generator=self.generator.get_state(), heads=self.heads.state_dict(),
+                methods=[r.state_dict() for r in self.attached()], stream=self.stream and self.stream.state_dict())
 
-    # afterwards: no trace
-    def after_fit(self): self.undo()
+@patch
+def load_state_dict(self:PairedBatchCallback, sd, methods=None):
+    self.generator.set_state(sd['generator'].cpu())
+    self.heads.load_state_dict(sd['heads'])
+    for r,o in zip(methods or self.attached(), sd['methods']): r.load_state_dict(o)
+    if self.stream and sd['stream']: self.stream.load_state_dict(sd['stream'])
 
-    def undo(self):
-        "Take everything back: hooks, batch, optimiser; also called when a fit ends with an exception"
-        if self.maps: self.maps.remove()
-        if self.methods and self.heads:
-            self.heads.detach()
-            self.heads.zero_grad()
-        if self._x_l is not None: self.learn.xb = (self._x_l,)
-        for r in self.methods:
-            r._fitting = False
-            r.undo()
-        undo_lr_find = self._undo_lr_find
-        self._begin()
-        if undo_lr_find: undo_lr_find()
-
-    # what has to be kept to go on later
-    def state_dict(self)->dict:
-        "Of T, the heads, the methods and the stream of unlabelled images"
-        return dict(generator=self.generator.get_state(), heads=self.heads.state_dict(),
-                    methods=[r.state_dict() for r in self.attached()], stream=self.stream and self.stream.state_dict())
-
-    def load_state_dict(self, sd, methods=None):
-        self.generator.set_state(sd['generator'].cpu())
-        self.heads.load_state_dict(sd['heads'])
-        for r,o in zip(methods or self.attached(), sd['methods']): r.load_state_dict(o)
-        if self.stream and sd['stream']: self.stream.load_state_dict(sd['stream'])
-
-    def _snapshot(self):
-        "Keeps what `lr_find` must leave as it was, beyond the network and its optimiser; returns what restores it"
-        methods,state = self.methods,deepcopy(self.state_dict()) if self.methods else None
-        randomness,dl = random_states(),self.dls.train
-        loaders = [(o, o.rng.getstate()) for o in (dl, self.stream and self.stream.dl) if hasattr(o, 'rng')]
-        epoch = getattr(dl, 'epoch', None)
-        def restore():
-            if state: self.load_state_dict(state, methods)
-            if epoch is not None: dl.epoch = epoch
-            for o,s in loaders: o.rng.setstate(s)
-            restore_random_states(randomness)
-        return restore
+@patch
+def _snapshot(self:PairedBatchCallback):
+    "Keeps what `lr_find` must leave as it was, beyond the network and its optimiser; returns what restores it"
+    methods,state = self.methods,deepcopy(self.state_dict()) if self.methods else None
+    randomness,dl = random_states(),self.dls.train
+    loaders = [(o, o.rng.getstate()) for o in (dl, self.stream and self.stream.dl) if hasattr(o, 'rng')]
+    epoch = getattr(dl, 'epoch', None)
+    def restore():
+        if state: self.load_state_dict(state, methods)
+        if epoch is not None: dl.epoch = epoch
+        for o,s in loaders: o.rng.setstate(s)
+        restore_random_states(randomness)
+    return restore

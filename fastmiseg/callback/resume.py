@@ -21,7 +21,7 @@ from ..files import is_temporary
 from ..lock import FolderInUse, only_one
 from ..processes import gather, processes
 
-# %% ../../nbs/59_callback.resume.ipynb #94e4352d
+# %% ../../nbs/59_callback.resume.ipynb #249aee42
 def _names(methods): return [type(o).__name__ for o in methods]
 
 def _shapes(o):
@@ -43,6 +43,7 @@ def _what_fits(old, old_names, new, names):
 
 _not_notes = {'start_epoch','metric_names','_given','__stored_args__'} # of what a new learner says itself
 
+# %% ../../nbs/59_callback.resume.ipynb #15832cbd
 class ResumeCallback(Callback):
     "Go on where a training was interrupted"
     order = 90 # after all that changes anything
@@ -60,264 +61,297 @@ class ResumeCallback(Callback):
         self._on = False
         self._saved = self._number = 0 # step and number of the last checkpoint
 
-    # when a fit begins
-    def before_fit(self):
-        finds = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
-        self._on = hasattr(self.learn, '_in_fit') and not finds # `validate` begins like a fit
-        if not self._on: return
-        self._begin()
-        state,file = self._find()
-        if state is None or state['fit']<self._fit: return
-        changed = self._check(state, file)
-        if state['fit']>self._fit: self._pass_over(file)
-        self._load(state, changed)
-        self._place(state, changed)
-        if state['over'] and not (changed and self.n_epoch>state['done']): self._pass_over(file)
+# %% ../../nbs/59_callback.resume.ipynb #0c92ebc6
+@patch
+def before_fit(self:ResumeCallback):
+    finds = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+    self._on = hasattr(self.learn, '_in_fit') and not finds # `validate` begins like a fit
+    if not self._on: return
+    self._begin()
+    state,file = self._find()
+    if state is None or state['fit']<self._fit: return
+    changed = self._check(state, file)
+    if state['fit']>self._fit: self._pass_over(file)
+    self._load(state, changed)
+    self._place(state, changed)
+    if state['over'] and not (changed and self.n_epoch>state['done']): self._pass_over(file)
 
-    @property
-    def _fit(self): return len(self._plans)-1
+@patch(as_prop=True)
+def _fit(self:ResumeCallback): return len(self._plans)-1
 
-    def _begin(self):
-        "Nothing is behind this fit yet"
-        for o,_ in self._foreign(): given_arguments(o)
-        self._plans.append(plan_of(self.learn, moved=self._scheduled))
-        self._scheduled.update(schedules(self.learn))
-        self._lines,self._saved,self._done = [],0,0 # log, step of the last checkpoint, epochs
-        self._columns = list(self.recorder.metric_names) if hasattr(self.learn, 'recorder') else [] # of the log
-        self._interrupted,self._ahead = None,0 # the state within an epoch from which to go on, and its batch
-        self._epoch_begin,self._stepped,self._passed,self._finished = None,False,False,False
-        self.learn._in_fit.callback(self._forget_unfinished)
+@patch
+def _begin(self:ResumeCallback):
+    "Nothing is behind this fit yet"
+    for o,_ in self._foreign(): given_arguments(o)
+    self._plans.append(plan_of(self.learn, moved=self._scheduled))
+    self._scheduled.update(schedules(self.learn))
+    self._lines,self._saved,self._done = [],0,0 # log, step of the last checkpoint, epochs
+    self._columns = list(self.recorder.metric_names) if hasattr(self.learn, 'recorder') else [] # of the log
+    self._interrupted,self._ahead = None,0 # the state within an epoch from which to go on, and its batch
+    self._epoch_begin,self._stepped,self._passed,self._finished = None,False,False,False
+    self.learn._in_fit.callback(self._forget_unfinished)
 
-    def _forget_unfinished(self):
-        "A fit that was interrupted, or refused, is called again, and is no earlier one"
-        if not self._finished: self._plans.pop()
+@patch
+def _forget_unfinished(self:ResumeCallback):
+    "A fit that was interrupted, or refused, is called again, and is no earlier one"
+    if not self._finished: self._plans.pop()
 
-    # find
-    def _find(self):
-        "The last intact checkpoint and its file, or None"
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock()
-        state,file = newest_state(self.path)
-        self._number = state['number'] if state else 0
-        found = set(gather(file.name if file else 'none'))
-        if len(found)==1: return state,file
-        raise ValueError(f"ResumeCallback: the processes find different checkpoints in {self.path} "
-                         f"({', '.join(sorted(found))}); give a folder that all machines share")
+# %% ../../nbs/59_callback.resume.ipynb #a9c4fcf6
+@patch
+def _find(self:ResumeCallback):
+    "The last intact checkpoint and its file, or None"
+    self.path.mkdir(parents=True, exist_ok=True)
+    self._lock()
+    state,file = newest_state(self.path)
+    self._number = state['number'] if state else 0
+    found = set(gather(file.name if file else 'none'))
+    if len(found)==1: return state,file
+    raise ValueError(f"ResumeCallback: the processes find different checkpoints in {self.path} "
+                     f"({', '.join(sorted(found))}); give a folder that all machines share")
 
-    def _lock(self):
-        "Nobody else trains in the folder until this fit ends, however it ends"
-        said = None
-        if not processes()[0]:
-            try: self.learn._in_fit.enter_context(only_one(self.path))
-            except FolderInUse as e: said = f'ResumeCallback: {e}'
-            else:
-                for f in self.path.iterdir():
-                    if is_temporary(f.name): f.unlink() # a process was killed while it wrote
-        said = gather(said)[0]
-        if said: raise FolderInUse(said)
+@patch
+def _lock(self:ResumeCallback):
+    "Nobody else trains in the folder until this fit ends, however it ends"
+    said = None
+    if not processes()[0]:
+        try: self.learn._in_fit.enter_context(only_one(self.path))
+        except FolderInUse as e: said = f'ResumeCallback: {e}'
+        else:
+            for f in self.path.iterdir():
+                if is_temporary(f.name): f.unlink() # a process was killed while it wrote
+    said = gather(said)[0]
+    if said: raise FolderInUse(said)
 
-    # check
-    def _check(self, state, file):
-        "An error where the checkpoint is another training's; returns the settings that are changed on purpose"
-        world = processes()[1]
-        if len(state['ranks'])!=world:
-            raise ValueError(f"ResumeCallback: {file} was written by a training in {len(state['ranks'])} processes, "
-                             f"here are {world}; start as many, or delete the folder")
-        changed = differences(state['plans'][self._fit], self._plans[self._fit])
-        if not changed: return changed
-        said = ''.join(f'\n  {k}: {v}' for k,v in changed.items())
-        if not self.change:
-            raise ValueError(f"ResumeCallback: {file} was written by a training with other settings:{said}\n"
-                             "Start it with the settings of before; give this one another path; or go on under the new "
-                             "settings: ResumeCallback(..., change=True)")
-        self._check_change(state, file, changed)
-        warn(f"ResumeCallback: goes on from {file} under other settings:{said}")
-        return changed
+# %% ../../nbs/59_callback.resume.ipynb #0260f605
+@patch
+def _check(self:ResumeCallback, state, file):
+    "An error where the checkpoint is another training's; returns the settings that are changed on purpose"
+    world = processes()[1]
+    if len(state['ranks'])!=world:
+        raise ValueError(f"ResumeCallback: {file} was written by a training in {len(state['ranks'])} processes, "
+                         f"here are {world}; start as many, or delete the folder")
+    changed = differences(state['plans'][self._fit], self._plans[self._fit])
+    if not changed: return changed
+    said = ''.join(f'\n  {k}: {v}' for k,v in changed.items())
+    if not self.change:
+        raise ValueError(f"ResumeCallback: {file} was written by a training with other settings:{said}\n"
+                         "Start it with the settings of before; give this one another path; or go on under the new "
+                         "settings: ResumeCallback(..., change=True)")
+    self._check_change(state, file, changed)
+    warn(f"ResumeCallback: goes on from {file} under other settings:{said}")
+    return changed
 
-    def _check_change(self, state, file, changed):
-        "An error where going on is not possible"
-        if 'network' in changed:
-            raise ValueError(f"ResumeCallback: {file} has the weights of another network ({changed['network']}); "
-                             "give this one another path")
-        behind = state['done'] + (state['iter']>0)
-        if state['fit']==self._fit and self.n_epoch<behind:
-            raise ValueError(f"ResumeCallback: {self.n_epoch} epochs are fewer than the {behind} that {file} has "
-                             f"begun; ask for {behind} or more")
+@patch
+def _check_change(self:ResumeCallback, state, file, changed):
+    "An error where going on is not possible"
+    if 'network' in changed:
+        raise ValueError(f"ResumeCallback: {file} has the weights of another network ({changed['network']}); "
+                         "give this one another path")
+    behind = state['done'] + (state['iter']>0)
+    if state['fit']==self._fit and self.n_epoch<behind:
+        raise ValueError(f"ResumeCallback: {self.n_epoch} epochs are fewer than the {behind} that {file} has "
+                         f"begun; ask for {behind} or more")
 
-    def _pass_over(self, file):
-        "The fit has been made before"
-        self._passed = True
-        print(f"ResumeCallback: this training is finished, {file.name} in {self.path} holds its result; "
-              "another one needs another path")
-        raise CancelFitException()
+@patch
+def _pass_over(self:ResumeCallback, file):
+    "The fit has been made before"
+    self._passed = True
+    print(f"ResumeCallback: this training is finished, {file.name} in {self.path} holds its result; "
+          "another one needs another path")
+    raise CancelFitException()
 
-    # load
-    def _load(self, state, changed):
-        "What lasts longer than an epoch"
-        state.update(state['ranks'][processes()[0]])
-        if state['columns']!=self._columns: self._drop_log(state)
-        get_model(self.model).load_state_dict(state['model'])
-        self._load_optimizer(state['opt'], changed)
-        if state['ours']: self._load_methods({**state['ours'], **state['draws']}, state['names'], changed)
-        if state['scaler'] and hasattr(self.learn, 'scaler'): self.learn.scaler.load_state_dict(state['scaler'])
-        self._load_gradients(state['grads'])
-        self.learn.train_iter,self.learn.pct_train = state['train_iter'],state['pct_train']
-        self._load_notes(state['notes'])
+# %% ../../nbs/59_callback.resume.ipynb #962cdee8
+@patch
+def _load(self:ResumeCallback, state, changed):
+    "What lasts longer than an epoch"
+    state.update(state['ranks'][processes()[0]])
+    if state['columns']!=self._columns: self._drop_log(state)
+    get_model(self.model).load_state_dict(state['model'])
+    self._load_optimizer(state['opt'], changed)
+    if state['ours']: self._load_methods({**state['ours'], **state['draws']}, state['names'], changed)
+    if state['scaler'] and hasattr(self.learn, 'scaler'): self.learn.scaler.load_state_dict(state['scaler'])
+    self._load_gradients(state['grads'])
+    self.learn.train_iter,self.learn.pct_train = state['train_iter'],state['pct_train']
+    self._load_notes(state['notes'])
 
-    def _drop_log(self, state):
-        warn(f"ResumeCallback: the log begins anew, its columns were {', '.join(state['columns'])}")
-        state['lines'] = []
-        for notes in state['notes'].get('Recorder', []): notes['values'] = []
+@patch
+def _drop_log(self:ResumeCallback, state):
+    warn(f"ResumeCallback: the log begins anew, its columns were {', '.join(state['columns'])}")
+    state['lines'] = []
+    for notes in state['notes'].get('Recorder', []): notes['values'] = []
 
-    def _load_optimizer(self, state, changed):
-        if changed.keys() & {'optimizer','parameters in groups'}: return # another one begins anew
-        here = [dict(h) for h in self.opt.hypers]
-        self.opt.load_state_dict(self._to_device(state))
-        for k in here[0]:
-            if k in changed: self.opt.set_hyper(k, [h[k] for h in here])
+@patch
+def _load_optimizer(self:ResumeCallback, state, changed):
+    if changed.keys() & {'optimizer','parameters in groups'}: return # another one begins anew
+    here = [dict(h) for h in self.opt.hypers]
+    self.opt.load_state_dict(self._to_device(state))
+    for k in here[0]:
+        if k in changed: self.opt.set_hyper(k, [h[k] for h in here])
 
-    def _load_methods(self, state, names, changed):
-        ours = self._ours()
-        if ours is None: return
-        state = self._to_device(state)
-        if changed: state = _what_fits(state, names, ours.state_dict(), _names(ours.attached()))
-        if changed.keys() & {'unlabelled images','unlabelled batch size'}: state['stream'] = None # begins anew
-        ours.load_state_dict(state)
+@patch
+def _load_methods(self:ResumeCallback, state, names, changed):
+    ours = self._ours()
+    if ours is None: return
+    state = self._to_device(state)
+    if changed: state = _what_fits(state, names, ours.state_dict(), _names(ours.attached()))
+    if changed.keys() & {'unlabelled images','unlabelled batch size'}: state['stream'] = None # begins anew
+    ours.load_state_dict(state)
 
-    def _load_gradients(self, grads):
-        for n,p in self._params().items():
-            if n not in grads: p.grad = None
-            elif grads[n] is None: p.grad = torch.zeros_like(p) # a step has just been made
-            elif grads[n].shape==p.shape: p.grad = grads[n].to(p.device)
+@patch
+def _load_gradients(self:ResumeCallback, grads):
+    for n,p in self._params().items():
+        if n not in grads: p.grad = None
+        elif grads[n] is None: p.grad = torch.zeros_like(p) # a step has just been made
+        elif grads[n].shape==p.shape: p.grad = grads[n].to(p.device)
 
-    def _load_notes(self, notes):
-        notes = {k: list(v) for k,v in notes.items()}
-        for o,*_ in self._noted():
-            if notes.get(n:=type(o).__name__): set_notes(o, notes[n].pop(0))
+@patch
+def _load_notes(self:ResumeCallback, notes):
+    notes = {k: list(v) for k,v in notes.items()}
+    for o,*_ in self._noted():
+        if notes.get(n:=type(o).__name__): set_notes(o, notes[n].pop(0))
 
-    # place
-    def _place(self, state, changed):
-        "The epoch and the batch from which the fit goes on"
-        self._saved,self._done = state['train_iter'],state['done']
-        self._show_log(state)
-        self.learn._first_epoch = self._done
-        dl,begin = self.dls.train,state['epoch_begin']
-        if 'epochs' in changed: state['pct_train'] = (self._done + state['iter']/len(dl))/self.n_epoch
-        if not state['iter']: find_images(dl, state['loader_epoch'], 0, state['loader'], state['random'])
-        elif 'batches' not in changed: self._interrupted = state
-        else: find_images(dl, state['loader_epoch'], 0, begin['loader'], begin['all']) # the epoch begins anew
+# %% ../../nbs/59_callback.resume.ipynb #e3a8dd28
+@patch
+def _place(self:ResumeCallback, state, changed):
+    "The epoch and the batch from which the fit goes on"
+    self._saved,self._done = state['train_iter'],state['done']
+    self._show_log(state)
+    self.learn._first_epoch = self._done
+    dl,begin = self.dls.train,state['epoch_begin']
+    if 'epochs' in changed: state['pct_train'] = (self._done + state['iter']/len(dl))/self.n_epoch
+    if not state['iter']: find_images(dl, state['loader_epoch'], 0, state['loader'], state['random'])
+    elif 'batches' not in changed: self._interrupted = state
+    else: find_images(dl, state['loader_epoch'], 0, begin['loader'], begin['all']) # the epoch begins anew
 
-    def _show_log(self, state):
-        self._lines = state['lines']
-        for line in self._lines: self.learn.logger(line)
-        bar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
-        if self._done and bar: bar.update(0) # its clock starts with its first step
+@patch
+def _show_log(self:ResumeCallback, state):
+    self._lines = state['lines']
+    for line in self._lines: self.learn.logger(line)
+    bar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
+    if self._done and bar: bar.update(0) # its clock starts with its first step
 
-    def before_train(self):
-        if not self._on: return
-        state,self._interrupted = self._interrupted,None
-        if state is None: self._epoch_begin = dict(loader=loader_state(self.dl), all=random_states())
-        else: self._go_on(state)
+@patch
+def before_train(self:ResumeCallback):
+    if not self._on: return
+    state,self._interrupted = self._interrupted,None
+    if state is None: self._epoch_begin = dict(loader=loader_state(self.dl), all=random_states())
+    else: self._go_on(state)
 
-    def _go_on(self, state):
-        "From the middle of an epoch"
-        dl,begin = self.dl,state['epoch_begin']
-        self._epoch_begin,self._ahead,self.learn.pct_train = begin,state['iter'],state['pct_train']
-        self._load_notes(state['notes'])
-        find_images(dl, state['loader_epoch'], self._ahead, begin['loader'], begin['all'])
-        self.learn.dl = RestOfEpoch(dl, self._ahead, lambda: restore_random_states(state['random']))
+@patch
+def _go_on(self:ResumeCallback, state):
+    "From the middle of an epoch"
+    dl,begin = self.dl,state['epoch_begin']
+    self._epoch_begin,self._ahead,self.learn.pct_train = begin,state['iter'],state['pct_train']
+    self._load_notes(state['notes'])
+    find_images(dl, state['loader_epoch'], self._ahead, begin['loader'], begin['all'])
+    self.learn.dl = RestOfEpoch(dl, self._ahead, lambda: restore_random_states(state['random']))
 
-    def before_batch(self):
-        if not self.training or not self._on: return
-        self._stepped = False
-        self.learn.iter += self._ahead
+@patch
+def before_batch(self:ResumeCallback):
+    if not self.training or not self._on: return
+    self._stepped = False
+    self.learn.iter += self._ahead
 
-    def after_train(self): self._ahead = 0
+@patch
+def after_train(self:ResumeCallback): self._ahead = 0
 
-    # save
-    def after_step(self): self._stepped = True # otherwise gradients are being gathered
+# %% ../../nbs/59_callback.resume.ipynb #1fc849f0
+@patch
+def after_step(self:ResumeCallback): self._stepped = True # otherwise gradients are being gathered
 
-    def after_batch(self):
-        due = self.train_iter-self._saved>=self.every
-        if self.training and self._on and self._stepped and due: self._save(self.iter+1)
+@patch
+def after_batch(self:ResumeCallback):
+    due = self.train_iter-self._saved>=self.every
+    if self.training and self._on and self._stepped and due: self._save(self.iter+1)
 
-    def after_epoch(self):
-        if not self._on: return
-        self._done = self.epoch+1
-        self._save()
+@patch
+def after_epoch(self:ResumeCallback):
+    if not self._on: return
+    self._done = self.epoch+1
+    self._save()
 
-    def after_fit(self):
-        if not self._on: return
-        self._finished = True
-        if self._passed: return
-        if not self.training: # else it was stopped within an epoch
-            self._done = max(self._done, min(self.epoch+1, self.n_epoch))
-        self._save(over=True)
+@patch
+def after_fit(self:ResumeCallback):
+    if not self._on: return
+    self._finished = True
+    if self._passed: return
+    if not self.training: # else it was stopped within an epoch
+        self._done = max(self._done, min(self.epoch+1, self.n_epoch))
+    self._save(over=True)
 
-    def _save(self, i=0, over=False):
-        "Write a checkpoint from which batch `i` comes next"
-        self._saved = self.train_iter
-        if len(self._values())>len(self._lines): self._lines = self._lines + [plain(self.recorder.log)]
-        for cb in self.learn.cbs:
-            if isinstance(cb, SemiSupCallback): cb.step_aside() # a teacher that stands in for the student
-        model = self._finite_weights()
-        ours = (cb:=self._ours()) and cb.state_dict()
-        ranks = gather(plain(self._of_this_process(ours)))
-        self._number += 1
-        if processes()[0]: return
-        dl,scaler = self.dls.train,getattr(self.learn, 'scaler', None)
-        state = dict(number=self._number, fit=self._fit, done=self._done, iter=i, over=over, plans=self._plans,
-            train_iter=self.train_iter, pct_train=self.pct_train, lines=self._lines, columns=self._columns,
-            model=model, opt=plain(self.opt.state_dict()), scaler=scaler and scaler.state_dict(),
-            grads=self._gradients(), ranks=ranks, names=_names(cb.attached()) if cb else [],
-            ours=ours and {k: ours[k] for k in ('heads','methods')},
-            loader_epoch=dl.epoch-(i>0) if isinstance(dl, PairedDL) else self._done)
-        save_state(state, self.path/f'{self._number:06d}.pt')
-        for f in checkpoints(self.path)[:-self.keep]: f.unlink()
+@patch
+def _save(self:ResumeCallback, i=0, over=False):
+    "Write a checkpoint from which batch `i` comes next"
+    self._saved = self.train_iter
+    if len(self._values())>len(self._lines): self._lines = self._lines + [plain(self.recorder.log)]
+    for cb in self.learn.cbs:
+        if isinstance(cb, SemiSupCallback): cb.step_aside() # a teacher that stands in for the student
+    model = self._finite_weights()
+    ours = (cb:=self._ours()) and cb.state_dict()
+    ranks = gather(plain(self._of_this_process(ours)))
+    self._number += 1
+    if processes()[0]: return
+    dl,scaler = self.dls.train,getattr(self.learn, 'scaler', None)
+    state = dict(number=self._number, fit=self._fit, done=self._done, iter=i, over=over, plans=self._plans,
+        train_iter=self.train_iter, pct_train=self.pct_train, lines=self._lines, columns=self._columns,
+        model=model, opt=plain(self.opt.state_dict()), scaler=scaler and scaler.state_dict(),
+        grads=self._gradients(), ranks=ranks, names=_names(cb.attached()) if cb else [],
+        ours=ours and {k: ours[k] for k in ('heads','methods')},
+        loader_epoch=dl.epoch-(i>0) if isinstance(dl, PairedDL) else self._done)
+    save_state(state, self.path/f'{self._number:06d}.pt')
+    for f in checkpoints(self.path)[:-self.keep]: f.unlink()
 
-    def _of_this_process(self, ours):
-        notes = {}
-        for o,but,tensors in self._noted(): notes.setdefault(type(o).__name__, []).append(notes_of(o, but, tensors))
-        return dict(notes=notes, epoch_begin=self._epoch_begin, random=random_states(),
-                    loader=loader_state(self.dls.train), draws=ours and {k: ours[k] for k in ('generator','stream')})
+@patch
+def _of_this_process(self:ResumeCallback, ours):
+    notes = {}
+    for o,but,tensors in self._noted(): notes.setdefault(type(o).__name__, []).append(notes_of(o, but, tensors))
+    return dict(notes=notes, epoch_begin=self._epoch_begin, random=random_states(),
+                loader=loader_state(self.dls.train), draws=ours and {k: ours[k] for k in ('generator','stream')})
 
-    def _finite_weights(self):
-        state = get_model(self.model).state_dict()
-        if torch.stack([o.isfinite().all() for o in state.values()]).all(): return state
-        raise FloatingPointError(f"ResumeCallback: after step {self.train_iter} the network has weights that are NaN "
-                                 f"or infinite; no checkpoint was written, those in {self.path} are older")
+@patch
+def _finite_weights(self:ResumeCallback):
+    state = get_model(self.model).state_dict()
+    if torch.stack([o.isfinite().all() for o in state.values()]).all(): return state
+    raise FloatingPointError(f"ResumeCallback: after step {self.train_iter} the network has weights that are NaN "
+                             f"or infinite; no checkpoint was written, those in {self.path} are older")
 
-    def _gradients(self):
-        "What was gathered since the last step; None where a gradient is only to be there"
-        return {n: None if self._stepped else p.grad for n,p in self._params().items() if p.grad is not None}
+@patch
+def _gradients(self:ResumeCallback):
+    "What was gathered since the last step; None where a gradient is only to be there"
+    return {n: None if self._stepped else p.grad for n,p in self._params().items() if p.grad is not None}
 
-    # what belongs to a training
-    def _ours(self):
-        "The `PairedBatchCallback`, where methods are attached"
-        paired = (cb for cb in self.learn.cbs if isinstance(cb, PairedBatchCallback))
-        return next((cb for cb in paired if cb.heads and cb.attached()), None)
+# %% ../../nbs/59_callback.resume.ipynb #1919b6c3
+@patch
+def _ours(self:ResumeCallback):
+    "The `PairedBatchCallback`, where methods are attached"
+    paired = (cb for cb in self.learn.cbs if isinstance(cb, PairedBatchCallback))
+    return next((cb for cb in paired if cb.heads and cb.attached()), None)
 
-    def _params(self):
-        "Whatever is trained, with its name"
-        ours = self._ours()
-        heads = {f'projectors.{i}':p for i,p in enumerate(ours.heads.params)} if ours else {}
-        return {**dict(get_model(self.model).named_parameters()), **heads}
+@patch
+def _params(self:ResumeCallback):
+    "Whatever is trained, with its name"
+    ours = self._ours()
+    heads = {f'projectors.{i}':p for i,p in enumerate(ours.heads.params)} if ours else {}
+    return {**dict(get_model(self.model).named_parameters()), **heads}
 
-    def _foreign(self):
-        "Callbacks and metrics that are not ours, and whether their tensors are kept"
-        for cb in self.learn.cbs:
-            ours = isinstance(cb, (SemiSupCallback, PairedBatchCallback, ResumeCallback))
-            if not ours: yield cb, isinstance(cb, Recorder)
-        if hasattr(self.learn, 'recorder'): yield self.recorder.smooth_loss, True
-        for m in self.learn.metrics: yield m, True
+@patch
+def _foreign(self:ResumeCallback):
+    "Callbacks and metrics that are not ours, and whether their tensors are kept"
+    for cb in self.learn.cbs:
+        ours = isinstance(cb, (SemiSupCallback, PairedBatchCallback, ResumeCallback))
+        if not ours: yield cb, isinstance(cb, Recorder)
+    if hasattr(self.learn, 'recorder'): yield self.recorder.smooth_loss, True
+    for m in self.learn.metrics: yield m, True
 
-    def _noted(self):
-        "Callbacks and metrics, what of them is not to be kept, and whether their tensors are"
-        for cb in self.learn.cbs:
-            if isinstance(cb, SemiSupCallback): yield cb, set(vars(cb))-{'_sums','_count'}, True
-        for o,tensors in self._foreign():
-            yield o, _not_notes | unchanged_arguments(o), tensors
+@patch
+def _noted(self:ResumeCallback):
+    "Callbacks and metrics, what of them is not to be kept, and whether their tensors are"
+    for cb in self.learn.cbs:
+        if isinstance(cb, SemiSupCallback): yield cb, set(vars(cb))-{'_sums','_count'}, True
+    for o,tensors in self._foreign():
+        yield o, _not_notes | unchanged_arguments(o), tensors
 
-    def _values(self): return self.recorder.values if hasattr(self.learn, 'recorder') else []
-    def _to_device(self, o): return to_device(o, next(self.model.parameters()).device)
-
+@patch
+def _values(self:ResumeCallback): return self.recorder.values if hasattr(self.learn, 'recorder') else []
+@patch
+def _to_device(self:ResumeCallback, o): return to_device(o, next(self.model.parameters()).device)

@@ -879,9 +879,9 @@ def test_data_files_that_are_pipes(tmp_path, ext):
 def test_pipes_in_a_cohort_do_not_hang(tmp_path, column):
     "In a process of its own, with a time limit: opening the pipe would wait for ever"
     for i in range(3):
-        write_volume(Volume(np.random.default_rng(i).integers(0,2,(3,16,16)).astype('u1')), tmp_path/f'{i}.nii.gz')
+        for k in ('','m'): write_volume(Volume(np.random.default_rng(i).integers(0,2,(3,16,16)).astype('u1')), tmp_path/f'{i}{k}.nii.gz')
     os.mkfifo(tmp_path/'p.nii.gz')
-    rows = [f'{"p" if i==1 and column=="image" else i}.nii.gz,{"p" if i==1 and column=="mask" else i}.nii.gz,s{i}' for i in range(3)]
+    rows = [f'{"p" if i==1 and column=="image" else i}.nii.gz,{"p" if i==1 and column=="mask" else f"{i}m"}.nii.gz,s{i}' for i in range(3)]
     (tmp_path/'c.csv').write_text('image,mask,scan\n'+'\n'.join(rows))
     code = '''
         import sys

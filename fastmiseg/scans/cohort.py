@@ -15,11 +15,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np, pandas as pd
+from nibabel.orientations import apply_orientation, io_orientation
 
 from ..files import write_text
 from .formats import extension
 from .intact import check_regular
-from .readers import CohortError, subject_of
+from .readers import CohortError, plain_name, subject_of, written_alike
 from .standards import layouts
 from .table import note
 from .masks import read_scan
@@ -33,11 +34,34 @@ class CohortWarning(UserWarning):
     "Something about a cohort that may make results look better than they are"
 
 # %% ../../nbs/18_scans.cohort.ipynb #8fd70069
+_about_people = re.compile(r'(patient|subject|participant|person)[ _-]*(id|no|nr|number|name|code|uid)?', re.I)
+
+def _people_column(df):
+    "A column like `patient_id`, where it says something"
+    return next((o for o in df if _about_people.fullmatch(str(o).strip()) and o!='subject' and df[o].notna().any()),
+                None)
+
+def _say_alike(df):
+    "Warn of people whose names are written in several ways"
+    ways = {}
+    for s in df.subject: ways.setdefault(written_alike(s), set()).add(s)
+    several = [sorted(o) for o in ways.values() if len(o)>1]
+    if several:
+        warnings.warn(CohortWarning(
+            f'{len(several)} subject{"s are" if len(several)>1 else " is"} written in several ways, for example '
+            f'{" and ".join(several[0][:3])}, and kept in one part of a split: write each in one way, or '
+            'give names that differ in more than capitals and zeros'), stacklevel=4)
+
 def _people(df, subject, straddle):
     "Whose scans they are, checked"
     alone = df.attrs.pop('alone', False)
     if subject is not None:
         df['subject'] = pd.Series(map(subject_of(subject), df.scan), df.index, dtype=object)
+    elif alone and (column := _people_column(df)):
+        df['subject'] = [s if pd.isna(o) else plain_name(o) for o,s in zip(df[column], df.scan)]
+        warnings.warn(CohortWarning(
+            f'there is no column `subject`; whose scans they are was taken from `{column}`: rename it, or give '
+            'subject= (a regular expression or a function) if that is not so'), stacklevel=3)
     elif alone and (found := related(df.scan)):
         pattern,(a,b),n = found
         warnings.warn(CohortWarning(
@@ -45,6 +69,7 @@ def _people(df, subject, straddle):
             'each is taken to be a person of its own: a split would put one person in two parts. If so, give '
             f"subject={pattern!r} (a regular expression for the subject in a scan's name, or a function); "
             'if not, subject=str'), stacklevel=3)
+    _say_alike(df)
     if straddle: df.attrs['straddle'] = True
     if 'split' in df:
         parts = [_part(s, v) for s,v in zip(df.scan, df['split'])]
@@ -99,6 +124,7 @@ def load_cohort(
             known = '\n'.join(f'- {o.name}: {o.expects}' for o in layouts.values())
             raise CohortError(f'{root}: no known layout; looked for\n{known}\nFound '
                               f'{_inside(root)}. Name the layout, or list the scans in a .csv file')
+    if layout=='dicom' and subject is not None: options['subject'] = subject # instead of the folders' PatientID
     try: df = layouts[layout].read(root, **options)
     except TypeError as e:
         if 'argument' not in str(e): raise
@@ -116,16 +142,22 @@ def load_cohort(
 
 # %% ../../nbs/18_scans.cohort.ipynb #1b2c3d4e
 _stems = (r'^(.+)[_\-. ][^_\-. ]+$',      # anna_ct1, anna_ct2
+          r'^(.+)_[^_]+$',                 # site-2_anna_2020-01-02, site-2_anna_2021-05-03
+          r'^([^_]+)_.+$',                 # A-02-0003_1996.06.08, A-02-0003_1997.02.11_b
           r'^([^_\-. ]+)[_\-. ].+$',       # anna_2020-01-02, anna_2021-05-03
           r'^(.*\d)[A-Za-z]$',             # p01a, p01b
           r'^(.*[^\W\d_])\d+$',            # anna1, anna2
           r'^[^_\-. ]+[_\-. ](.+)$')       # ct1_anna, ct2_anna
 
+# what is said of a visit, a side or a sequence, and not of a person
+_when = re.compile(r'(visit|session|ses|time ?point|time|tp|scan|exam|day|week|month|year|[tvmy])[_\-. ]?\d{1,2}|'
+                   r'baseline|follow.?up\d?|pre|post|left|right|l|r|flair|dwi|adc', re.I)
+
 def related(
     names # of scans
 ): # A pattern for the part that some share, two names that do, and how many do; None if none does
     "Do several scans seem to belong to one person?"
-    names = list(names)
+    names,doubtful = list(names),None
     for pattern in _stems:
         groups = {}
         for s in names:
@@ -134,19 +166,27 @@ def related(
         several = [g for g in groups.values() if len(g)>1]
         n = sum(map(len, several))
         # all in one group: a name for the whole cohort; large groups: sites or studies
-        if several and len(groups)>1 and n/len(several)<=12:
-            return pattern, sorted(several[0])[:2], n
+        if not several or len(groups)==1 or n/len(several)>12: continue
+        found = pattern, sorted(several[0])[:2], n
+        if not all(_when.fullmatch(k) for k,g in groups.items() if len(g)>1): return found
+        doubtful = doubtful or found
+    return doubtful
 
 # %% ../../nbs/18_scans.cohort.ipynb #ee9c4449
 def voxel_digest(
-    a # voxels, (z,y,x) or (c,z,y,x)
+    vol # a `Volume`
 )->str:
-    "The same for the same voxels, whatever their type, file or compression"
+    "The same for the same voxels, whatever their type, file or compression, and the order of their axes"
+    affine = np.eye(4)
+    affine[:3,:3] = np.reshape(vol.direction, (3,3))*vol.spacing[::-1]
+    a = apply_orientation(vol.array.T, io_orientation(affine)).T
     h = hashlib.sha256(str(a.shape[-3:]).encode())
     h.update(np.ascontiguousarray(a, np.float32))
     return h.hexdigest()[:32]
 
-def _content(path): return voxel_digest(read_volume(path, channels=True, nan_to_zero=True).array)
+def _content(path): return voxel_digest(read_volume(path, channels=True, nan_to_zero=True))
+
+def _sizes(path): return tuple(sorted(read_size(path)))
 
 def find_duplicates(
     df:pd.DataFrame # A cohort
@@ -160,7 +200,7 @@ def find_duplicates(
         return [g for g in groups.values() if len({o.subject for o in g})>1]
     with collect_warnings():
         return [tuple(o.scan for o in g)
-                for rows in _same(df.sort_values('scan').itertuples(), read_size)
+                for rows in _same(df.sort_values('scan').itertuples(), _sizes)
                 for g in _same(rows, _content)]
 
 # %% ../../nbs/18_scans.cohort.ipynb #4e5f6071
@@ -190,7 +230,9 @@ def check_split(
     df:pd.DataFrame # A cohort
 ):
     "Raise a `CohortError` if a subject, or a file, is in several of training, validation and test"
-    _apart(df, [None if pd.isna(o) else str(o) for o in df.subject],
+    first = {}
+    for o in df.subject: first.setdefault(written_alike(o), str(o))
+    _apart(df, [None if pd.isna(o) else first[written_alike(o)] for o in df.subject],
            lambda k,n: f'subject{"s are" if n>1 else " is"} in several parts, for example {k}')
     files = [os.path.realpath(o) if isinstance(o, (str,os.PathLike)) else None for o in df.image]
     _apart(df, files, lambda k,n: f'image{"s are" if n>1 else " is"} in several parts, for example {k}')

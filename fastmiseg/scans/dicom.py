@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import locale, os, tempfile, warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np, pydicom
@@ -96,6 +97,21 @@ def _scale(f):
     if out[0]==0: raise ValueError(f'{f}: {tag_name("RescaleSlope")} is 0; export the series again')
     return tuple(out)
 
+def _unlike(frames):
+    "What to say of slices whose values may not be of the others' kind"
+    notes = []
+    bare = [f for f in frames if f.get('RescaleSlope') is None]
+    if bare and len(bare)<len(frames) and len({_scale(f) for f in frames})>1:
+        notes.append(f'has {len(bare)} of {len(frames)} slices without {tag_name("RescaleSlope")}, for example '
+                     f'{bare[0]}: it was taken to be 1 there')
+    bits = Counter(int(f.get('BitsAllocated') or 16) for f in frames)
+    if len(bits)>1:
+        odd = min(bits, key=bits.get)
+        first = next(f for f in frames if int(f.get('BitsAllocated') or 16)==odd)
+        notes.append(f'has {bits[odd]} of {len(frames)} slices of {odd} bits, for example {first}, among others of '
+                     f'{max(bits, key=bits.get)}: their values may be on another scale')
+    return notes
+
 def _inverted(frames):
     "Are low numbers bright, and may they be turned round? And what to say"
     keyword = 'PhotometricInterpretation'
@@ -106,7 +122,9 @@ def _inverted(frames):
                          'export the series again')
     if kinds=={'MONOCHROME2'}: return False,[]
     unit = str(frames[0].get('RescaleType') or 'US').strip()
-    measured = frames[0].get('Modality') in ('CT','PT') or unit not in ('US','UNSPECIFIED')
+    # a slope for each slice is how measurements are stored
+    measured = (frames[0].get('Modality') in ('CT','PT') or unit not in ('US','UNSPECIFIED')
+                or len({_scale(f) for f in frames})>1)
     said = 'is shown with low values bright (MONOCHROME1); its values are measured and were kept'
     if measured: return False,[said]
     return True,['has low values bright (MONOCHROME1) and was inverted, so that high values are bright']
@@ -136,6 +154,7 @@ def _stored_in_turn(folder, frames):
 def _read_pixels(folder, frames):
     "(z,y,x) with rescale values applied, and what to say"
     inverted,notes = _inverted(frames)
+    notes = [*notes, *_unlike(frames)]
     scales = [_scale(f) for f in frames]
     whole = all(o==int(o) for s in scales for o in s)
     bits = max(int(f.get('BitsAllocated') or 16) for f in frames)

@@ -112,20 +112,35 @@ _meta_types = {1:'CHAR UCHAR', 2:'SHORT USHORT', 4:'INT UINT LONG ULONG FLOAT',
 
 _meta_bytes = {o:n for n,names in _meta_types.items() for o in names.split()}
 
+_places = ('Offset','Position','Origin'),('TransformMatrix','Rotation','Orientation')
+
+def _check_synonyms(d):
+    "Raise if two names of one thing say different things"
+    for names in (*_places, ('BinaryDataByteOrderMSB','ElementByteOrderMSB')):
+        said = {}
+        for k in names:
+            if k not in d: continue
+            words = d[k].lower().split()
+            try: said.setdefault(tuple(map(float, words)), k)
+            except ValueError: said.setdefault(tuple(words), k)
+        if len(said)>1:
+            a,b = list(said.values())[:2]
+            raise ValueError(f'has a damaged header: {a} is {d[a][:60]!r}, but {b}, which means the same, is '
+                             f'{d[b][:60]!r}; keep the right one')
+
 def _meta_place(d, n):
     "Are origin and axes some? -> what to say"
-    for k in ('Offset','Position','Origin'):
+    for k in _places[0]:
         if k in d and len(_finite(d[k], k))!=n:
             raise ValueError(f'has a damaged header: {k} is {d[k][:60]!r}, expected {n} numbers')
-    for k in ('TransformMatrix','Rotation','Orientation'):
+    for k in _places[1]:
         if k not in d: continue
         m = _finite(d[k], k)
         axes = [math.hypot(*m[i:i+n]) for i in range(0, n*n, n)]
         if len(m)!=n*n or not all(abs(o-1)<1e-3 for o in axes[:3]):
             raise ValueError(f'has a damaged header: {k} is {d[k][:60]!r}, expected {n} axes of '
                              'length 1; correct it')
-    missing = [o[0] for o in (('Offset','Position','Origin'),
-                              ('TransformMatrix','Rotation','Orientation')) if not {*o}&{*d}]
+    missing = [o[0] for o in _places if not {*o}&{*d}]
     if not missing: return ()
     return (f'does not say how it lies in the patient ({", ".join(missing)}): it is taken to begin '
             'at 0, or its axes to run to the left, back and head',)
@@ -149,6 +164,7 @@ def _meta(head):
     if len(_lengths(d[size], size))!=len(dims):
         raise ValueError(f'has a damaged header: {size} is {d[size][:60]!r}, expected {len(dims)} '
                          'numbers')
+    _check_synonyms(d)
     notes = _meta_place(d, len(dims))
     per = _meta_bytes.get(d['ElementType'].removeprefix('MET_').removesuffix('_ARRAY'))
     if per is None:

@@ -15,8 +15,8 @@ from .formats import extension
 from .intact import check_regular
 
 # %% auto #0
-__all__ = ['strong_tags', 'weak_tags', 'tag_name', 'text_of', 'reason', 'read_headers', 'has_images', 'choose_series',
-           'DicomFrame', 'frames_of']
+__all__ = ['strong_tags', 'weak_tags', 'tag_name', 'text_of', 'reason', 'read_headers', 'has_images', 'about_folder',
+           'choose_series', 'DicomFrame', 'frames_of']
 
 # %% ../../nbs/08_scans.headers.ipynb #fea7a5cd
 _groups = dict(  # functional group of an enhanced multi-frame object -> what it says of a frame
@@ -41,18 +41,19 @@ for _group,_names in _groups.items():
 # These tell volumes apart wherever their slices are; of echo times, differences of .01 ms and more
 strong_tags = (
     'FrameOfReferenceUID','StackID','TemporalPositionIdentifier','TemporalPositionIndex',
-    'EchoNumbers','EchoTime','EffectiveEchoTime','DiffusionBValue')
+    'EchoNumbers','EchoTime','EffectiveEchoTime','DiffusionBValue','ConvolutionKernel')
 
 # These may differ from slice to slice of one volume: they matter where several slices are at one place
 weak_tags = (
     'NominalCardiacTriggerDelayTime','NominalPercentageOfCardiacPhase','TriggerTime',
     'TemporalPositionTimeOffset','AcquisitionNumber','FrameAcquisitionNumber',
     'ComplexImageComponent','FrameType','ImageType','SequenceName',
-    'FrameAcquisitionDateTime','FrameReferenceDateTime','AcquisitionDateTime',
+    'InversionTime','FlipAngle','KVP','DiffusionGradientOrientation','FrameAcquisitionDateTime','FrameReferenceDateTime','AcquisitionDateTime',
     'AcquisitionTime','ContentTime','InstanceNumber')
 
 _other = '''
-    SOPClassUID SOPInstanceUID SeriesInstanceUID SeriesNumber SeriesDescription Modality Rows Columns
+    SOPClassUID SOPInstanceUID SeriesInstanceUID SeriesNumber SeriesDescription PatientID
+    StudyInstanceUID Modality Rows Columns
     NumberOfFrames SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored HighBit
     PixelRepresentation ModalityLUTSequence GantryDetectorTilt SharedFunctionalGroupsSequence
     PerFrameFunctionalGroupsSequence ImagePositionPatient ImageOrientationPatient PixelSpacing
@@ -127,21 +128,29 @@ def _header(path):
     return ds,True
 
 # %% ../../nbs/08_scans.headers.ipynb #e5bc4e2d
+def _kind(ds):
+    "What an object is, in words"
+    return pydicom.uid.UID(str(ds.get('SOPClassUID') or '')).name or 'of an unknown kind'
+
 def read_headers(
     folder # Path
 )->tuple[dict,list]: # name -> header, of its images; and what to say
     "The headers of a folder's images"
-    out,lost,aside = {},{},[]
+    out,lost,aside,others = {},{},[],[]
     for name in _files(folder):
         try: ds,image = _header(os.path.join(folder, name))
         except ValueError as e: lost[name] = e
         else:
             if image: out[name] = ds
-            elif 'Rows' in ds: aside.append(f'{name}, {pydicom.uid.UID(ds.SOPClassUID).name}')
+            else: (aside if 'Rows' in ds else others).append(f'{name}, {_kind(ds)}')
     if lost:
         name,why = next(iter(lost.items()))
         raise ValueError(f'{len(lost)} DICOM files cannot be read, for example {name} ({why}); '
                          'export the series again')
+    if not out and (others := aside+others):
+        raise ValueError(f'is a folder without DICOM files of images: it holds {len(others)} other '
+                         f'object{"s"*(len(others)>1)}, for example {others[0]}; give the folder of the '
+                         'series, and save segmentations and contours as NIfTI masks')
     if not aside: return out,[]
     return out,[f'has {len(aside)} objects beside its slices that were left out, '
                 f'for example {aside[0]}']
@@ -161,6 +170,23 @@ def has_images(
             except ValueError: return True
     return False
 
+_drawn = ('Segmentation Storage','Surface Segmentation Storage','RT Structure Set Storage')
+
+def about_folder(
+    folder # Path
+)->tuple: # `PatientID` of its first image, or ''; and (file, kind) of segmentations, if it has no images
+    "Whose images they are; and what somebody drew on images that lie elsewhere"
+    drawn = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', module='pydicom')
+        try:
+            for name in _files(folder):
+                ds,image = _header(os.path.join(folder, name))
+                if image: return str(ds.get('PatientID') or '').strip(), []
+                if _kind(ds) in _drawn: drawn.append((name, _kind(ds)))
+        except (OSError, ValueError): return '', [] # reading it says what is wrong
+    return '', drawn
+
 # %% ../../nbs/08_scans.headers.ipynb #2f391b10
 def _list_series(found):
     said = []
@@ -171,14 +197,31 @@ def _list_series(found):
         said.append(f'{uid} ({about+", " if about else ""}{len(files)} file{"s"*(len(files)>1)})')
     return '; '.join(said)+('; ...' if len(found)>6 else '')
 
+def _series_of(ds):
+    "Its UID; where an anonymiser took it away, what else tells series apart"
+    uid = str(ds.get('SeriesInstanceUID') or '')
+    if uid: return uid
+    study,*about = (str(ds.get(k) or '') for k in ('StudyInstanceUID','SeriesNumber','SeriesDescription'))
+    return ' '.join(filter(None, ['no UID', study, *about]))
+
+def _check_one_patient(files):
+    "Raise if the slices of one series are of several people"
+    first = {}
+    for name,ds in files.items():
+        if said := str(ds.get('PatientID') or '').strip(): first.setdefault(said, name)
+    if len(first)<2: return
+    a,b = list(first.values())[:2]
+    raise ValueError(f'{b}: {tag_name("PatientID")} is another one than in {a}, though both say that they '
+                     'are of one series: move the files of each into a folder of their own')
+
 def choose_series(
     headers:dict, # name -> header
     series=None   # Which, if there are several: its UID, its number, or a part of its description
 )->dict:          # As `headers`
     "The files of one series"
     found = {}
-    for name,ds in headers.items():
-        found.setdefault(str(ds.get('SeriesInstanceUID','')), {})[name] = ds
+    for name,ds in headers.items(): found.setdefault(_series_of(ds), {})[name] = ds
+    for files in found.values(): _check_one_patient(files)
     if series is None:
         if len(found)==1: return headers
         raise ValueError(f'holds {len(found)} DICOM series, expected one; move each into a folder '

@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ['check_regular', 'free_memory', 'check_memory', 'check_intact', 'data_file', 'header_size', 'read_whole']
 
 # %% ../../nbs/05_scans.intact.ipynb #41e8b8f6
-import gzip, os, stat, zlib
+import gzip, os, re, stat, zlib
 from pathlib import Path
 
 import psutil
@@ -166,7 +166,17 @@ def check_intact(
     "Raise a `ValueError` that says in a sentence why this file is not a whole scan"
     claim,zipped,_ = _header(path)
     _voxels(path, claim, zipped)
+    if twin := _twin(path, claim):
+        claim = claim._replace(notes=(*claim.notes, f'has its voxels in {claim.file}, which are those of {twin}: '
+                                      'was its header copied or renamed without its voxels?'))
     return claim
+
+def _twin(path, claim):
+    "The header that has the voxels' own name, if this one has another"
+    if not claim.file: return None
+    data = re.sub(r'(?i)(\.z?raw)?(\.gz)?$', '', claim.file)
+    other = Path(path).parent/(data+Path(path).suffix)
+    return None if data==Path(path).stem or not other.is_file() or other.samefile(path) else other.name
 
 def data_file(
     path # A file with one of `extensions`

@@ -41,7 +41,11 @@ def read_labels(
     path # A mask
 )->Volume: # With its values as they are stored, but whole
     "Read a mask before it is known which classes there are; raises `VolumeError`"
-    vol = read_volume(path)
+    vol = read_volume(path, channels=True)
+    if len(vol.array)>1:
+        raise VolumeError(f'{path}: has {len(vol.array)} numbers in each voxel, expected one, that of its class; '
+                          'of a mask with a channel for each class (one-hot), save the arg max over the channels')
+    vol.array = vol.array[0]
     if vol.array.dtype.kind=='f': vol.array = _whole_numbers(vol.array, path)
     return vol
 

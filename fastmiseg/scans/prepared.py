@@ -136,7 +136,7 @@ def _prepare_image(dir, key, recipe, vol, limits):
     x,where = recipe.slices(vol, limits)
     return _save(dir, key, to_steps(x),
                  dict(n=where.n, where=where.to_dict(), share=where.share,
-                      voxels=voxel_digest(vol.array), profile=scan_profile(vol, where)))
+                      voxels=voxel_digest(vol), profile=scan_profile(vol, where)))
 
 def _prepare_mask(dir, key, recipe, path, where, image):
     "Those of its mask, and what they cut off"

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['layouts', 'CohortError', 'cohort_frame', 'walk', 'scans_in', 'stem', 'Layout', 'layout', 'read_msd', 'read_acdc',
-           'read_promise12', 'read_mmwhs', 'subject_of', 'read_folder', 'read_dicom', 'read_csv']
+__all__ = ['layouts', 'CohortError', 'plain_name', 'written_alike', 'cohort_frame', 'walk', 'scans_in', 'stem', 'Layout',
+           'layout', 'read_msd', 'read_acdc', 'read_promise12', 'read_mmwhs', 'subject_of', 'read_folder', 'read_dicom',
+           'read_csv']
 
 # %% ../../nbs/16_scans.readers.ipynb #baef2bba
 import json, os, re, unicodedata, warnings
@@ -18,14 +19,42 @@ from typing import Callable
 
 import pandas as pd
 
-from .headers import has_images
+from .headers import about_folder, has_images
 from .formats import extension
 from .table import find_file, read_table
-from .volume import choose_volume
+from .volume import choose_volume, split_choice
 
 # %% ../../nbs/16_scans.readers.ipynb #82855282
 class CohortError(ValueError):
     "A cohort that cannot be used; the message names the folder, file or argument, and what to do"
+
+def plain_name(
+    o # as a table has it
+)->str:
+    "A person's name: accents composed in one way, no blanks around it, 7 and not 7.0"
+    if isinstance(o, float) and o.is_integer(): o = int(o)
+    return unicodedata.normalize('NFC', str(o)).strip()
+
+def written_alike(
+    name # of a person
+)->str:
+    "The same for names that differ in capitals, blanks and leading zeros alone: P01, p01 and P1"
+    return re.sub(r'(?<![\d.])0+(?=\d)', '', ' '.join(str(name).split()).casefold())
+
+def _check_masks(df):
+    "A scan is not its own mask, and a mask is of one person"
+    owner = {}
+    for r in df.itertuples():
+        if not isinstance(r.mask, (str,os.PathLike)): continue
+        if os.fspath(r.mask)==str(r.image):
+            raise CohortError(f'{r.image}: is given as the mask of itself; name the file of its mask, or leave '
+                              'it empty')
+        owner.setdefault(os.fspath(r.mask), {})[r.subject] = r.scan
+    shared = [(k,list(o.values())) for k,o in owner.items() if len(o)>1]
+    if shared:
+        k,scans = shared[0]
+        warnings.warn(f'{len(shared)} mask{"s are" if len(shared)>1 else " is"} given for scans of several '
+                      f'subjects, for example {k} for {" and ".join(scans[:3])}: was a line copied?', stacklevel=4)
 
 def cohort_frame(
     rows:list,      # A dict per scan: subject, scan, image, mask, and any others
@@ -45,6 +74,8 @@ def cohort_frame(
         raise CohortError(f'{twice.scan.nunique()} scan names are there twice, for example '
                           f'{name!r}: {" and ".join(twice.image[twice.scan==name][:3])}; give each '
                           'scan a name of its own, or remove one')
+    df['subject'] = pd.Series(map(plain_name, df.subject), df.index, dtype=object)
+    _check_masks(df)
     df.attrs.update(layout=layout, classes=None if classes is None else tuple(classes),
                     labels=labels, channels=channels, **(dict(alone=True) if alone else {}))
     return df
@@ -319,6 +350,33 @@ def read_folder(
     return _pair(ii, mm, subject_of(subject), root, 'folder', alone=subject is None)
 
 # %% ../../nbs/16_scans.readers.ipynb #44c87e97
+def _say_drawn(root, drawn):
+    "DICOM segmentations are no masks here, and that is said"
+    if not drawn: return
+    (d,files),n = next(iter(drawn.items())),sum(map(len, drawn.values()))
+    name,kind = files[0]
+    warnings.warn(f'{root}: {n} DICOM segmentation{"s" if n>1 else ""} cannot be read as masks and were left out, '
+                  f'for example {d/name} ({kind}); convert them to NIfTI, each named like the folder of its '
+                  'series', stacklevel=4)
+
+def _join_people(rows, ids, root):
+    "Folders with one `PatientID` are of one person, unless all have the same, as anonymised archives may"
+    people = {}
+    for r in rows:
+        if known := ids.get(split_choice(r['image'])[0]): people.setdefault(known, []).append(r)
+    if len(people)<2: return
+    joined = [o for o in people.values() if len({r['subject'] for r in o})>1]
+    if not joined: return
+    boss = {}
+    for o in joined:
+        for r in o: boss[r['subject']] = min(boss.get(r['subject'], r['subject']), *(q['subject'] for q in o))
+    for r in rows:
+        while boss.get(r['subject'], r['subject'])!=r['subject']: r['subject'] = boss[r['subject']]
+    some = sorted({r['scan'] for r in joined[0]})[:3]
+    warnings.warn(f'{root}: {sum(map(len, joined))} series in several folders have the PatientID of another '
+                  f'folder, for example {" and ".join(some)}; each of these people is one subject, called '
+                  'after the first folder. Give subject= if that is not so', stacklevel=4)
+
 @layout('dicom', 'folders of DICOM files, one series each', _is_dicom)
 def read_dicom(
     root:Path,    # folder of the scans
@@ -328,8 +386,8 @@ def read_dicom(
 )->pd.DataFrame:
     "Folders of DICOM series, with masks as NIfTI files"
     found = list(walk(root))
-    folders = [d for d,files in found if _has_dicom([f for f in files if not extension(f)])
-               and has_images(d)]
+    owner = {d:about_folder(d) for d,files in found if _has_dicom([f for f in files if not extension(f)])}
+    folders = [d for d in owner if has_images(d)]
     masks = [f for _,files in found for f in files if extension(f)]
     def parts(d):
         folders = d.relative_to(root).parts
@@ -346,6 +404,8 @@ def read_dicom(
         rows.append(dict(subject=subject_of(subject)(name) if subject else parts(d)[0], scan=name,
                          image=choose_volume(d, series, phase), mask=str(mm[0]) if mm else None))
     if not rows: raise CohortError(f'{root}: holds no scans; expected {layouts["dicom"].expects}')
+    _say_drawn(root, {d:o for d,(_,o) in owner.items() if o})
+    if subject is None: _join_people(rows, {str(d):p for d,(p,_) in owner.items()}, root)
     used = {o['mask'] for o in rows}
     if masks and used=={None}:
         raise CohortError(f'{root}: no mask belongs to a series; series are called '
@@ -354,6 +414,13 @@ def read_dicom(
     return cohort_frame(sorted(rows, key=lambda o: o['scan']), 'dicom')
 
 # %% ../../nbs/16_scans.readers.ipynb #4af897b2
+_nothing = ('','na','n/a','nan','none','null','-')
+
+def _is_named(base, o):
+    "Is it the name of a file, and not what programs write for none?"
+    if not isinstance(o, (str,Path)): return False
+    return str(o).strip().lower() not in _nothing or (base/o).exists()
+
 @layout('csv', 'a file .csv with a column `image`', lambda root: root.suffix.lower()=='.csv')
 def read_csv(
     root # path of the file, or a DataFrame
@@ -374,13 +441,17 @@ def read_csv(
         raise CohortError(f'{root}: row {int(df.image.isna().to_numpy().argmax())+1} has no image')
     try:
         df['image'] = [find_file(base, o) for o in df.image]
-        df['mask'] = [find_file(base, o) if isinstance(o,(str,Path)) else None
+        df['mask'] = [find_file(base, o) if _is_named(base, o) else None
                       for o in df['mask']] if 'mask' in df else None
     except ValueError as e: raise CohortError(f'{root}: {e}') from None
     if 'scan' not in df: df['scan'] = [stem(o) for o in df.image]
     if 'subject' not in df: df['subject'] = df.scan
+    lost = int(df.subject.isna().sum())
+    if lost:
+        warnings.warn(f'{root}: {lost} of {len(df)} scans have no subject, and each is taken to be a person of '
+                      'its own: fill them in if not', stacklevel=4)
     for o in ('scan','subject'):
-        df[o] = [s if pd.isna(i) else str(i)
+        df[o] = [s if pd.isna(i) else str(i) if o=='scan' else plain_name(i)
                  for i,s in zip(df[o], df.image.map(stem) if o=='scan' else df.scan)]
     try:
         labels = {int(k):int(v) for k,v in attrs['labels'].items()} if attrs.get('labels') else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ['Recipe']
 
 # %% ../../nbs/23_scans.recipe.ipynb #28d12c08
-import json
+import json, warnings
 from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
@@ -362,10 +362,31 @@ def hippocampus(cls:Recipe):
                flip='h', jitter=.3)
 
 # %% ../../nbs/23_scans.recipe.ipynb #5b2f6096
+def _check_values(seen, values):
+    "Refuse what is hardly a mask, and say where masks seem to be stored in different ways"
+    most = max(seen, key=lambda o: len(o['values']))
+    if len(values)>256:
+        raise ValueError(f'Recipe.auto: the masks hold {len(values)} values, at most 256 classes can be told apart; '
+                         f'the most, {len(most["values"])}, are in {most["mask"]}: is it an image?')
+    if len(values)>32:
+        warnings.warn(f'Recipe.auto: each of {len(values)} values in the masks becomes a class; the most, '
+                      f'{len(most["values"])}, are in {most["mask"]}: is it a mask?', stacklevel=4)
+    kinds = [] # values that no mask holds together
+    for o in seen:
+        v = {int(i) for i in o['values']}-{0}
+        if not v: continue
+        kinds = [k for k in kinds if not k&v] + [v.union(*[k for k in kinds if k&v])]
+    if len(kinds)>1:
+        said = ', '.join(' and '.join(map(str, sorted(k)[:3])) for k in sorted(kinds, key=min)[:4])
+        one = {i:1 for i in sorted(set().union(*kinds))[:4]}
+        warnings.warn(f'Recipe.auto: no mask holds these values together: {said}; each becomes a class of its own. If '
+                      f'they are one structure that is stored in several ways, give Recipe(labels={one})', stacklevel=4)
+
 def _classes(df, seen, names):
     "Names of the classes, and the values that they have where these are not their positions"
     if df.attrs.get('classes'): return names or df.attrs['classes'], df.attrs.get('labels')
     values = sorted(int(v) for v in set().union(*[o['values'] for o in seen]))
+    _check_values(seen, values)
     if names and len(names)<len(values):
         raise ValueError(f'Recipe.auto: classes: {len(names)} names ({_listed(names)}) for {len(values)} values in the '
                          f'masks ({_listed(values)}); name each, background first, or join some with '

@@ -15,7 +15,7 @@ from collections import Counter
 import numpy as np, pandas as pd
 
 from .cohort import find_duplicates
-from .readers import CohortError
+from .readers import CohortError, written_alike
 from .standards import layouts
 
 # %% ../../nbs/19_scans.split.ipynb #56ad9597
@@ -25,14 +25,16 @@ def _rank(seed, name):
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), 'big')/2**64
 
 def _bosses(df, duplicates):
-    "subject -> the first, in the alphabet, of those with whom it shares images"
+    "subject -> the first, in the alphabet, of those with whom it shares images, or but for capitals and zeros the name"
     boss,subject = {s:s for s in df.subject},dict(zip(df.scan, df.subject))
     def top(s):
         while boss[s]!=s: s = boss[s]
         return s
-    for group in duplicates:
-        for o in group[1:]:
-            a,b = sorted((top(subject[group[0]]), top(subject[o])))
+    groups,alike = [[subject[o] for o in g] for g in duplicates],{}
+    for s in boss: alike.setdefault(written_alike(s), []).append(s)
+    for first,*others in [*groups, *alike.values()]:
+        for o in others:
+            a,b = sorted((top(first), top(o)))
             boss[b] = a
     return {s:top(s) for s in boss}
 

@@ -226,6 +226,17 @@ def _upright(frames, at, plane, step, half):
                      'it first, for example with `dcm2niix`, whose file ends in _Tilt')
 
 # %% ../../nbs/09_scans.stack.ipynb #5fc7f0e7
+def _stated(frame, step):
+    "What to say where slices are much further apart than their headers say"
+    keyword = 'SpacingBetweenSlices'
+    try: said,thick = (abs(float(frame.get(k) or 0)) for k in (keyword,'SliceThickness'))
+    except (TypeError, ValueError): return []
+    # some scanners write the gap between the slices there
+    gap = abs(step-thick-said)<.1*step and abs(thick-said)>.1*thick
+    if not said or step<1.5*said or gap: return []
+    return [f'has slices {step:.4g} mm apart, though {tag_name(keyword)} is {said:g}: were some left out? '
+            'Their positions were taken']
+
 def stack_frames(
     frames # `DicomFrame`s of one volume, in any order
 )->tuple:  # Frames; steps (3,3) in mm, a column for each of x, y, z; origin (x,y,z) in mm; notes
@@ -233,18 +244,20 @@ def stack_frames(
     _check_alike(frames)
     found = [f.numbers('ImagePositionPatient', 3) for f in frames]
     at = np.array([v for v,_ in found])
-    v = frames[0].numbers('ImageOrientationPatient', 6)[0]
+    # scanners that leave out zeros at the end write some directions with fewer decimals than others
+    best = max(frames, key=lambda f: sum(f.numbers('ImageOrientationPatient', 6)[1]))
+    v = best.numbers('ImageOrientationPatient', 6)[0]
     decimals = np.array([d for _,d in found]).max(0)
     # of the last decimal; whole numbers are taken as exact
     half = np.where(decimals>0, 10.**-decimals.astype(float)/2, 0)
     between,along = frames[0].numbers('PixelSpacing', 2)[0]
-    across,notes = _normal(frames[0]),[]
+    across,notes = _normal(best),[]
     order = np.argsort(at@across, kind='stable')
     frames,at = [frames[i] for i in order],at[order]
     if len(frames)==1: step,origin = _thickness(frames[0]),at[0]
     else:
         step,more = _step(frames, at@across, float(np.abs(across)@half))
-        notes += more + _upright(frames, at, v.reshape(2,3), step, half)
+        notes += more + _upright(frames, at, v.reshape(2,3), step, half) + _stated(frames[0], step)
         late = float(((at-at[0])@across).mean()) - step*(len(frames)-1)/2
         origin = at[0] + across*(late if abs(late)>1e-6 else 0)
     row,column = (o/np.linalg.norm(o) for o in v.reshape(2, 3))

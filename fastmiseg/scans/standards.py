@@ -9,13 +9,13 @@ from __future__ import annotations
 __all__ = ['read_nnunet', 'read_bids']
 
 # %% ../../nbs/17_scans.standards.ipynb #f7e6e645
-import csv, re
+import csv, re, warnings
 from pathlib import Path
 
 import pandas as pd
 
 from ..files import read_json
-from .formats import extensions
+from .formats import extension, extensions
 from .readers import CohortError, cohort_frame, layout, layouts, scans_in, stem
 
 # %% ../../nbs/17_scans.standards.ipynb #e522aa3a
@@ -42,7 +42,8 @@ def _nnunet_labels(labels, file):
         if 'ignore' in (str(k).lower(), str(v).lower()):
             raise CohortError(f'{file}: has a label `ignore` for voxels that nobody annotated, '
                               'which is not supported; annotate them, or leave these scans out')
-    swap = not all(str(k).lstrip('-').isdigit() for k in labels)
+    # version 2 has names before numbers, and a name may be made of digits
+    swap = not all(str(k).lstrip('-').isdigit() for k in labels) or any(type(v) is int for v in labels.values())
     try: res = {int(v if swap else k):str(k if swap else v) for k,v in labels.items()}
     except (TypeError, ValueError):
         raise CohortError(f'{file}: `labels` are {str(labels)[:100]}, expected a whole number for '
@@ -69,6 +70,12 @@ def _nnunet_channel(channels, channel, file):
     if len(match)!=1: raise CohortError(f'{file}: channel={channel!r} is none of {said}')
     return match[0]
 
+def _enter(files, key, path):
+    "One file for each case and channel"
+    if key in files:
+        raise CohortError(f'{path}: is there twice, for {files[key]} has the same name; keep one')
+    files[key] = str(path)
+
 @layout('nnunet', "nnU-Net's raw data: `dataset.json`, `imagesTr` with files like `CASE_0000.nii.gz`, "
         "masks in `labelsTr`", _is_nnunet, first=True)
 def read_nnunet(
@@ -89,17 +96,20 @@ def read_nnunet(
     if (end := info.get('file_ending')) and end not in extensions:
         raise CohortError(f'{file}: its scans end in {end!r}, which cannot be read; expected one '
                           f'of {", ".join(extensions)}')
+    known = [end] if end else extensions
     names = _nnunet_labels(info.get('labels'), file)
     number = _nnunet_channel(info.get('channel_names') or info.get('modality') or {'0':'image'},
                              channel, file)
     images,masks = {},{}
     for d,m in (('imagesTr','labelsTr'), ('imagesTs','labelsTs')):
         for o in scans_in(root/d, 0):
+            if extension(o) not in known: continue
             found = _channel.fullmatch(stem(o))
             if not found:
                 raise CohortError(f'{o}: its name does not end in a channel like _0000; rename it')
-            images.setdefault(found[1], {})[int(found[2])] = str(o)
-        masks.update({stem(o):str(o) for o in scans_in(root/m, 0)})
+            _enter(images.setdefault(found[1], {}), int(found[2]), o)
+        for o in scans_in(root/m, 0):
+            if extension(o) in known: _enter(masks, stem(o), o)
     if not images:
         raise CohortError(f'{root}: holds no scans; expected {layouts["nnunet"].expects}')
     if lost := [s for s,o in images.items() if number not in o]:
@@ -134,7 +144,9 @@ def _is_bids(root):
     return any(stem(f).startswith(d.name+'_') for d in _subjects(root)[:3] for f in scans_in(d, 3))
 
 # %% ../../nbs/17_scans.standards.ipynb #274c82f2
-def _bids_masks(root, derivative, mask, found):
+_own_spaces = ('orig','native','individual','scanner') # others are those of a template, or of another image
+
+def _bids_masks(root, derivative, mask, found, kind, kinds):
     "Masks below `derivatives` and beside the images"
     base = root/'derivatives'
     if derivative is not None and not (base/derivative).is_dir():
@@ -144,23 +156,27 @@ def _bids_masks(root, derivative, mask, found):
     below = [(o, *_parse(o)) for o in scans_in(where, 6)] if base.is_dir() else []
     if not derivative: below += found
     masks = [o for o in below if o[3] in _mask_kinds and 'sub' in o[1]]
-    own = ('orig','native','individual','scanner','T1w','T2w','FLAIR','bold')
-    # others lie on the grid of a template
-    masks = [o for o in masks if o[1].get('space','orig') in own]
-    if mask is None: return masks
-    kept = [o for o in masks if mask in o[0].name]
-    if masks and not kept:
-        raise CohortError(f'{root}: mask={mask!r} is in no name of a mask; they are called '
-                          f'{masks[0][0].name}')
-    return kept
+    if mask is not None:
+        kept = [o for o in masks if mask in o[0].name]
+        if masks and not kept:
+            raise CohortError(f'{root}: mask={mask!r} is in no name of a mask; they are called '
+                              f'{masks[0][0].name}')
+        masks = [o for o in kept if o[1].get('space','orig') in (*_own_spaces, *kinds)]
+    else: masks = [o for o in masks if o[1].get('space','orig') in (*_own_spaces, kind)
+                   and not any(w in kinds and w!=kind for w in o[2])]
+    left = [o for o in below if o[3] in _mask_kinds and 'sub' in o[1]] if not masks else []
+    if left:
+        warnings.warn(f'{root}: {len(left)} mask{"s"*(len(left)>1)} lie on the grid of a template or of '
+                      f'other images than {kind}, for example {left[0][0].name}, and were left out; '
+                      'resample them onto the images, or choose with mask= (a part of the name) those '
+                      'that fit as they are', stacklevel=4)
+    return masks
 
 def _best(m, images):
     "The image that a mask belongs to, as a list"
-    path,ents,words,_ = m
+    path,ents,*_ = m
     ents = {k:v for k,v in ents.items() if k not in _about_mask}
-    kinds = {o[3] for o in images}
-    fit = [(f,e) for f,e,_,kind in images if all(e.get(k)==v for k,v in ents.items())
-           and not any(w in kinds and w!=kind for w in words)]
+    fit = [(f,e) for f,e,*_ in images if all(e.get(k)==v for k,v in ents.items())]
     exact = [f for f,e in fit if e==ents] or [f for f,_ in fit]
     if len(exact)>1:
         raise CohortError(f'{path}: could belong to several images: '
@@ -209,7 +225,7 @@ def read_bids(
         raise CohortError(f'{root}: suffix={suffix!r}: no image ends in it; there are '
                           f'{", ".join(kinds.index)}')
     images = [o for o in images if suffix in (None, o[3])]
-    masks,files = _bids_masks(root, derivative, mask, found),{}
+    masks,files = _bids_masks(root, derivative, mask, found, images[0][3], list(kinds.index)),{}
     for m in masks:
         for i in _best(m, images): files.setdefault(i, []).append(m[0])
     if masks and not files:

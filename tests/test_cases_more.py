@@ -1,0 +1,403 @@
+"Further inputs of the kinds in test_cases_scans and test_cases_people, as archives, spreadsheets and other programs write them"
+import json, shutil, unicodedata, warnings
+
+import nibabel, numpy as np, pandas as pd, pytest, SimpleITK as sitk
+
+from fastmiseg.scans.cohort import CohortError, CohortWarning, find_duplicates, load_cohort, related
+from fastmiseg.scans.masks import read_mask
+from fastmiseg.scans.messages import VolumeError
+from fastmiseg.scans.recipe import Recipe
+from fastmiseg.scans.split import split_cohort
+from fastmiseg.scans.store import SliceStore
+from fastmiseg.scans.volume import Volume, read_volume, write_volume
+from test_cases_people import cohort, put as put_nifti, square
+from test_cases_scans import (check_places, dataset, item, multi, nii, patch, pixels, put, read, refused, same_as_nibabel, series,
+                              steps, turned)
+
+def told(f, category=UserWarning):
+    "What comes back, and what was said"
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always')
+        res = f()
+    return res, '\n'.join(str(o.message) for o in w if issubclass(o.category, category))
+
+# ---- DICOM: a series is one volume
+
+def test_orientations_in_equal_numbers(tmp_path):
+    series(tmp_path/'a', 6, each=lambda i: {'ImageOrientationPatient':[0,1,0,0,0,-1]} if i%2 else {})
+    refused(tmp_path/'a', r'ImageOrientationPatient .* in 3 of its 6 slices: move the 3 that differ')
+    for i,o in enumerate(([1,0,0,0,1,0],[0,1,0,0,0,-1],[1,0,0,0,0,-1])): put(tmp_path/'localizer'/f'{i}.dcm', pixels(i), ImageOrientationPatient=o)
+    refused(tmp_path/'localizer', 'ImageOrientationPatient')
+
+def test_directions_with_other_decimals_in_each_slice(tmp_path):
+    o = np.array(turned(17))
+    for i in range(6):
+        put(tmp_path/f'{i}.dcm', pixels(i), ImageOrientationPatient=[f'{v:.{3+i%4}f}' for v in o],
+            ImagePositionPatient=[f'{v:.4f}' for v in np.cross(o[:3], o[3:])*4*i])
+    vol,said = read(tmp_path)
+    assert not said and np.allclose(steps(vol)[:,0], o[:3]*.75, atol=1e-6) and np.allclose(steps(vol)[:,1], o[3:]*1.5, atol=1e-5)
+    check_places(vol, tmp_path.iterdir(), tol=5e-3)
+
+def test_two_reconstructions_between_each_other(tmp_path):
+    for i in range(5):
+        for k,(kernel,z) in enumerate((('B30f',0.),('B70f',2.5))):
+            put(tmp_path/f'{k}_{i}.dcm', pixels(10*k+i), ImagePositionPatient=[0,0,5*i+z], Modality='CT', ConvolutionKernel=kernel)
+    refused(tmp_path, r'holds 2 volumes .* 0: ConvolutionKernel B30f \(5 slices\); 1: ConvolutionKernel B70f \(5 slices\)')
+    vol,_ = read(tmp_path, phase=1)
+    assert vol.spacing[0]==5
+    check_places(vol, tmp_path.glob('1_*'))
+
+def test_two_patients_under_one_series(tmp_path):
+    for i in range(4):
+        for k,p in enumerate('AB'): put(tmp_path/f'{p}{i}.dcm', pixels(i), ImagePositionPatient=[0,0,16*k+4*i], PatientID=p)
+    assert 'A0.dcm' in refused(tmp_path, r'B0.dcm: PatientID \(0010,0020\) is another one than in A0.dcm')
+
+def test_series_without_their_uid(tmp_path):
+    for i in range(4):
+        for k,name in enumerate(('T1','T2')):
+            put(tmp_path/f'{name}{i}.dcm', pixels(10*k+i), ImagePositionPatient=[0,0,4*k+8*i], SeriesInstanceUID=None, SeriesNumber=k+1, SeriesDescription=name)
+    refused(tmp_path, 'holds 2 DICOM series, expected one')
+    for k,name in enumerate(('T1','T2')):
+        vol,_ = read(tmp_path, series=name)
+        assert vol.spacing[0]==8
+        check_places(vol, tmp_path.glob(f'{name}*'))
+
+@pytest.mark.parametrize('tags, ok', [(dict(SpacingBetweenSlices=3, SliceThickness=3), False), (dict(SpacingBetweenSlices=-3, SliceThickness=2), False),
+                                      (dict(SpacingBetweenSlices=1, SliceThickness=5), True), (dict(SpacingBetweenSlices=6, SliceThickness=3), True), (dict(SliceThickness=2), True)])
+def test_slices_further_apart_than_they_say(tmp_path, tags, ok):
+    vol,said = read(series(tmp_path, 4, step=6, **tags))
+    assert vol.spacing[0]==6
+    check_places(vol, tmp_path.iterdir())
+    assert not said if ok else said==['has slices 6 mm apart, though SpacingBetweenSlices (0018,0088) is 3: were some left out? Their positions were taken']
+
+@pytest.mark.parametrize('tag, values', [('FlipAngle',[2,10,15]), ('InversionTime',[100,180,260]), ('KVP',[80,140,100]), ('DiffusionGradientOrientation',[[1.,0.,0.],[0.,1.,0.],[0.,0.,1.]])])
+def test_what_tells_volumes_apart_is_named(tmp_path, tag, values):
+    for p,v in enumerate(values):
+        for i in range(3): put(tmp_path/f'{p}{i}.dcm', pixels(10*p+i), ImagePositionPatient=[0,0,4*i], InstanceNumber=3*p+i+1, **{tag:v})
+    text = refused(tmp_path, 'holds 3 volumes')
+    assert text.count(tag)==3
+    for p in range(3): assert f'{p}: {tag} ' in text and len(read(tmp_path, phase=p)[0].array)==3
+
+def test_a_slice_that_was_sent_again_with_other_pixels(tmp_path):
+    series(tmp_path, each=lambda i: dict(InstanceNumber=i+1, ContentTime='101500'))
+    put(tmp_path/'again.dcm', pixels(9), ImagePositionPatient=[-20,10,8], InstanceNumber=3, ContentTime='111500')
+    refused(tmp_path, r'holds 2 volumes .* 0: ContentTime 101500 \(5 slices\); 1: ContentTime 111500 \(1 slice\)')
+    assert read(tmp_path, phase=0)[0].array[2,0,0]==200
+
+# ---- DICOM: values
+
+def test_a_slope_that_some_slices_lack(tmp_path):
+    frames = [(pixels(i), [0,0,8*i], dict(PixelValueTransformationSequence=[item(RescaleSlope=i+1.5, RescaleIntercept=0)]) if i!=2 else {}) for i in range(4)]
+    multi(tmp_path/'a'/'m.dcm', frames)
+    vol,said = read(tmp_path/'a')
+    assert np.allclose(vol.array, [pixels(i)*(1 if i==2 else i+1.5) for i in range(4)])
+    assert said==['has 1 of 4 slices without RescaleSlope (0028,1053), for example m.dcm, frame 3: it was taken to be 1 there']
+    assert not read(series(tmp_path/'b', each=lambda i: dict(RescaleSlope=1, RescaleIntercept=0) if i else {}))[1] # nothing follows from it
+
+def test_slices_of_other_bits(tmp_path):
+    series(tmp_path, 4)
+    a = np.arange(20, dtype='u1').reshape(4,5)
+    put(tmp_path/'s02.dcm', a, ImagePositionPatient=[-20,10,8], BitsAllocated=8, BitsStored=8, HighBit=7, PixelData=a.tobytes())
+    vol,said = read(tmp_path)
+    check_places(vol, tmp_path.iterdir())
+    assert said==['has 1 of 4 slices of 8 bits, for example s02.dcm, among others of 16: their values may be on another scale']
+
+def test_inverted_values_with_a_slope_for_each_slice(tmp_path):
+    series(tmp_path, 4, each=lambda i: dict(RescaleSlope=i+1, RescaleIntercept=0), BitsStored=12, HighBit=11, PhotometricInterpretation='MONOCHROME1')
+    vol,said = read(tmp_path)
+    check_places(vol, tmp_path.iterdir())
+    assert 'its values are measured and were kept' in said[0]
+
+@pytest.mark.parametrize('vr', ['SS','US'])
+def test_padding_of_signed_pixels(tmp_path, vr):
+    "The tag may be written as if it were unsigned; the values are as they are stored"
+    for i in range(4):
+        a = pixels(i).astype('i2')-300
+        a[0,0] = -2000
+        ds = dataset(a, ImagePositionPatient=[0,0,4*i], Modality='CT', RescaleSlope=1, RescaleIntercept=-24)
+        ds.add_new(0x00280120, vr, -2000 if vr=='SS' else 63536)
+        ds.save_as(tmp_path/f'{i}.dcm', enforce_file_format=True)
+    vol,_ = read(tmp_path)
+    check_places(vol, tmp_path.iterdir())
+    assert (vol.array[:,0,0]==-2024).all()
+
+def test_signed_among_unsigned_slices(tmp_path):
+    series(tmp_path, 4)
+    put(tmp_path/'s02.dcm', pixels(9).astype('i2')-950, ImagePositionPatient=[-20,10,8])
+    vol,_ = read(tmp_path)
+    check_places(vol, tmp_path.iterdir())
+    assert vol.array.min()==-50
+
+def test_planar_colours(tmp_path):
+    series(tmp_path, 3, PhotometricInterpretation='RGB', SamplesPerPixel=3, PlanarConfiguration=1, BitsAllocated=8, BitsStored=8, HighBit=7, PixelData=bytes(60))
+    refused(tmp_path, 'is RGB, expected MONOCHROME1 or MONOCHROME2: colour images are not read')
+
+# ---- DICOM: what is no image, and whose it is
+
+seg,rtstruct,parametric = '1.2.840.10008.5.1.4.1.1.66.4','1.2.840.10008.5.1.4.1.1.481.3','1.2.840.10008.5.1.4.1.1.30'
+bare = dict.fromkeys(('Rows','Columns','PixelData','ImagePositionPatient'))
+
+@pytest.mark.parametrize('uid, kind, tags', [(seg,'Segmentation Storage',{}), (rtstruct,'RT Structure Set Storage',bare), (parametric,'Parametric Map Storage',bare)])
+def test_a_folder_of_other_objects_is_named(tmp_path, uid, kind, tags):
+    put(tmp_path/'x.dcm', pixels(), SOPClassUID=uid, **tags)
+    refused(tmp_path, f'is a folder without DICOM files of images: it holds 1 other object, for example x.dcm, {kind}; give the folder of the series')
+
+@pytest.mark.parametrize('uid, tags', [(seg,{}), (rtstruct,bare)])
+def test_segmentations_as_dicom_are_not_left_out_in_silence(tmp_path, uid, tags):
+    for p in ('anna','bert'):
+        series(tmp_path/p/'ct')
+        put(tmp_path/p/'contours'/'x.dcm', pixels(), SOPClassUID=uid, SeriesInstanceUID='1.2.9', **tags)
+    df,said = told(lambda: load_cohort(tmp_path, 'dicom'))
+    assert df.scan.tolist()==['anna_ct','bert_ct'] and df['mask'].isna().all()
+    assert '2 DICOM segmentations cannot be read as masks and were left out' in said and 'convert them to NIfTI' in said
+
+@pytest.mark.parametrize('layout', ['{}', '{}/series'])
+def test_one_patient_in_several_folders(tmp_path, layout):
+    for k,p in dict(ACC1='X1', ACC2='X2', ACC3='X1').items(): series(tmp_path/layout.format(k), 2, PatientID=p, SeriesInstanceUID=f'1.2.{k[-1]}')
+    df,said = told(lambda: load_cohort(tmp_path, 'dicom'))
+    assert df.subject.tolist()==['ACC1','ACC2','ACC1'] # not called by their PatientID, which may be a name
+    assert 'have the PatientID of another folder' in said and 'X1' not in said.replace(str(tmp_path), '')
+    df,said = told(lambda: load_cohort(tmp_path, 'dicom', subject=r'ACC\d'))
+    assert df.subject.tolist()==['ACC1','ACC2','ACC3'] and not said
+
+def test_an_archive_in_which_everybody_has_one_patient_id(tmp_path):
+    for k in ('a','b','c'): series(tmp_path/k, 2, PatientID='ANONYMOUS', SeriesInstanceUID=f'1.2.{ord(k)}')
+    df,said = told(lambda: load_cohort(tmp_path, 'dicom'))
+    assert df.subject.tolist()==['a','b','c'] and not said
+
+# ---- NIfTI, NRRD, MetaImage: geometry beside nibabel and SimpleITK
+
+@pytest.mark.parametrize('degrees', [10,.3])
+def test_forms_that_differ_by_a_turn(tmp_path, degrees):
+    t,q = np.radians(degrees),np.diag([1,1,4,1.])
+    s = q.copy(); s[:2,:2] = [[np.cos(t),-np.sin(t)],[np.sin(t),np.cos(t)]]
+    im = nibabel.Nifti1Image(np.zeros((64,64,3),'i2'), None)
+    im.header.set_zooms((1,1,4)); im.set_qform(q,1); im.set_sform(s,1); nibabel.save(im, tmp_path/'a.nii.gz')
+    vol,said = read(tmp_path/'a.nii.gz')
+    same_as_nibabel(vol, tmp_path/'a.nii.gz')
+    assert len(said)==1 and 'has a qform and an sform that differ' in said[0]
+    assert np.allclose(steps(read(tmp_path/'a.nii.gz', form='qform')[0]), np.diag([-1,-1,4]))
+
+def test_a_sheared_sform_beside_a_qform(tmp_path):
+    "As converters write a tilted gantry"
+    a = np.arange(60,dtype='i2').reshape(3,4,5)
+    f = patch(nii(tmp_path/'a.nii.gz', a, np.diag([1,1,3,1.]), lambda h: h.set_qform(np.diag([1,1,3,1.]),1)), srow_y=[0,1,.6,0], sform_code=1)
+    vol,said = read(f)
+    assert 'that differ by up to' in said[0] and np.allclose(vol.direction, sitk.ReadImage(str(f)).GetDirection(), atol=1e-6)
+    refused(f, 'not perpendicular', form='sform')
+
+@pytest.mark.parametrize('slope, inter', [(-2,5), (.5,-1024)])
+@pytest.mark.parametrize('dtype', ['u1','i2'])
+def test_scales_below_zero(tmp_path, slope, inter, dtype):
+    f = patch(nii(tmp_path/'a.nii.gz', np.arange(60).reshape(3,4,5).astype(dtype)), scl_slope=slope, scl_inter=inter)
+    same_as_nibabel(read(f)[0], f)
+
+def test_complex_voxels_and_nifti_2(tmp_path):
+    refused(nii(tmp_path/'a.nii.gz', np.ones((3,4,5),'c8')), 'voxels of a type that cannot be read')
+    nibabel.save(nibabel.Nifti2Image(np.ones((3,4,5),'i2'), np.eye(4)), tmp_path/'b.nii.gz')
+    refused(tmp_path/'b.nii.gz', 'is NIfTI-2')
+
+nrrd_axes = ['(-1,0,0) (0,2,0) (0,0,3)', '(0,1,0) (0,0,2) (3,0,0)', '(1,0,0) (0,-2,0) (0,0,-3)']
+@pytest.mark.parametrize('space', ['LPS','RAS','left-anterior-superior'])
+@pytest.mark.parametrize('axes', nrrd_axes)
+def test_nrrd_axes_in_any_order_and_direction(tmp_path, space, axes):
+    a = np.arange(60,dtype='<i2').reshape(3,4,5)
+    f = tmp_path/'a.nrrd'
+    f.write_bytes('\n'.join(['NRRD0005','type: short','dimension: 3',f'space: {space}','sizes: 5 4 3',f'space directions: {axes}','space origin: (1,2,3)',
+                             'kinds: domain domain domain','centerings: cell cell cell','endian: little','encoding: raw','','']).encode()+a.tobytes())
+    vol,said = read(f)
+    signs = dict(LPS=(1,1,1), RAS=(-1,-1,1)).get(space, (1,-1,1)) # what the header says, by hand
+    want = np.array([[float(o) for o in v.strip('()').split(',')] for v in axes.split()]).T
+    assert np.allclose(steps(vol), np.diag(signs)@want) and np.allclose(vol.origin, np.multiply(signs, (1,2,3))) and not said
+    assert np.array_equal(vol.array, a) and np.allclose(vol.direction, sitk.ReadImage(str(f)).GetDirection())
+
+@pytest.mark.parametrize('keys, says', [
+    (('TransformMatrix = 1 0 0 0 1 0 0 0 1','Offset = 7 8 9','Position = 1 1 1'), 'Offset is .7 8 9., but Position, which means the same, is .1 1 1.'),
+    (('TransformMatrix = 1 0 0 0 1 0 0 0 1','Orientation = 0 1 0 0 0 1 1 0 0','Offset = 7 8 9'), 'TransformMatrix is .*, but Orientation'),
+    (('TransformMatrix = 1 0 0 0 1 0 0 0 1','Offset = 7 8 9','ElementByteOrderMSB = True'), 'BinaryDataByteOrderMSB is .*, but ElementByteOrderMSB'),
+    (('Rotation = 1 0 0 0 1 0 0 0 1','TransformMatrix = 1 0 0 0 1.0 0 0 0 1','Origin = 7 8 9','Offset = 7.0 8 9','ElementByteOrderMSB = false'), None)])
+def test_meta_names_of_one_thing(tmp_path, keys, says):
+    a,f = np.arange(60,dtype='<i2').reshape(3,4,5),tmp_path/'a.mha'
+    f.write_bytes('\n'.join(['NDims = 3','BinaryData = True','BinaryDataByteOrderMSB = False',*keys,'ElementSpacing = 1 2 3','ElementSize = 1 1 1',
+                             'DimSize = 5 4 3','ElementType = MET_SHORT','ElementDataFile = LOCAL','']).encode()+a.tobytes())
+    if says: refused(f, f'has a damaged header: {says}')
+    else:
+        vol,_ = read(f)
+        im = sitk.ReadImage(str(f))
+        assert np.array_equal(vol.array, a) and vol.spacing==(3,2,1)==im.GetSpacing()[::-1] and vol.origin==(7,8,9)==im.GetOrigin()
+
+@pytest.mark.parametrize('ext', ['.mhd','.nhdr'])
+def test_a_header_that_was_copied_without_its_voxels(tmp_path, ext):
+    for k in 'ab': write_volume(Volume(np.full((3,4,5), ord(k), 'i2')), tmp_path/f'{k}{ext}')
+    assert not read(tmp_path/f'a{ext}')[1]
+    shutil.copy(tmp_path/f'b{ext}', tmp_path/f'a{ext}')
+    vol,said = read(tmp_path/f'a{ext}')
+    assert vol.array.max()==ord('b') and f'which are those of b{ext}: was its header copied or renamed without its voxels?' in said[0]
+    (tmp_path/f'b{ext}').unlink() # a name of its own for the voxels is nothing odd
+    assert not read(tmp_path/f'a{ext}')[1]
+
+# ---- masks
+
+@pytest.mark.parametrize('ext', ['.nii.gz','.nrrd'])
+def test_masks_with_a_channel_for_each_class(tmp_path, ext):
+    m = np.zeros((2,3,4,5),'u1'); m[1,1] = 1; m[0] = 1-m[1]
+    write_volume(Volume(m), tmp_path/f'm{ext}')
+    with pytest.raises(VolumeError, match=r'has 2 numbers in each voxel, expected one, that of its class; .*arg max'): read_mask(tmp_path/f'm{ext}')
+    write_volume(Volume(m[1:]), tmp_path/f'one{ext}')
+    assert np.array_equal(read_mask(tmp_path/f'one{ext}', classes=2).array, m[1])
+
+@pytest.mark.parametrize('factor, ok', [(.999,True), (1.00001,True), (.98,True), (.5,False), (.8,False)])
+def test_masks_of_nearly_whole_numbers(tmp_path, factor, ok):
+    m = np.zeros((3,4,5),'f4'); m[1] = factor
+    write_volume(Volume(m), tmp_path/'m.nii.gz')
+    if ok: assert np.array_equal(read_mask(tmp_path/'m.nii.gz', classes=2).array, m>0)
+    else:
+        with pytest.raises(VolumeError, match='fractional values'): read_mask(tmp_path/'m.nii.gz', classes=2)
+
+def test_a_mask_that_is_stored_mirrored(tmp_path):
+    "At the same place in the patient, but not on the same grid: refused with the remedy, which is right"
+    m = np.zeros((6,5,4),'u1'); m[0,1,2] = 1
+    image = read_volume(nii(tmp_path/'x.nii.gz', np.ones((6,5,4),'i2')))
+    A = np.diag([1.2,1.5,4,1])@np.array([[-1,0,0,5],[0,1,0,0],[0,0,1,0],[0,0,0,1]])
+    nii(tmp_path/'m.nii.gz', m[::-1].copy(), A)
+    with pytest.raises(VolumeError, match=r'they must lie on one grid: resample the mask onto the image \(`resample\(mask'): read_mask(tmp_path/'m.nii.gz', image)
+    from fastmiseg.scans.volume import resample
+    assert np.array_equal(resample(read_volume(tmp_path/'m.nii.gz'), to=image, nearest=True).array.T, m)
+
+def masks_of(tmp_path, *values):
+    "A cohort with these values in its masks"
+    rows = []
+    for i,v in enumerate(values):
+        x,m = square(i, values=(0,v[-1]))
+        for k,o in enumerate(v): m[:,k,k] = o
+        rows.append(dict(subject=str(i), scan=f's{i}', image=put_nifti(tmp_path/f'{i}.nii.gz', x), mask=put_nifti(tmp_path/f'{i}m.nii.gz', m)))
+    return pd.DataFrame(rows, dtype=object)
+
+def test_one_structure_stored_in_two_ways(tmp_path):
+    r,said = told(lambda: Recipe.auto(masks_of(tmp_path/'a', [1], [255])))
+    assert r.labels=={0:0, 1:1, 255:2} and 'no mask holds these values together: 1, 255;' in said and 'Recipe(labels={1: 1, 255: 1})' in said
+    for k,v in dict(b=([1,2],[2,3]), c=([1,2],[1],[2])).items(): assert 'together' not in told(lambda: Recipe.auto(masks_of(tmp_path/k, *v)))[1]
+
+def test_images_instead_of_masks(tmp_path):
+    df = masks_of(tmp_path, [1], [1])
+    x = read_volume(df.image[0])
+    write_volume(x.like(np.rint(x.array).astype('i2')), df['mask'][0])
+    _,said = told(lambda: Recipe.auto(df))
+    assert 'values in the masks becomes a class' in said and f'{df["mask"][0]}: is it a mask?' in said
+    write_volume(x.like(np.arange(x.array.size).reshape(x.shape).astype('i2')), df['mask'][0])
+    with pytest.raises(ValueError, match='at most 256 classes can be told apart; .*0m.nii.gz: is it an image'): Recipe.auto(df)
+    with pytest.raises(CohortError, match='0.nii.gz: is given as the mask of itself'): load_cohort(df.assign(mask=df.image))
+    _,said = told(lambda: load_cohort(df.assign(mask=df['mask'][1])))
+    assert '1 mask is given for scans of several subjects' in said and 'for s0 and s1' in said
+    assert not told(lambda: load_cohort(df.assign(mask=df['mask'][1], subject='one')))[1] # two sequences of one person
+
+# ---- people
+
+@pytest.mark.parametrize('a, b', [('P01','p01'), ('P01','P1'), ('007','7'), (unicodedata.normalize('NFC','Jörg'), unicodedata.normalize('NFD','Jörg')),
+                                  ('P 1','P  1 '), ('sub-A','SUB-a'), (7.,'7'), (7,'007')])
+def test_one_person_written_in_two_ways(tmp_path, a, b):
+    df = cohort(tmp_path, 'abcd').assign(subject=[a,b,'Q','R'])
+    with pytest.raises(CohortError, match='1 subject is in several parts'): told(lambda: load_cohort(df.assign(split=['labeled','valid','labeled','test'])))
+    df,said = told(lambda: load_cohort(df))
+    assert ('written in several ways' in said)==(df.subject.nunique()==4)
+    for seed in range(6):
+        s = split_cohort(df, labeled=1, valid=1, seed=seed, show=False)
+        assert s['split'][0]==s['split'][1]
+
+@pytest.mark.parametrize('names', [['1.01','1.1','1.10'], ['P10','P1','P100'], ['a1','a11'], ['10','1','100']])
+def test_people_that_are_not_one(tmp_path, names):
+    df = cohort(tmp_path, 'abc'[:len(names)]).assign(subject=names)
+    df,said = told(lambda: load_cohort(df))
+    assert df.subject.tolist()==names and not said
+
+@pytest.mark.parametrize('column', ['patient_id','PatientID','Patient','subject_id','Subject ID','participant_id'])
+def test_a_column_of_people_under_another_name(tmp_path, column):
+    df = cohort(tmp_path, ['kfz','gmb','xyz']).drop(columns='subject')
+    df[column] = ['007','007','8']
+    df.to_csv(tmp_path/'c.csv', index=False)
+    got,said = told(lambda: load_cohort(tmp_path/'c.csv'), CohortWarning)
+    assert got.subject.tolist()==['007','007','8'] and f'was taken from `{column}`' in said
+    got,said = told(lambda: load_cohort(tmp_path/'c.csv', subject=str))
+    assert got.subject.tolist()==['kfz','gmb','xyz'] and not said
+
+def test_people_that_are_missing(tmp_path):
+    got,said = told(lambda: load_cohort(cohort(tmp_path, ['kfz','gmb','xyz']).assign(subject=[1.,1.,np.nan])))
+    assert got.subject.tolist()==['1','1','xyz'] and '1 of 3 scans have no subject' in said
+
+@pytest.mark.parametrize('nothing', ['NA','N/A','nan','NaN','None','null','-',' '])
+def test_masks_that_are_none(tmp_path, nothing):
+    df = cohort(tmp_path, ['kfz','gmb'])
+    (tmp_path/'c.csv').write_text(f'image,mask,subject\n{df.image[0]},{df["mask"][0]},a\n{df.image[1]},{nothing},b\n')
+    assert load_cohort(tmp_path/'c.csv')['mask'].tolist()==[df['mask'][0],None]
+    if nothing=='NA': # unless a file is called so
+        (tmp_path/'NA').touch()
+        assert load_cohort(tmp_path/'c.csv')['mask'][1]==str(tmp_path/'NA')
+
+@pytest.mark.parametrize('names, first, other', [
+    (['visit1_anna','visit1_bert','visit2_anna','visit2_bert'], 'visit1_anna', 'visit2_anna'), (['left_anna','right_anna','left_bert'], 'left_anna', 'right_anna'),
+    (['TCGA-02-0003_1996.06.08','TCGA-02-0003_1997.06.08','TCGA-02-0006_1996.08.23','TCGA-04-0009_1997.06.14'], 'TCGA-02-0003_1996.06.08', 'TCGA-02-0003_1997.06.08'),
+    (['site-2_anna_2020-01-02','site-2_anna_2021-05-03','site-2_bert_2020-01-09'], 'site-2_anna_2020-01-02', 'site-2_anna_2021-05-03'),
+    (['v01_pre','v01_post','v02_pre','v02_post'], 'v01_post', 'v01_pre'), (['BraTS-GLI-00005-000','BraTS-GLI-00005-001','BraTS-GLI-00008-000'], 'BraTS-GLI-00005-000', 'BraTS-GLI-00005-001'),
+    (['20200101_P01','20210304_P01','20200109_P02'], '20200101_P01', '20210304_P01')])
+def test_what_names_share_is_the_person(names, first, other):
+    pattern,pair,_ = related(names)
+    assert pair==[first,other]
+    from fastmiseg.scans.readers import subject_of
+    who = [subject_of(pattern)(o) for o in names]
+    assert who[names.index(first)]==who[names.index(other)] and len(set(who))>1
+
+@pytest.mark.parametrize('ext', ['.nii.gz','.nrrd'])
+def test_a_duplicate_that_was_stored_in_another_order(tmp_path, ext):
+    df = cohort(tmp_path, 'abcd')
+    im = nibabel.load(df.image[0])
+    turned = im.as_reoriented(nibabel.orientations.ornt_transform(nibabel.io_orientation(im.affine), nibabel.orientations.axcodes2ornt('PSR')))
+    nibabel.save(turned, df.image[2])
+    if ext!='.nii.gz': df.loc[2,'image'] = str(write_volume(read_volume(df.image[2]), tmp_path/f'c{ext}'))
+    assert find_duplicates(df)==[('a','c')]
+    mirrored = nibabel.Nifti1Image(np.asarray(im.dataobj)[::-1], im.affine) # another place: not the same
+    nibabel.save(mirrored, df.image[3])
+    assert find_duplicates(df)==[('a','c')]
+    with pytest.raises(CohortError, match='1 image is there under several names, in several parts'):
+        SliceStore(tmp_path/'s', Recipe(spacing=2., size=48)).prepare(df.assign(split=['labeled','valid','test','labeled'], mask=[*df['mask'][:2],None,None]), workers=0, progress=False)
+
+# ---- layouts
+
+def bids(root, *names):
+    for i,s in enumerate(('01','02')):
+        x,m = square(i)
+        for o in names: put_nifti(root/o.format(s=s), x if o.endswith(('T1w.nii.gz','FLAIR.nii.gz')) else m)
+    return root
+
+@pytest.mark.parametrize('mask', ['sub-{s}_space-T1w_label-lesion_mask', 'sub-{s}_T1w_label-lesion_mask', 'sub-{s}_space-MNI152NLin2009cAsym_desc-brain_mask'])
+def test_bids_masks_of_other_images(tmp_path, mask):
+    bids(tmp_path, 'sub-{s}/anat/sub-{s}_T1w.nii.gz', 'sub-{s}/anat/sub-{s}_FLAIR.nii.gz', f'derivatives/manual/sub-{{s}}/anat/{mask}.nii.gz')
+    df,said = told(lambda: load_cohort(tmp_path, suffix='FLAIR'))
+    assert df['mask'].isna().all() and '2 masks lie on the grid of a template or of other images than FLAIR' in said and mask.format(s='01') in said
+    if 'T1w' in mask:
+        assert load_cohort(tmp_path, suffix='T1w')['mask'].notna().all()
+        assert load_cohort(tmp_path, suffix='FLAIR', mask='lesion')['mask'].notna().all() # on purpose
+    else: assert load_cohort(tmp_path, suffix='FLAIR', mask='brain')['mask'].isna().all()
+
+def test_bids_runs_and_acquisitions(tmp_path):
+    bids(tmp_path, *[f'sub-{{s}}/anat/sub-{{s}}_run-{r}_T1w.nii.gz' for r in (1,2)], *[f'derivatives/m/sub-{{s}}/anat/sub-{{s}}_run-{r}_dseg.nii.gz' for r in (1,2)])
+    df = load_cohort(tmp_path)
+    assert df.subject.tolist()==['sub-01']*2+['sub-02']*2
+    assert all(f'run-{r}' in i and f'run-{r}' in m for i,m,r in zip(df.image, df['mask'], (1,2,1,2)))
+
+def nnunet(root, labels, **more):
+    (root/'dataset.json').write_text(json.dumps(dict(channel_names={'0':'T1'}, labels=labels) | more))
+    return root
+
+def test_nnunet_names_that_are_there_twice(tmp_path):
+    for f in ('imagesTr/a_0000.nii.gz','imagesTr/a_0000.nrrd','labelsTr/a.nii.gz'): write_volume(Volume(np.ones((3,4,5),'u1')), tmp_path/f)
+    labels = dict(background=0, x=1)
+    with pytest.raises(CohortError, match='a_0000.nrrd: is there twice, for .*a_0000.nii.gz has the same name'): load_cohort(nnunet(tmp_path, labels))
+    df = load_cohort(nnunet(tmp_path, labels, file_ending='.nii.gz')) # the others are not of the data set
+    assert df.image.tolist()==[str(tmp_path/'imagesTr'/'a_0000.nii.gz')] and df['mask'].notna().all()
+    write_volume(Volume(np.ones((3,4,5),'u1')), tmp_path/'labelsTr'/'a.mha'); (tmp_path/'imagesTr'/'a_0000.nrrd').unlink()
+    with pytest.raises(CohortError, match='labelsTr.*is there twice'): load_cohort(nnunet(tmp_path, labels))
+
+@pytest.mark.parametrize('labels, classes', [({'0':0,'1':2,'2':1}, ('0','2','1')), ({'background':'0','tumour':'1'}, ('background','tumour')), ({'0':'background','1':'1'}, ('background','1'))])
+def test_nnunet_names_made_of_digits(tmp_path, labels, classes):
+    write_volume(Volume(np.ones((3,4,5),'u1')), tmp_path/'imagesTr'/'a_0000.nii.gz')
+    assert load_cohort(nnunet(tmp_path, labels)).attrs['classes']==classes

@@ -45,7 +45,7 @@ def test_figures_of_a_finished_run(run):
 # -- processes -------------------------------------------------------------------------------------------------------------
 def test_ctrl_c_and_resume(prepared, tmp_path):
     "An interrupted run says how to go on, and ends with the weights of one that nobody disturbed"
-    long = {**tiny, 'epochs':3, 'n_iters':30}
+    long = {**tiny, 'epochs':3, 'n_iters':90} # so long that it can be interrupted
     p = command('train', prepared, '--out', tmp_path/'run', *[f'--{k.replace("_","-")}={v}' for k,v in long.items()], start=True)
     try:
         for _ in range(3000):

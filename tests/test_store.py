@@ -29,7 +29,7 @@ def make(root, n=6, ext='.nii.gz', shape=(4,24,28), split=True):
     return df
 
 def go(store, df, r=recipe, workers=2, **kw): return SliceStore(store, r).prepare(df, workers=workers, progress=False, **kw)
-def entries(store): return {o.name:o.stat().st_mtime_ns for o in store.dir.iterdir() if o.name.endswith(('.npy','.json')) and o.name!='index.json'}
+def entries(store): return {o.name:o.stat().st_mtime_ns for o in store.dir.iterdir() if o.name.endswith(('.npy','.json')) and o.name!='index.json' and not is_temporary(o.name)}
 def leftovers(store): return [o.name for o in store.dir.iterdir() if is_temporary(o.name)]
 def same(a, b):
     assert a.scans.drop(columns='split', errors='ignore').equals(b.scans.drop(columns='split', errors='ignore'))
@@ -72,11 +72,12 @@ def test_a_killed_worker_loses_only_the_scan_in_hand(tmp_path, monkeypatch):
         go(tmp_path/'a', df)
     assert e.value.problems.scan.tolist()==['s3']
     store = go(tmp_path/'a', df, skip_bad=True)
-    assert store.scans.scan.tolist()==[f's{i}' for i in range(8) if i!=3] and not leftovers(store)
+    assert store.scans.scan.tolist()==[f's{i}' for i in range(8) if i!=3]
+    for o in leftovers(store): os.utime(store.dir/o, (0,0)) # of workers that went down with it; swept when they are old
     monkeypatch.undo()
     before = entries(store)
     same(go(tmp_path/'a', df), go(tmp_path/'b', df))
-    assert before.items()<=entries(store).items() and len(entries(store))==len(before)+4
+    assert before.items()<=entries(store).items() and len(entries(store))==len(before)+4 and not leftovers(store)
 
 slow = '''
 import sys, time, pandas as pd, fastmiseg.scans.prepared as P
@@ -116,7 +117,7 @@ def alive(pid):
 @linux
 @pytest.mark.parametrize('sig', [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_preparation_goes_on_where_it_stopped(tmp_path, sig):
-    df = make(tmp_path, 20)
+    df = make(tmp_path, 40)
     store = SliceStore(tmp_path/'a', recipe)
     p = start(tmp_path, store.path, df)
     until(lambda: store.dir.exists() and len(list(store.dir.glob('*.json')))>=4)
@@ -127,7 +128,7 @@ def test_an_interrupted_preparation_goes_on_where_it_stopped(tmp_path, sig):
     assert p.returncode not in (0,None)
     until(lambda: not any(map(alive, workers)))           # no worker waits for ever for a parent that is gone
     done = entries(store)
-    assert 4<=len([o for o in done if o.endswith('.json')])<20
+    assert 4<=len([o for o in done if o.endswith('.json')])<40
     if sig==signal.SIGINT: assert not leftovers(store)
     whole = go(tmp_path/'a', df)
     kept = {k:v for k,v in entries(store).items() if k.endswith(('.image.npy','.json'))}

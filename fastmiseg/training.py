@@ -34,9 +34,9 @@ def check_scans(
         raise ValueError("split: no scan is labeled, so there is nothing to train on; give masks to some scans, "
                          "or leave fewer of those with masks for validation and test (valid, test)")
     if not methods[settings.method].weights or n.get('unlabeled', 0): return
-    raise ValueError(f"method: {settings.method!r} learns from unlabelled scans, and there are none: all {n['labeled']} "
-                     "scans for training are labelled. To train on these alone, take method='partial'; to see what "
-                     "unlabelled scans would bring, label fewer of them, for instance "
+    raise ValueError(f"method: {settings.method!r} learns from unlabelled scans, and there are none: all "
+                     f"{n['labeled']} scans for training are labelled. To train on these alone, take method='partial'; "
+                     "to see what unlabelled scans would bring, label fewer of them, for instance "
                      f"labeled={max(1, df.subject[df['split']=='labeled'].nunique()//2)}")
 
 # %% ../nbs/65_training.ipynb #1342f02a
@@ -147,7 +147,8 @@ def fit(
             if not quiet: return _run_schedule(learn, s, epochs, cbs)
             with learn.no_bar(), learn.no_logging(): _run_schedule(learn, s, epochs, cbs)
     if s.method=='pretrain':
-        with _without_masks(learn, cbs): run(s.epochs-s.epochs//2, cbs, 'pretraining', 'pretraining.csv', 'pretraining.png')
+        with _without_masks(learn, cbs):
+            run(s.epochs-s.epochs//2, cbs, 'pretraining', 'pretraining.csv', 'pretraining.png')
         run(s.epochs//2, [], 'checkpoints', 'log.csv', 'training.png')
     else: run(s.epochs, cbs, 'checkpoints', 'log.csv', 'training.png')
     for o in cbs:

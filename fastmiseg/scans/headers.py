@@ -48,7 +48,8 @@ weak_tags = (
     'NominalCardiacTriggerDelayTime','NominalPercentageOfCardiacPhase','TriggerTime',
     'TemporalPositionTimeOffset','AcquisitionNumber','FrameAcquisitionNumber',
     'ComplexImageComponent','FrameType','ImageType','SequenceName',
-    'InversionTime','FlipAngle','KVP','DiffusionGradientOrientation','FrameAcquisitionDateTime','FrameReferenceDateTime','AcquisitionDateTime',
+    'InversionTime','FlipAngle','KVP','DiffusionGradientOrientation',
+    'FrameAcquisitionDateTime','FrameReferenceDateTime','AcquisitionDateTime',
     'AcquisitionTime','ContentTime','InstanceNumber')
 
 _other = '''

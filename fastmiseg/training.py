@@ -104,16 +104,18 @@ def check_processes(
 @contextmanager
 def _in_all_processes(learn, s):
     "Inside, all processes that were started together train one network; nothing changes for one alone"
-    from torch.nn.modules.batchnorm import _BatchNorm
-    import fastai.distributed  # noqa: F401, for it gives learners their `distrib_ctx`
     from fastmiseg.processes import processes, sync_batchnorm
     rank,n = processes()
+    if n==1:
+        yield
+        return
+    from torch.nn.modules.batchnorm import _BatchNorm
+    import fastai.distributed  # noqa: F401, for it gives learners their `distrib_ctx`; needs accelerate
     on_cpu = next(learn.model.parameters()).device.type=='cpu'
-    if n>1 and not rank and not s.sync_bn and any(isinstance(o, _BatchNorm) for o in learn.model.modules()):
+    if not rank and not s.sync_bn and any(isinstance(o, _BatchNorm) for o in learn.model.modules()):
         print(f'{n} processes: each normalises with the statistics of its own part of a batch (BatchNorm)'
               + ('' if on_cpu else '; sync_bn=True takes those of all'))
-    with (sync_batchnorm(learn.model) if n>1 and s.sync_bn else nullcontext(),
-          learn.distrib_ctx(sync_bn=False, cpu=on_cpu) if n>1 else nullcontext()): yield
+    with (sync_batchnorm(learn.model) if s.sync_bn else nullcontext(), learn.distrib_ctx(sync_bn=False, cpu=on_cpu)): yield
 
 # %% ../nbs/65_training.ipynb #3588a2e0
 def fit(

@@ -96,6 +96,7 @@ def test_items_that_are_transformed_are_read():
     assert not b.train._here
 
 def test_memory_goes_with_the_loaders():
+    gc.collect() # what earlier tests left
     before = len(slices._resident)
     dls = loaders(resident=True)
     dls.one_batch()

@@ -60,21 +60,21 @@ def _send(parts, device):
 
 # %% ../nbs/27_augment.ipynb #a4238b3b
 def draw_light(
-    n:int,          # images
-    jitter:float,   # brightness up to ±jitter/2, contrast and gamma up to a factor of 1+jitter
-    generator=None  # of the random numbers, on the CPU; default: PyTorch's own
-):
+    n:int,        # images
+    jitter:float, # brightness up to ±jitter/2, contrast and gamma up to a factor of 1+jitter
+    generator:torch.Generator|None=None # of the random numbers, on the CPU; default: PyTorch's own
+)->tuple:
     "Brightness, contrast and gamma for each of `n` images"
     j = math.log1p(jitter)
     bright = _uniform(n, -jitter/2, jitter/2, generator)
     return bright, _uniform(n, -j, j, generator).exp(), _uniform(n, -j, j, generator).exp()
 
 def relight(
-    x,        # (N,C,...) in 0..1
-    bright,   # (N,) added
-    contrast, # (N,) factor of the distance to 0.5
-    gamma     # (N,) exponent
-):
+    x:torch.Tensor,        # (N,C,...) in 0..1
+    bright:torch.Tensor,   # (N,) added
+    contrast:torch.Tensor, # (N,) factor of the distance to 0.5
+    gamma:torch.Tensor     # (N,) exponent
+)->torch.Tensor:
     "Images in another light, each in its own"
     bright,contrast,gamma = (o.view(-1, *[1]*(x.ndim-1)) for o in (bright, contrast, gamma))
     return ((x-.5)*contrast + .5 + bright).clamp(0,1)**gamma

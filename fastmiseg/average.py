@@ -35,7 +35,7 @@ class ModelAverage:
         "Whether it has the tensors of `model`, by names and shapes"
         return {k:v.shape for k,v in self.tensors.items()}=={k:v.shape for k,v in _tensors(model).items()}
 
-    def to(self, device):
+    def to(self, device:torch.device|str)->'ModelAverage':
         self.tensors,self._spare = {k:v.to(device) for k,v in self.tensors.items()},None
         return self
 
@@ -86,7 +86,7 @@ class ModelAverage:
 
     def state_dict(self)->dict: return dict(average=self.tensors, steps=self.steps)
     @classmethod
-    def from_state(cls, sd): # as from `state_dict`
+    def from_state(cls, sd:dict)->'ModelAverage': # as from `state_dict`
         self = cls.__new__(cls)
         self.tensors,self.steps,self._spare = sd['average'],sd['steps'],None
         return self

@@ -10,6 +10,7 @@ import hashlib, json, os, re, shutil, sys
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import Callable
 
 import pandas as pd
 import torch
@@ -95,16 +96,16 @@ def _check_store(run, store):
 
 # %% ../nbs/72_commands.ipynb #6513607f
 def prepare_run(
-    data,            # folder or CSV of scans; a column `split` is taken as it is
-    out,             # run folder to make
-    seed:int=0,      # of the split
-    workers=None,    # processes; default: one per core
-    skip_bad:bool=False, # leave out scans that cannot be used, instead of stopping
-    overwrite:bool=False, # replace the run that is in `out`
-    settings:Settings=None, # of a training that is to begin here, and can be resumed from here on
-    say=None,        # is told what is found and chosen, for instance `print`
-    **choices        # fields of `Preparation`: layout, labeled, valid, test, recipe, ...
-)->pd.DataFrame:     # problems: subject, scan, image, problem
+    data:str|Path|pd.DataFrame, # folder or CSV of scans; a column `split` is taken as it is
+    out:str|Path,               # run folder to make
+    seed:int=0,                 # of the split
+    workers:int|None=None,      # processes; default: one per core
+    skip_bad:bool=False,        # leave out scans that cannot be used, instead of stopping
+    overwrite:bool=False,       # replace the run that is in `out`
+    settings:Settings=None,     # of a training that is to begin here, and can be resumed from here on
+    say:Callable|None=None,     # is told what is found and chosen, for instance `print`
+    **choices                   # fields of `Preparation`: layout, labeled, valid, test, recipe, ...
+)->pd.DataFrame:                # problems: subject, scan, image, problem
     "Recognise the scans, split them by subject, choose a recipe, and prepare the slices"
     choice = Preparation(**choices)
     df = choice.split(data, seed)
@@ -131,16 +132,17 @@ def _tell_preparation(say, df, recipe, store):
 
 # %% ../nbs/72_commands.ipynb #88a394e2
 def train_run(
-    data,            # folder or CSV of scans; or a folder from `prepare_run`: its recipe, split and slices are used
-    out,             # run folder to make
-    settings=None,   # `Settings`, or a JSON or TOML file of them; default: those of the next arguments
+    data:str|Path,      # folder or CSV of scans; or a folder from `prepare_run`: its recipe, split and slices are used
+    out:str|Path,       # run folder to make
+    # `Settings`, or a JSON or TOML file of them; default: those of the next arguments
+    settings:Settings|str|Path|None=None,
     overwrite:bool=False, # replace the run that is in `out`
-    workers=None,    # processes that prepare slices
-    folds:int=None,  # train as many models for cross-validation, in folders fold0, fold1, ... of `out`
-    say=None,        # is told what is found and chosen, for instance `print`
-    cbs=None,        # callbacks beside the method's
-    **changes        # fields of `Settings`, on top of `settings`; and of `Preparation`, as for `prepare_run`
-)->pd.DataFrame:     # scores, as from `evaluate_cohort`; None in all processes but the first
+    workers:int|None=None, # processes that prepare slices
+    folds:int=None,     # train as many models for cross-validation, in folders fold0, fold1, ... of `out`
+    say:Callable|None=None, # is told what is found and chosen, for instance `print`
+    cbs:list|None=None, # callbacks beside the method's
+    **changes           # fields of `Settings`, on top of `settings`; and of `Preparation`, as for `prepare_run`
+)->pd.DataFrame:        # scores, as from `evaluate_cohort`; None in all processes but the first
     "Train, and leave a run folder: config, split, log, checkpoints, model, metrics and figures"
     choices,changes = _sorted(Preparation, changes)
     settings = settings_from(settings, **changes)
@@ -219,8 +221,8 @@ def _begin_folds(data, out, settings, overwrite, prepared, folds, say, choices):
     _write_config(out, str(name), settings.seed, recipe, settings, folds=folds)
 
 def settings_from(
-    settings=None, # `Settings`, a JSON or TOML file of them, or None
-    **changes      # fields of `Settings`
+    settings:Settings|str|Path|None=None, # `Settings`, a JSON or TOML file of them, or None
+    **changes                             # fields of `Settings`
 )->Settings:
     "Settings, and what is to be otherwise"
     if settings is None: settings = Settings()
@@ -240,12 +242,12 @@ def _draw_figures(learn, cbs, folder):
     except ValueError as e: print(f'figures/tsne.png is not drawn: {e}')
 
 def resume_run(
-    run,          # run folder
-    workers=None, # processes that prepare slices
-    say=None,     # as for `train_run`
-    cbs=None,     # callbacks beside the method's
-    **changes     # fields of `Settings` that are to be otherwise from here on, for instance more epochs
-)->pd.DataFrame:  # scores; None in all processes but the first
+    run:str|Path,           # run folder
+    workers:int|None=None,  # processes that prepare slices
+    say:Callable|None=None, # as for `train_run`
+    cbs:list|None=None,     # callbacks beside the method's
+    **changes               # fields of `Settings` that are to be otherwise from here on, for instance more epochs
+)->pd.DataFrame:            # scores; None in all processes but the first
     "Go on with a training where it was interrupted; without changes it ends as if nobody had disturbed it"
     run,c = Path(run),_config(run)
     if 'folds' in c: return _resume_folds(run, c['folds'], workers, say, cbs, changes)
@@ -317,22 +319,24 @@ def _load(model):
     return load_segmenter(_files(model))
 
 def predict_scans(
-    model,        # run folder, or a file from `export_segmenter`
-    data,         # a scan, or a folder or CSV of scans
-    out,          # folder for the segmentations
-    **kwargs      # fields of `Reading`: layout, subject, series, ...; and arguments of `predict_cohort`
-)->pd.DataFrame:  # subject, scan, image, out, problem
+    model:str|Path, # run folder, or a file from `export_segmenter`
+    data:str|Path,  # a scan, or a folder or CSV of scans
+    out:str|Path,   # folder for the segmentations
+    **kwargs        # fields of `Reading`: layout, subject, series, ...; and arguments of `predict_cohort`
+)->pd.DataFrame:    # subject, scan, image, out, problem
     "Segment scans; one that cannot be used is listed, and does not stop the others"
     reading,kwargs = _sorted(Reading, kwargs)
     return predict_cohort(_load(model), Reading(**reading).load_any(data), out, **kwargs)
 
 def evaluate_run(
-    model,       # run folder, or a file from `export_segmenter`
-    data=None,   # folder or CSV of scans with masks; default: the test scans of the run, else its validation scans
-    out=None,    # folder for metrics.csv and figures; default: the run
-    split=None,  # 'test', 'valid', ...: these scans; 'all'; default for `data`: none that the model was trained on
-    overwrite:bool=True, # replace the metrics that are in `out`
-    **kwargs     # fields of `Reading`, and arguments of `evaluate_cohort`
+    model:str|Path,         # run folder, or a file from `export_segmenter`
+    # folder or CSV of scans with masks; default: the test scans of the run, else its validation scans
+    data:str|Path|pd.DataFrame|None=None,
+    out:str|Path|None=None, # folder for metrics.csv and figures; default: the run
+    # 'test', 'valid', ...: these scans; 'all'; default for `data`: none that the model was trained on
+    split:str|list|None=None,
+    overwrite:bool=True,    # replace the metrics that are in `out`
+    **kwargs                # fields of `Reading`, and arguments of `evaluate_cohort`
 )->pd.DataFrame: # scores, as from `evaluate_cohort`
     "Segment and score scans; write metrics.csv, box plots and the worst scans"
     seg,run = _load(model),Path(model)

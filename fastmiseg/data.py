@@ -7,6 +7,7 @@ __all__ = ['SemiSupDataBlock', 'MISegDataLoaders']
 
 # %% ../nbs/33_data.ipynb #9c2a4c21
 from pathlib import Path
+from typing import Callable
 
 import pandas as pd
 from fastai.data.all import *
@@ -51,7 +52,7 @@ class SemiSupDataBlock(DataBlock):
         resident:bool=None,  # keep the slices on the device; None: on a GPU, where they fit
         foreground:float=0., # share of the labelled images that show a given class, each class in turn
         shows:list=None,     # for each labelled item the classes in its mask; None: the masks are read when needed
-        device=None,         # default: fastai's
+        device:torch.device|str|None=None, # default: fastai's
         verbose:bool=False
     )->'MISegDataLoaders': # training batches `(x_l, x_u, y_l)`, validation batches `(x, y)`
         "Paired loaders from a source"
@@ -108,24 +109,26 @@ class MISegDataLoaders(DataLoaders):
     recipe = store = None
     @classmethod
     def from_cohort(cls,
-        df:pd.DataFrame,      # cohort with a column `split`: labeled, unlabeled, valid (others are left alone)
-        recipe='auto',        # a `Recipe`, the name of one, or a file with one; by default what fits the scans
-        store='slices',       # folder for the prepared slices, or a file from `pack_slices`
-        bs:int=4,             # labelled slices to a batch
-        unlabeled_bs:int=10,  # unlabelled slices to a batch
-        n_iters:int=300,      # batches to an epoch
-        val_bs:int=None,      # slices to a validation batch
-        seed:int=0,           # of the draws and of the augmentation
-        foreground:float=0.,  # share of the labelled slices that show a given class, each class in turn
-        unlabeled=None,       # more scans without masks: a folder, a .csv file, a cohort, or files
-        augment='recipe',     # batch transforms for training; by default what the recipe says; None for none
-        workers:int=None,     # processes that prepare slices
-        num_workers:int=0,    # processes that read ahead while training
-        resident:bool=None,   # keep the slices on the device; None: on a GPU, where they fit into a quarter of it
-        skip_bad:bool=False,  # leave out scans that cannot be used instead of stopping
-        device=None,          # default: fastai's
-        path='.'              # where a `Learner` saves
-    ): # `MISegDataLoaders`
+        df:pd.DataFrame,         # cohort with a column `split`: labeled, unlabeled, valid (others are left alone)
+        recipe:Recipe|str|Path='auto', # a `Recipe`, the name of one, or a file with one; by default what fits the scans
+        store:str|Path='slices', # folder for the prepared slices, or a file from `pack_slices`
+        bs:int=4,                # labelled slices to a batch
+        unlabeled_bs:int=10,     # unlabelled slices to a batch
+        n_iters:int=300,         # batches to an epoch
+        val_bs:int=None,         # slices to a validation batch
+        seed:int=0,              # of the draws and of the augmentation
+        foreground:float=0.,     # share of the labelled slices that show a given class, each class in turn
+        # more scans without masks: a folder, a .csv file, a cohort, or files
+        unlabeled:pd.DataFrame|str|Path|list|None=None,
+        # batch transforms for training; by default what the recipe says; None for none
+        augment:str|Callable|list|None='recipe',
+        workers:int=None,        # processes that prepare slices
+        num_workers:int=0,       # processes that read ahead while training
+        resident:bool=None,      # keep the slices on the device; None: on a GPU, where they fit into a quarter of it
+        skip_bad:bool=False,     # leave out scans that cannot be used instead of stopping
+        device:torch.device|str|None=None, # default: fastai's
+        path:str|Path='.'        # where a `Learner` saves
+    )->'MISegDataLoaders':
         "Loaders for a split cohort: prepares what is not yet in the store"
         if unlabeled is not None: df = _with_unlabelled(df, unlabeled)
         _check_split(df)
@@ -149,7 +152,7 @@ class MISegDataLoaders(DataLoaders):
         dls.training_scans = store.summary
         return dls
 
-    def show_batch(self, b=None, max_n=5, **kwargs):
+    def show_batch(self, b:tuple|None=None, max_n:int=5, **kwargs):
         "Labelled slices with mask contours and unlabelled ones"
         self.train.show_batch(b, max_n=max_n, **kwargs)
 

@@ -100,17 +100,17 @@ def _table(scores):
     return wide.assign(mean=wide.mean(axis=1), hd95_mm=hd95).reset_index()
 
 def run_demo(
-    data=None,       # folder or CSV of scans; by default hearts of the phantom
-    out='demo',      # folder for scans, slices, segmentations, scores and the picture
-    subjects:int=60, # hearts to make, where no data is given
-    epochs:int=5,    # passes of `n_iters` steps
-    n_iters:int=240, # steps to an epoch
-    lr:float=5e-3,   # peak learning rate of the one-cycle schedule
-    width:int=8,     # channels of the U-Net's first stage; the paper's is 16
-    seed:int=0,      # of split, initialisation, draws and augmentation
-    workers:int=None, # processes that prepare slices
-    **choices        # fields of `Preparation`: labeled, valid, test, layout, size, ...
-)->pd.DataFrame:     # a row per training, scan that is scored, and class
+    data:str|Path|None=None, # folder or CSV of scans; by default hearts of the phantom
+    out:str|Path='demo',     # folder for scans, slices, segmentations, scores and the picture
+    subjects:int=60,         # hearts to make, where no data is given
+    epochs:int=5,            # passes of `n_iters` steps
+    n_iters:int=240,         # steps to an epoch
+    lr:float=5e-3,           # peak learning rate of the one-cycle schedule
+    width:int=8,             # channels of the U-Net's first stage; the paper's is 16
+    seed:int=0,              # of split, initialisation, draws and augmentation
+    workers:int=None,        # processes that prepare slices
+    **choices                # fields of `Preparation`: labeled, valid, test, layout, size, ...
+)->pd.DataFrame:             # a row per training, scan that is scored, and class
     "Train with and without `MIRegCallback` (with a teacher) on the same budget, and compare on unseen subjects"
     out,choice = Path(out),Preparation(**choices)
     df,recipe = _hearts(out, subjects, choice, seed) if data is None else _own(data, choice, seed)

@@ -180,17 +180,17 @@ class _Run:
 
 # %% ../nbs/67_evaluation.ipynb #021872eb
 def predict_cohort(
-    learn,              # a trained `Learner`, or a `Segmenter`
-    scans,              # cohort, or paths of scans
-    out,                # folder to write the segmentations to, as SCAN.nii.gz
-    recipe:Recipe=None, # default: that of the learner's loaders
+    learn,                    # a trained `Learner`, or a `Segmenter`
+    scans:pd.DataFrame|list,  # cohort, or paths of scans
+    out:str|Path,             # folder to write the segmentations to, as SCAN.nii.gz
+    recipe:Recipe=None,       # default: that of the learner's loaders
     probabilities:bool=False, # write class probabilities too, as SCAN_probabilities.nii.gz
-    flips=False,        # as for `predict_volume`
-    largest:bool=False, # as for `predict_volume`
-    bs:int=16,          # slices to a batch
-    overwrite:bool=False, # replace files that exist; they are an error otherwise, before any work
-    progress:bool=True, # show a bar
-    uncertainty:bool=False # write how much several models disagree, as SCAN_uncertainty.nii.gz
+    flips:bool|str=False,     # as for `predict_volume`
+    largest:bool=False,       # as for `predict_volume`
+    bs:int=16,                # slices to a batch
+    overwrite:bool=False,     # replace files that exist; they are an error otherwise, before any work
+    progress:bool=True,       # show a bar
+    uncertainty:bool=False    # write how much several models disagree, as SCAN_uncertainty.nii.gz
 )->pd.DataFrame: # subject, scan, image, out, problem: of the last two one is None
     "Segment scans in their own geometries; bad ones are listed; a call that was killed goes on when it is repeated"
     recipe,df = recipe_of(learn, recipe),_as_cohort(scans)
@@ -266,19 +266,21 @@ def _score(answer, row, recipe, out, largest, kwargs):
                          split=row.split)
 
 def evaluate_cohort(
-    learn,              # a trained `Learner`, or a `Segmenter`
-    df:pd.DataFrame,    # scans with masks; the others are left out
-    recipe:Recipe=None, # default: that of the learner's loaders
-    out=None,           # folder to write the segmentations to, as SCAN.nii.gz
-    flips=False,        # as for `predict_volume`
-    largest:bool=False, # as for `predict_volume`
-    bs:int=16,          # slices to a batch
+    learn,                # a trained `Learner`, or a `Segmenter`
+    df:pd.DataFrame,      # scans with masks; the others are left out
+    recipe:Recipe=None,   # default: that of the learner's loaders
+    out:str|Path|None=None, # folder to write the segmentations to, as SCAN.nii.gz
+    flips:bool|str=False, # as for `predict_volume`
+    largest:bool=False,   # as for `predict_volume`
+    bs:int=16,            # slices to a batch
     overwrite:bool=False, # replace files that exist in `out`
-    skip_bad:bool=False,# leave out scans that cannot be used (see `attrs['problems']`), instead of raising at the end
-    progress:bool=True, # show a bar
-    notes=None,         # file that remembers finished scans, so that a call that was killed goes on; default: in `out`
-    split=None,         # part of the split to score, or several, or 'all'; default: all but the scans of the training
-    **kwargs            # for `score_volume`
+    skip_bad:bool=False,  # leave out scans that cannot be used (see `attrs['problems']`), instead of raising at the end
+    progress:bool=True,   # show a bar
+    # file that remembers finished scans, so that a call that was killed goes on; default: in `out`
+    notes:str|Path|None=None,
+    # part of the split to score, or several, or 'all'; default: all but the scans of the training
+    split:str|list|None=None,
+    **kwargs              # for `score_volume`
 )->pd.DataFrame: # subject, scan, split, class, dice, hd95, assd (mm), sensitivity, precision, outside, diagonal
     "Segment and score the scans of a cohort that have a mask"
     recipe,masked = recipe_of(learn, recipe),df[df['mask'].notna()]

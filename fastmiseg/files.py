@@ -23,7 +23,7 @@ def _explain(path, e):
     return res
 
 def temporary_name(
-    path # of a file
+    path:str|Path # of a file
 )->Path:
     "A name beside it that nobody else takes; the ending stays, for some writers choose the format by it"
     path = Path(path)
@@ -37,8 +37,8 @@ def is_temporary(
 
 @contextmanager
 def whole_file(
-    path,            # of the file
-    sync:bool=False  # wait until the disk has it, for what must survive a power cut
+    path:str|Path,  # of the file
+    sync:bool=False # wait until the disk has it, for what must survive a power cut
 ): # yields the path to write to
     "Inside, write to the path that it yields; afterwards the file is there, or everything is as it was"
     path = Path(path)
@@ -60,16 +60,16 @@ def _sync_folder(folder):
     finally: os.close(handle)
 
 def write_text(
-    path,    # of the file
-    text:str # its contents
+    path:str|Path, # of the file
+    text:str       # its contents
 ):
     "Write a text file, whole or not at all"
     with whole_file(path) as tmp: tmp.write_text(text, encoding='utf-8')
 
 # %% ../nbs/00_files.ipynb #c2d3e4f5
 def digest(
-    path,       # of a file
-    size:int=16 # bytes of the digest
+    path:str|Path, # of a file
+    size:int=16    # bytes of the digest
 )->str: # hexadecimal
     "A checksum of a file's contents (BLAKE2b)"
     h = hashlib.blake2b(digest_size=size)
@@ -78,7 +78,7 @@ def digest(
     return h.hexdigest()
 
 def quick_sum(
-    path # of a file
+    path:str|Path # of a file
 )->int:
     "A checksum of a file's contents (CRC-32)"
     res = 0
@@ -88,9 +88,9 @@ def quick_sum(
 
 # %% ../nbs/00_files.ipynb #e5f60718
 def parse_json(
-    text,          # str or bytes
-    depth:int=20,  # how deeply lists and objects may be nested
-    most:int=1<<24 # bytes
+    text:str|bytes, # the JSON
+    depth:int=20,   # how deeply lists and objects may be nested
+    most:int=1<<24  # bytes
 ):
     "What a JSON text holds; a `ValueError` says why it cannot be used"
     if len(text)>most: raise ValueError(f'is {len(text):,} bytes long, expected at most {most:,}')
@@ -112,8 +112,8 @@ def parse_json(
     raise ValueError(f'is nested more than {depth} levels deep')
 
 def read_json(
-    path, # of a file
-    **kwargs # for `parse_json`
+    path:str|Path, # of a file
+    **kwargs       # for `parse_json`
 ):
     "What a JSON file holds; a `ValueError` names the file and says why it cannot be used"
     try:

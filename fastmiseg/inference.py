@@ -10,6 +10,7 @@ import warnings
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import Iterable
 
 import numpy as np, torch
 from scipy.ndimage import label
@@ -76,9 +77,9 @@ def _probabilities(model, x, bs, flips, size=None, centred=True):
 def _entropy(p): return -(p*np.log(np.maximum(p, 1e-12))).sum(1)
 
 def mean_opinion(
-    opinions,        # class probabilities (n,K,...) of each network
-    doubt:bool=False # ask how much they disagree?
-)->tuple:            # their mean (n,K,...); and (n,...) nats, or None
+    opinions:Iterable[np.ndarray], # class probabilities (n,K,...) of each network
+    doubt:bool=False               # ask how much they disagree?
+)->tuple:                          # their mean (n,K,...); and (n,...) nats, or None
     "The mean of several predictions, and the mutual information between network and prediction"
     total = own = 0.
     for n,p in enumerate(opinions, 1):
@@ -173,7 +174,13 @@ class ScanAnswer:
             seg[more],best[more] = k,now[more]
         return seg
 
-    def save(self, out=None, probabilities=None, uncertainty=None, largest=False, stored=True)->Volume:
+    def save(self,
+        out:str|Path|None=None,           # file to write the classes to
+        probabilities:str|Path|None=None, # file to write their probabilities to
+        uncertainty:str|Path|None=None,   # file to write to how much several networks disagree
+        largest:bool=False, # keep the largest connected piece of each class only
+        stored:bool=True    # return the values that mask files of the training had; else class indices
+    )->Volume:
         "Decide for classes, and write what has a file; what is returned has stored values, or class indices"
         seg,to_volume = self.classes(),self.where.volume
         if largest: seg = _largest(seg)
@@ -193,13 +200,13 @@ def _networks(learn, doubt):
     return [learn.model] if several is None else list(several)
 
 def ask_network(
-    learn,            # a `Learner`, or a `Segmenter`
-    recipe:Recipe,    # that it was trained with
-    vol:Volume,       # the scan
-    limits=None,      # of the intensities; default: as the recipe says
-    flips=False,      # as for `predict_volume`
-    bs:int=16,        # slices to a batch
-    doubt:bool=False  # ask how much several networks disagree?
+    learn,                  # a `Learner`, or a `Segmenter`
+    recipe:Recipe,          # that it was trained with
+    vol:Volume,             # the scan
+    limits:tuple|None=None, # of the intensities; default: as the recipe says
+    flips:bool|str=False,   # as for `predict_volume`
+    bs:int=16,              # slices to a batch
+    doubt:bool=False        # ask how much several networks disagree?
 )->ScanAnswer:
     "What a network says of a scan"
     name,where,seen = vol.path or 'the scan',recipe.place(vol, whole=True),training_scans(learn)
@@ -223,9 +230,9 @@ def ask_network(
 
 # %% ../nbs/66_inference.ipynb #fc5c68ec
 def check_free(
-    files,    # that are to be written
-    keep,     # files that are read, and must not be replaced
-    overwrite # may others be replaced?
+    files:list,    # that are to be written
+    keep:list,     # files that are read, and must not be replaced
+    overwrite:bool # may others be replaced?
 ):
     "No file of `files` replaces one of `keep`, or any at all unless `overwrite`"
     keep = {Path(o).resolve() for o in keep if isinstance(o, (str,Path))}
@@ -238,18 +245,19 @@ def check_free(
         raise FileExistsError(f'out: {there[0]} exists{more}; choose another place, or replace with overwrite')
 
 def predict_volume(
-    learn,              # a trained `Learner`, or a `Segmenter`
-    scan,               # path of a scan, or a `Volume`
-    out=None,           # file to write the segmentation to
-    recipe:Recipe=None, # default: that of the learner's loaders
-    probabilities=None, # file to write the class probabilities to: one channel per class, float32
-    flips=False,        # average over flipped slices: True for all four flips, 'h' or 'v' for two
-    largest:bool=False, # keep the largest connected piece of each class only; the probabilities stay as they are
-    bs:int=16,          # slices to a batch
-    overwrite:bool=True,# replace files that exist, as a cell run twice would; the scan itself never is
-    stored:bool=True,   # values as the mask files of the training had them (the recipe's `labels`); else class indices
-    uncertainty=None    # file to write to how much the models of a `Segmenter` of several disagree: nats, float32
-)->Volume:              # with the size, spacing, origin and direction of the scan
+    learn,               # a trained `Learner`, or a `Segmenter`
+    scan:str|Path|Volume, # path of a scan, or a `Volume`
+    out:str|Path|None=None, # file to write the segmentation to
+    recipe:Recipe=None,  # default: that of the learner's loaders
+    probabilities:str|Path|None=None, # file to write the class probabilities to: one channel per class, float32
+    flips:bool|str=False, # average over flipped slices: True for all four flips, 'h' or 'v' for two
+    largest:bool=False,  # keep the largest connected piece of each class only; the probabilities stay as they are
+    bs:int=16,           # slices to a batch
+    overwrite:bool=True, # replace files that exist, as a cell run twice would; the scan itself never is
+    stored:bool=True,    # values as the mask files of the training had them (the recipe's `labels`); else class indices
+    # file to write to how much the models of a `Segmenter` of several disagree: nats, float32
+    uncertainty:str|Path|None=None
+)->Volume:               # with the size, spacing, origin and direction of the scan
     "Segment a whole scan in its own geometry"
     recipe = recipe_of(learn, recipe)
     files = [o for o in (out,probabilities,uncertainty) if o is not None]

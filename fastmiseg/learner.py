@@ -7,6 +7,7 @@ __all__ = ['paper_adam', 'reuse_memory', 'SmoothLoss', 'LossOnDevice', 'miseg_le
 
 # %% ../nbs/62_learner.ipynb #4268431c
 import ctypes, sys
+from typing import Callable
 
 from fastai.vision.all import *
 
@@ -71,18 +72,20 @@ paper_adam = partial(Adam, eps=1e-8)
 
 @delegates(create_unet)
 def miseg_learner(
-    dls,               # loaders of images and masks
-    arch='unet',       # 'unet' (the paper's), a timm name, a torchvision function, or what else `create_unet` knows
-    pretrained:bool=False, # start an encoder from ImageNet's weights, and freeze it as `unet_learner` does
-    loss_func=None,    # default: cross-entropy of each pixel
-    opt_func=paper_adam, # adds 1e-8 to the denominator; fastai's 1e-5 stands above the gradients of rare classes
-    splitter=None,     # default: one group for the paper's U-Net; encoder and decoder for a `DynamicUnet`
-    metrics=None,      # as for `Learner`, for instance `VolumeDice()`
-    cbs=None,          # callbacks of every fit
-    path=None,         # default: that of `dls`
-    wd:float=1e-5,     # weight decay; the paper's
+    dls:DataLoaders,         # loaders of images and masks
+    # 'unet' (the paper's), a timm name, a torchvision function, or what else `create_unet` knows
+    arch:str|Callable='unet',
+    pretrained:bool=False,   # start an encoder from ImageNet's weights, and freeze it as `unet_learner` does
+    loss_func:Callable|None=None, # default: cross-entropy of each pixel
+    # adds 1e-8 to the denominator; fastai's 1e-5 stands above the gradients of rare classes
+    opt_func:Callable=paper_adam,
+    splitter:Callable|None=None, # default: one group for the paper's U-Net; encoder and decoder for a `DynamicUnet`
+    metrics:Callable|list|None=None, # as for `Learner`, for instance `VolumeDice()`
+    cbs:Callback|list|None=None, # callbacks of every fit
+    path:str|Path|None=None, # default: that of `dls`
+    wd:float=1e-5,           # weight decay; the paper's
     learner_kwargs:dict=None, # anything else for `Learner`
-    **kwargs           # for `create_unet`
+    **kwargs                 # for `create_unet`
 )->Learner:
     "A learner for segmentation, with channels and classes from `dls`; on a CPU, the process will `reuse_memory`"
     if torch.device(dls.device or 'cpu').type=='cpu': reuse_memory()

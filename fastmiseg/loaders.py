@@ -172,7 +172,7 @@ class PairedDL(MayReside):
             (x_l,y_l),*more = [here[i] for here,i in zip(self._here, ix)]
             yield (x_l, *(o[0] for o in more), y_l)
 
-    def create_pair(self, idxs):
+    def create_pair(self, idxs:tuple)->tuple:
         batch = lambda ds, ix: self.do_batch([self.after_item(ds[i]) for i in ix]) if ix else ()
         l,u = map(batch, (self.dataset, self.unlabeled), idxs)
         for y in l[1:]: y.__dict__.pop('ref', None)

@@ -66,8 +66,8 @@ def _holder(path):
 # %% ../nbs/02_lock.ipynb #d805deba
 @contextmanager
 def only_one(
-    folder,        # must exist
-    name='in-use'  # of the file that is locked there
+    folder:str|Path,  # must exist
+    name:str='in-use' # of the file that is locked there
 ):
     "Inside, nobody else is inside for this folder; `FolderInUse` where somebody is already"
     path = Path(folder).resolve()/name

@@ -44,5 +44,5 @@ class CrossEntropyDiceLoss(nn.Module):
         logits,y = (o.as_subclass(Tensor) for o in (logits, y))
         return F.cross_entropy(logits.float(), y) + self.dice*soft_dice_loss(logits.float().softmax(1), y)
 
-    def activation(self, x): return x.softmax(1)
-    def decodes(self, x): return x.argmax(1)
+    def activation(self, x:Tensor)->Tensor: return x.softmax(1)
+    def decodes(self, x:Tensor)->Tensor: return x.argmax(1)

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from fastai.learner import Metric
+from fastai.learner import Learner, Metric
 
 from .processes import gather
 
@@ -60,27 +60,27 @@ class VolumeMetric(Metric):
     "A metric of whole scans: a subclass `measure`s a batch, on the device, and `score`s an epoch, on the host"
     base = None # its name, and the column in `to_frame`
     def __init__(self,
-        cls=None,  # One foreground class, by number or name; by default the mean over all
-        name=None  # In the recorder; by default the metric's name, with `cls`
+        cls:int|str|None=None, # One foreground class, by number or name; by default the mean over all
+        name:str|None=None     # In the recorder; by default the metric's name, with `cls`
     ):
         self.cls, self._name = cls, name
         self.reset()
 
     def measure(self,
-        learn # with a batch; see `counted`
+        learn:Learner # with a batch; see `counted`
     )->tuple: # tensors with a row for each slice, on the device
         "What to keep of a batch"
         raise NotImplementedError(f'{type(self).__name__} needs a method measure(self, learn)')
 
     def score(self,
-        where, # (slices,) which of `scan_numbers` each belongs to
-        *kept  # arrays with a row for each slice: what `measure` returned, of the whole epoch
-    ):         # (n_scans,C-1) array, nan where undefined
+        where:np.ndarray, # (slices,) which of `scan_numbers` each belongs to
+        *kept             # arrays with a row for each slice: what `measure` returned, of the whole epoch
+    )->np.ndarray:        # (n_scans,C-1) array, nan where undefined
         "The scores of the scans"
         raise NotImplementedError(f'{type(self).__name__} needs a method score(self, where, *kept)')
 
     def counted(self,
-        learn # whose `pred` (N,C,H,W) and `y` (N,H,W) are those of a batch
+        learn:Learner # whose `pred` (N,C,H,W) and `y` (N,H,W) are those of a batch
     )->tuple: # winning classes (N,H,W) uint8, and counts (N,3,C-1) as from `count_pixels`
         "What there is to know of a batch; counted once, by the first metric of the learner for all of them"
         first = next((o for o in getattr(learn, 'metrics', ()) if isinstance(o, VolumeMetric)), self)
@@ -143,13 +143,13 @@ class VolumeMetric(Metric):
     @property
     def name(self): return self._name or (self.base if self.cls is None else f'{self.base}_{self.cls}')
     @name.setter
-    def name(self, v): self._name = v
+    def name(self, v:str): self._name = v
 
     @classmethod
     def per_class(cls,
-        names, # All classes, the background first, as in `dls.vocab`
+        names:list|tuple, # All classes, the background first, as in `dls.vocab`
         **kwargs
-    )->list:   # One metric per foreground class
+    )->list:              # One metric per foreground class
         "A column in the recorder for each class: `metrics=[VolumeDice(), *VolumeDice.per_class(dls.vocab)]`"
         return [cls(cls=c, name=f'{cls.base}_{o}', **kwargs) for c,o in enumerate(names) if c]
 
@@ -157,17 +157,18 @@ class VolumeMetric(Metric):
 class VolumeRatio(VolumeMetric):
     "A metric that is a ratio of counts: a subclass says which `ratio`"
     def __init__(self,
-        cls=None,   # One foreground class, by number or name; by default the mean over all
-        empty=None, # The value of 0/0; 'nan' leaves the scan out; by default 1 for Dice, 'nan' for the others
-        name=None   # In the recorder; by default the metric's name, with `cls`
+        cls:int|str|None=None, # One foreground class, by number or name; by default the mean over all
+        # The value of 0/0; 'nan' leaves the scan out; by default 1 for Dice, 'nan' for the others
+        empty:float|str|None=None,
+        name:str|None=None     # In the recorder; by default the metric's name, with `cls`
     ):
         super().__init__(cls, name)
         self.empty = float(self.usual_empty if empty is None else empty)
 
     def ratio(self,
-        both, # (n_scans,C-1) voxels common to prediction and mask
-        pred, # in the prediction
-        mask  # in the mask
+        both:np.ndarray, # (n_scans,C-1) voxels common to prediction and mask
+        pred:np.ndarray, # in the prediction
+        mask:np.ndarray  # in the mask
     )->tuple: # numerator and denominator
         "What is divided by what"
         raise NotImplementedError(f'{type(self).__name__} needs a method ratio(self, both, pred, mask)')

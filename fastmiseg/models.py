@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Callable
 
 import pandas as pd
 import torch
@@ -128,7 +129,7 @@ def _timm_body(name, n_in, pretrained):
 def create_unet(
     # 'unet' (the paper's), 'residual_unet' (deeper, in nnU-Net's shape), 'dynamic_unet' (the paper's encoder in a
     # `DynamicUnet`), a timm name, or a torchvision function
-    arch='unet',
+    arch:str|Callable='unet',
     n_in:int=1,            # channels of the image
     n_out:int=2,           # classes, background included
     size:tuple=(224,224),  # height and width of the images, for `DynamicUnet`
@@ -170,7 +171,7 @@ class Stage:
 
 class Stages(dict):
     "Stages by name, shown as a table"
-    def table(self): return pd.DataFrame([vars(s) for s in self.values()])
+    def table(self)->pd.DataFrame: return pd.DataFrame([vars(s) for s in self.values()])
     def __repr__(self): return self.table().to_string(index=False)
     def _repr_html_(self): return self.table().to_html(index=False)
 

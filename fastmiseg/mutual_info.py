@@ -76,12 +76,12 @@ def global_joint(
     return _normalise(_raw_global(p, q)).to(at_least_float32(p, q))
 
 def global_mi_loss(
-    p: torch.Tensor, # probabilities (N,S,K) of T(x); that they sum to 1 over K is not checked
-    q: torch.Tensor, # the same of x
-    symmetric: bool = True, # average the joint with its transpose
-    prior = None, # wanted sizes of the clusters, (K,) or (S,K); None: equal
-    marginal: float = 1., # weight of the entropies of the clusters' sizes; 1: mutual information
-    memory = None, # a `JointMemory`: the joint of the last batches instead of this one's alone
+    p: torch.Tensor,                   # probabilities (N,S,K) of T(x); that they sum to 1 over K is not checked
+    q: torch.Tensor,                   # the same of x
+    symmetric: bool = True,            # average the joint with its transpose
+    prior: torch.Tensor|None = None,   # wanted sizes of the clusters, (K,) or (S,K); None: equal
+    marginal: float = 1.,              # weight of the entropies of the clusters' sizes; 1: mutual information
+    memory: 'JointMemory|None' = None, # a `JointMemory`: the joint of the last batches instead of this one's alone
 ) -> torch.Tensor: # scalar
     "Minus the mutual information between two views of the same images, mean over heads (equation 9)"
     R = _raw_global(p, q)[:, None]
@@ -141,12 +141,12 @@ def local_joint(
     return _normalise(_raw_local(p, q, size)).to(at_least_float32(p, q))
 
 def local_mi_loss(
-    p: torch.Tensor, # probabilities (N,S,K,H,W) or (N,S,K,D,H,W) of T(x); that they sum to 1 over K is not checked
-    q: torch.Tensor, # the same of x, moved by T
-    size: int|tuple = 3, # window of displacements: 3, or per axis (3,7)
+    p: torch.Tensor,      # probabilities (N,S,K,H,W) or (N,S,K,D,H,W) of T(x); that they sum to 1 over K is not checked
+    q: torch.Tensor,      # the same of x, moved by T
+    size: int|tuple = 3,  # window of displacements: 3, or per axis (3,7)
     symmetric: bool = True, # average the joint with its transpose
     subtract_min: bool = False, # as published: take a head's smallest sum off all its sums; inflates the information
-    prior = None, # wanted sizes of the clusters, (K,) or (S,K); None: equal
+    prior: torch.Tensor|None = None, # wanted sizes of the clusters, (K,) or (S,K); None: equal
     marginal: float = 1., # weight of the entropies of the clusters' sizes; 1: mutual information
 ) -> torch.Tensor: # scalar
     "Minus the information between pixels and neighbours, mean over displacements and heads (equation 12, one stage)"
@@ -154,15 +154,15 @@ def local_mi_loss(
 
 # %% ../nbs/37_mutual_info.ipynb #9f3e24bb
 def local_mi_loss_of_features(
-    f: torch.Tensor, # features (N,C,H,W) or (N,C,D,H,W) of T(x)
-    g: torch.Tensor, # the same of x, moved by T
-    weight: torch.Tensor, # of the heads (S,K,C)
-    bias: torch.Tensor, # (S,K)
-    size: int|tuple = 3, # window of displacements: 3, or per axis (3,7)
-    symmetric: bool = True, # average the joint with its transpose
-    subtract_min: bool = False, # see `local_mi_loss`
-    prior = None, # wanted sizes of the clusters, (K,) or (S,K); None: equal
-    marginal: float = 1., # weight of the entropies of the clusters' sizes; 1: mutual information
+    f: torch.Tensor,                 # features (N,C,H,W) or (N,C,D,H,W) of T(x)
+    g: torch.Tensor,                 # the same of x, moved by T
+    weight: torch.Tensor,            # of the heads (S,K,C)
+    bias: torch.Tensor,              # (S,K)
+    size: int|tuple = 3,             # window of displacements: 3, or per axis (3,7)
+    symmetric: bool = True,          # average the joint with its transpose
+    subtract_min: bool = False,      # see `local_mi_loss`
+    prior: torch.Tensor|None = None, # wanted sizes of the clusters, (K,) or (S,K); None: equal
+    marginal: float = 1.,            # weight of the entropies of the clusters' sizes; 1: mutual information
 ) -> torch.Tensor: # scalar
     "`local_mi_loss` of softmax(weight f + bias) and softmax(weight g + bias), in less time and memory"
     _check_pair(f, g, (4, 5), 'features (N,C,H,W) or (N,C,D,H,W)', ('f', 'g'))

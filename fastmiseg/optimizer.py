@@ -6,6 +6,8 @@
 __all__ = ['ForeachAdam']
 
 # %% ../nbs/42_optimizer.ipynb #9ffbe56b
+from typing import Iterable
+
 import torch
 from fastai.optimizer import Adam, Optimizer, debias
 
@@ -13,12 +15,12 @@ from fastai.optimizer import Adam, Optimizer, debias
 class ForeachAdam(Optimizer):
     "fastai's `Adam` with the arithmetic of all parameters done together; options, groups and state are those of `Adam`"
     def __init__(self,
-        params,           # parameters, or a list of groups of them
-        lr:float,         # learning rate
-        mom:float=.9,     # β1
-        sqr_mom:float=.99,# β2
-        eps:float=1e-5,   # added to the denominator
-        wd:float=.01,     # weight decay
+        params:Iterable,      # parameters, or a list of groups of them
+        lr:float,             # learning rate
+        mom:float=.9,         # β1
+        sqr_mom:float=.99,    # β2
+        eps:float=1e-5,       # added to the denominator
+        wd:float=.01,         # weight decay
         decouple_wd:bool=True # decay the weights (AdamW), or add the decay to the gradient
     ):
         vars(self).update(vars(Adam(params, lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, decouple_wd=decouple_wd)))

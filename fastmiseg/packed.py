@@ -24,17 +24,17 @@ from .scans.volume import scan_files
 _ending,_format = '.slices.npz',1
 
 def scan_content(
-    row # of a cohort: `image`, `mask`
+    row:tuple|pd.Series # of a cohort: `image`, `mask`
 )->str:
     "A checksum of the files of a scan and its mask"
     files = [f for o in (row.image, row.mask) if isinstance(o, str) for f in scan_files(o) if Path(f).is_file()]
     return hashlib.blake2b('|'.join(map(digest, files)).encode(), digest_size=12).hexdigest()
 
 def pack_slices(
-    df:pd.DataFrame, # cohort; a column `split` is not looked at
-    recipe:Recipe,   # how a scan becomes slices, with a `size`
-    path,            # file to write; its name ends in .slices.npz
-    store='slices'   # folder of the prepared slices
+    df:pd.DataFrame,        # cohort; a column `split` is not looked at
+    recipe:Recipe,          # how a scan becomes slices, with a `size`
+    path:str|Path,          # file to write; its name ends in .slices.npz
+    store:str|Path='slices' # folder of the prepared slices
 )->Path:
     "Prepare the slices of a cohort and write them into one file"
     path = _checked(path)
@@ -56,7 +56,7 @@ def pack_slices(
     return path
 
 def is_packed(
-    path # of a file or folder
+    path:str|Path # of a file or folder
 )->bool:
     "Does the name say that it is a file of packed slices?"
     return str(path).endswith(_ending)
@@ -91,7 +91,7 @@ def _read(path, changed):
 class PackedSlices:
     "Slices of a cohort in one file, read like a `SliceStore`"
     def __init__(self,
-        path,              # as `pack_slices` has written it
+        path:str|Path,     # as `pack_slices` has written it
         recipe:Recipe=None # must give the slices that are there; None: the one that they were made with
     ):
         self.path,self._held = _checked(path),_read(str(path), _checked(path).stat().st_mtime_ns)
@@ -102,7 +102,7 @@ class PackedSlices:
         self.scans,self.summary,self._masked = None,{},set()
 
     @property
-    def cohort(self): # subject, scan, image and mask (names of scans instead of files), content
+    def cohort(self)->pd.DataFrame: # subject, scan, image and mask (names of scans instead of files), content
         "The table of the cohort"
         res = self._held.cohort.copy()
         res.attrs = dict(self._held.cohort.attrs)
@@ -113,7 +113,7 @@ class PackedSlices:
     def prepare(self,
         df:pd.DataFrame, # some of the cohort, with a column `split`
         **kwargs         # of `SliceStore.prepare`; nothing is left to prepare
-    ):
+    )->'PackedSlices':
         "Open it for some scans; the masks of those whose `split` is unlabeled stay closed"
         if len(gone := [o for o in df.scan if o not in self._held.scans]):
             raise ValueError(f'{self.path}: has no slices of {len(gone)} scans, {gone[0]} for one; '
@@ -128,23 +128,23 @@ class PackedSlices:
         return res
 
     def image(self,
-        scan, # its name in the cohort
-        i     # which slice; or several: a slice object or a list
+        scan:str,        # its name in the cohort
+        i:int|slice|list # which slice; or several: a slice object or a list
     )->np.ndarray: # float32 (C,H,W) in 0..1
         "A slice"
         return from_steps(self._held.images[self._held.scans[scan].image][i])
 
-    def shows(self, scan)->list[list]: # for each slice the classes in its mask, background left out
+    def shows(self, scan:str)->list[list]: # for each slice the classes in its mask, background left out
         "What the slices of a scan show"
         return [[int(o) for o in np.unique(m) if o] for m in self.mask(scan, slice(None))]
 
-    def mask(self, scan, i)->np.ndarray: # uint8 (H,W), class indices
+    def mask(self, scan:str, i:int|slice|list)->np.ndarray: # uint8 (H,W), class indices
         "The mask of a slice"
         if scan not in self._masked:
             raise ValueError(f'{scan}: has no mask here: its `split` is unlabeled, or the cohort has none')
         return np.array(self._held.masks[self._held.scans[scan].mask][i])
 
-    def where(self, scan)->Placement:
+    def where(self, scan:str)->Placement:
         "Where the slices of a scan lie"
         return self._held.scans[scan].where
 
@@ -159,8 +159,8 @@ def _reopened(path, recipe, scans, masked):
     return res
 
 def open_store(
-    path,         # folder of prepared slices, or a file of packed ones
-    recipe:Recipe # how a scan becomes slices
-): # `SliceStore` or `PackedSlices`, to `prepare`
+    path:str|Path, # folder of prepared slices, or a file of packed ones
+    recipe:Recipe  # how a scan becomes slices
+)->SliceStore|PackedSlices: # `SliceStore` or `PackedSlices`, to `prepare`
     "The slices at a path"
     return PackedSlices(path, recipe) if is_packed(path) else SliceStore(path, recipe)

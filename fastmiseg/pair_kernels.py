@@ -412,11 +412,11 @@ def supported(
 implementation = environ.get('FASTMISEG_PAIR_SUMS', 'triton') # or 'torch', 'loop'
 
 def on_cuda(
-    x: torch.Tensor, # probabilities or features
-    y: torch.Tensor, # the other side
+    x: torch.Tensor,           # probabilities or features
+    y: torch.Tensor,           # the other side
     weight: torch.Tensor|None, # of the head (S,K,C)
-    w: tuple, # window per axis
-): # two functions that fill the seam of `pair_sums`, or None for those of every device
+    w: tuple,                  # window per axis
+)->tuple|None: # two functions that fill the seam of `pair_sums`, or None for those of every device
     "The sums and their adjoint for CUDA tensors"
     if implementation not in ('triton', 'torch', 'loop'):
         raise ValueError(f"FASTMISEG_PAIR_SUMS: expected 'triton', 'torch' or 'loop', got {implementation!r}")

@@ -98,8 +98,8 @@ class _Lines:
 # %% ../nbs/34_pair_products.ipynb #983b3924
 @torch.no_grad()
 def sums(
-    x, y, weight, bias, w # as in `pair_sums.sums`
-): # -> (S,*w,K,K), float64
+    x:torch.Tensor, y:torch.Tensor, weight:torch.Tensor|None, bias:torch.Tensor|None, w:tuple # as in `pair_sums.sums`
+)->torch.Tensor: # -> (S,*w,K,K), float64
     "Sums of p(x) q(x+δ)ᵀ over images and pixels, for each head and displacement"
     lines, parts = _Lines(x, y, weight, bias, w), []
     S, K1, rows, step, (wz, wy, _) = lines.S, lines.K1, lines.rows, lines.step, lines.w
@@ -153,10 +153,10 @@ def _adjoint(lines, side, G): # -> (S*N,*map,K): gradient of the probabilities o
 
 @torch.no_grad()
 def sums_backward(
-    G,                     # gradient of the sums (S,*w,K,K), float64
-    x, y, weight, bias, w, # as in `sums`
-    needs                  # which of x, y, weight, bias want a gradient
-):
+    G:torch.Tensor, # gradient of the sums (S,*w,K,K), float64
+    x:torch.Tensor, y:torch.Tensor, weight:torch.Tensor|None, bias:torch.Tensor|None, w:tuple, # as in `sums`
+    needs:tuple     # which of x, y, weight, bias want a gradient
+)->tuple:
     "The adjoint of `sums`"
     lines, with_head = _Lines(x, y, weight, bias, w), any(needs[2:])
     S, N, K, sides = lines.S, lines.N, lines.K, [i for i in (0, 1) if needs[i] or with_head]

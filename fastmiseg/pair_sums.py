@@ -215,8 +215,8 @@ def sums(
 
 def sums_backward(
     G: torch.Tensor, # gradient of the sums (S,*w,K,K), float64
-    x, y, weight, bias, w, # as in `sums`
-    needs: tuple, # which of x, y, weight, bias want a gradient
+    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor|None, bias: torch.Tensor|None, w: tuple, # as in `sums`
+    needs: tuple,    # which of x, y, weight, bias want a gradient
 ) -> tuple: # their gradients, None where not wanted
     "The adjoint of `sums`"
     p, q, inside = _both_sides(x, y, weight, bias, w)

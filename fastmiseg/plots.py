@@ -7,21 +7,25 @@ __all__ = ['plot_scans', 'plot_scores', 'plot_clusters', 'plot_joints', 'plot_ts
 
 # %% ../nbs/71_plots.ipynb #d8cbe3c9
 import warnings
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
-import numpy as np
+import numpy as np, pandas as pd
 import torch
 import torch.nn.functional as F
+from fastai.learner import Learner
 from matplotlib.colors import ListedColormap, hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from .callback.log import meaning_of
+from .callback.mireg import MIRegCallback
 from .callback.step import StageMaps
 from .inference import predict_volume, recipe_of
 from .models import evaluating, find_stages
 from .mutual_info import global_joint, local_joint, mutual_info
 from .scans.masks import read_mask
+from .scans.recipe import Recipe
 from .show import class_color, class_lines, new_figure, save_figure, show_slice
 from .transforms import normalize_of
 from .warps import usual_pool
@@ -43,15 +47,15 @@ def _scan_row(axs, picture, scan, scores):
     picture.mark_edges(axs[0])
 
 def plot_scans(
-    learn,       # a learner or a `Segmenter`
-    df,          # cohort
-    scores,      # from `evaluate_cohort`
-    n:int=3,     # scans
-    best=False,  # the best instead of the worst?
-    recipe=None, # default: that of the learner's loaders
-    out=None,    # file to write
-    **kwargs     # for `predict_volume`
-)->Figure:       # a row per scan: whole slice, mask, prediction, errors
+    learn,                   # a learner or a `Segmenter`
+    df:pd.DataFrame,         # cohort
+    scores:pd.DataFrame,     # from `evaluate_cohort`
+    n:int=3,                 # scans
+    best:bool=False,         # the best instead of the worst?
+    recipe:Recipe|None=None, # default: that of the learner's loaders
+    out:str|Path|None=None,  # file to write
+    **kwargs                 # for `predict_volume`
+)->Figure:                   # a row per scan: whole slice, mask, prediction, errors
     "The scans with the lowest mean Dice, on the slice with the most errors"
     recipe = recipe_of(learn, recipe)
     order = scores.groupby('scan').dice.mean().sort_values(ascending=not best, kind='stable')[:n]
@@ -84,11 +88,11 @@ def _axis_name(metric):
     return about.words + unit + sense
 
 def plot_scores(
-    scores,        # from `evaluate_cohort`; with another column, such as `training`, to compare
-    metric='dice', # column of `scores`
-    by=None,       # column to compare
-    classes=None,  # all names, background first, where `scores` has only some of them
-    out=None       # file to write
+    scores:pd.DataFrame,          # from `evaluate_cohort`; with another column, such as `training`, to compare
+    metric:str='dice',            # column of `scores`
+    by:str|None=None,             # column to compare
+    classes:list|tuple|None=None, # all names, background first, where `scores` has only some of them
+    out:str|Path|None=None        # file to write
 )->Figure:
     "Box plots of a score per class, with a point for each scan and their number"
     if metric not in scores:
@@ -183,12 +187,12 @@ def _show_clusters(ax, winners, y, shape, look):
     return im
 
 def plot_clusters(
-    learn,       # a learner
-    cb,          # the `MIRegCallback` that it was trained with
-    x=None,      # images (N,C,H,W); default: validation slices, with the contours of their masks
-    n:int=4,     # images
-    head:int=0,  # which of the projectors of a stage
-    out=None     # file to write
+    learn:Learner,            # a learner
+    cb:MIRegCallback,         # the `MIRegCallback` that it was trained with
+    x:torch.Tensor|None=None, # images (N,C,H,W); default: validation slices, with the contours of their masks
+    n:int=4,                  # images
+    head:int=0,               # which of the projectors of a stage
+    out:str|Path|None=None    # file to write
 )->Figure:
     "The winning cluster at each position of the decoder's stages (Figure 5)"
     _check_trained(cb)
@@ -244,12 +248,12 @@ def _show_joint(ax, P, title, what):
     ax.figure.colorbar(im, ax=ax, shrink=.85).set_label(f'{what} (%)', fontsize=11)
 
 def plot_joints(
-    learn,      # a learner
-    cb,         # the `MIRegCallback` that it was trained with
-    x=None,     # images (N,C,H,W); default: validation slices
-    n:int=16,   # images
-    head:int=0, # which of the projectors of a stage
-    out=None    # file to write
+    learn:Learner,            # a learner
+    cb:MIRegCallback,         # the `MIRegCallback` that it was trained with
+    x:torch.Tensor|None=None, # images (N,C,H,W); default: validation slices
+    n:int=16,                 # images
+    head:int=0,               # which of the projectors of a stage
+    out:str|Path|None=None    # file to write
 )->Figure:
     "Joint distributions of the clusters of x and T(x), for each regularised stage; without displacement"
     _check_trained(cb)
@@ -275,12 +279,12 @@ def _start_of_tsne(f, rng):
     return (1e-4*z/max(z[:,0].std(), 1e-9) + rng.normal(scale=1e-6, size=z.shape)).astype(np.float32)
 
 def plot_tsne(
-    learn,           # a learner
-    layer='Upconv2', # stage, or path of a module
-    n:int=300,       # positions of each class
-    images:int=64,   # validation slices to take them from
-    seed:int=0,      # of the draw and of t-SNE
-    out=None         # file to write
+    learn:Learner,         # a learner
+    layer:str='Upconv2',   # stage, or path of a module
+    n:int=300,             # positions of each class
+    images:int=64,         # validation slices to take them from
+    seed:int=0,            # of the draw and of t-SNE
+    out:str|Path|None=None # file to write
 )->Figure:
     "t-SNE of the features of a stage, coloured by class (Figure 6)"
     from sklearn.manifold import TSNE

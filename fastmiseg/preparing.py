@@ -69,7 +69,7 @@ class Reading:
     mask_suffix:str=None  # End of a mask's name, like _seg (folder)
 
     def load(self,
-        data # folder or CSV of scans
+        data:str|Path|pd.DataFrame # folder or CSV of scans
     )->pd.DataFrame:
         "The scans of `data` as a cohort"
         given = {f.name:getattr(self, f.name) for f in fields(Reading)}
@@ -78,8 +78,8 @@ class Reading:
         return load_cohort(data, **{k:o for k,o in given.items() if o is not None and o is not False})
 
     def load_any(self,
-        data # a scan, a folder of scans in any order or in none, or a CSV
-    ): # cohort, or a list of one path
+        data:str|Path # a scan, a folder of scans in any order or in none, or a CSV
+    )->pd.DataFrame|list: # cohort, or a list of one path
         "The scans of `data`, masks or not, for a prediction"
         data = Path(data)
         if data.is_file() and extension(data): return [data]
@@ -103,8 +103,8 @@ class Preparation(Reading):
     spacing:pair=None # Millimetres of a pixel, one number or two, instead of the recipe's
 
     def split(self,
-        data,      # folder or CSV of scans; a column `split` is taken as it is
-        seed:int=0 # which split
+        data:str|Path|pd.DataFrame, # folder or CSV of scans; a column `split` is taken as it is
+        seed:int=0                  # which split
     )->pd.DataFrame:
         "The cohort with its column `split`"
         df = self.load(data)

@@ -9,6 +9,7 @@ __all__ = ['span', 'peak_memory', 'lines_instead_of_bars', 'EpochLines']
 import sys, time
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Callable
 
 import fastprogress.fastprogress as bars
 import psutil
@@ -79,8 +80,8 @@ class EpochLines(Callback):
     "Tells a training in lines: how long it will take, and each epoch"
     order = ProgressCallback.order-1 # whose table it stands in for
     def __init__(self,
-        first:float=20., # seconds of training after which the time to go is told
-        say=print       # is called with each line, where there is no bar
+        first:float=20.,   # seconds of training after which the time to go is told
+        say:Callable=print # is called with each line, where there is no bar
     ):
         self.first,self.say = first,say
 

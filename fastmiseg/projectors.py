@@ -41,7 +41,7 @@ class GlobalProjector(nn.Module):
         f: torch.Tensor, # features (N,C,*map) of T(x)
         g: torch.Tensor, # features of x; may come without gradient, from a teacher: the heads learn from both sides
         symmetric: bool = True, # average the joint with its transpose
-        prior = None, # wanted sizes of the clusters, (K,) or (S,K); None: equal
+        prior: torch.Tensor|None = None, # wanted sizes of the clusters, (K,) or (S,K); None: equal
         marginal: float = 1., # weight of the entropies of the clusters' sizes
     ) -> torch.Tensor: # scalar
         "Global information loss of two feature maps, see `global_mi_loss`"
@@ -77,10 +77,10 @@ class LocalProjector(nn.Module):
     def loss(self,
         f: torch.Tensor, # features (N,C,*map) of T(x)
         g: torch.Tensor, # features of x, moved by T; without gradient from a teacher: the heads learn from both sides
-        size = 3, # window of displacements: 3, or per axis (3,7)
+        size: int|tuple = 3, # window of displacements: 3, or per axis (3,7)
         symmetric: bool = True, # average each joint with its transpose
         subtract_min: bool = False, # as the published code does, see `local_mi_loss`
-        prior = None, # wanted sizes of the clusters, (K,) or (S,K); None: equal
+        prior: torch.Tensor|None = None, # wanted sizes of the clusters, (K,) or (S,K); None: equal
         marginal: float = 1., # weight of the entropies of the clusters' sizes
     ) -> torch.Tensor: # scalar
         "Local information loss of two feature maps, see `local_mi_loss`"

@@ -27,7 +27,8 @@ def _filled(scores, missed):
 
 def score_table(
     scores:pd.DataFrame, # as from `evaluate_cohort`, or its file
-    missed='diagonal'    # HD95 and ASSD of a class that was missed or invented: the scan's diagonal, mm, or 'nan'
+    # HD95 and ASSD of a class that was missed or invented: the scan's diagonal, mm, or 'nan'
+    missed:float|str='diagonal'
 )->pd.DataFrame: # split, class, scans, the mean of each score, and of how many scans a class was missed or invented
     "Means over scans for each part of the split and each class, and the mean over classes"
     split = scores['split'] if 'split' in scores else pd.Series('unknown', scores.index)
@@ -58,8 +59,8 @@ def _missed_rule(missed):
     return f"counts in HD95 and ASSD as {'the diagonal of the scan' if missed=='diagonal' else f'{missed:g} mm'}"
 
 def scores_text(
-    scores:pd.DataFrame, # as from `evaluate_cohort`, or its file
-    missed='diagonal'    # as for `score_table`
+    scores:pd.DataFrame,        # as from `evaluate_cohort`, or its file
+    missed:float|str='diagonal' # as for `score_table`
 )->str:
     "The table of scores for people: which scans, how many, what kind of mean, and what was missed"
     table,lines = score_table(scores, missed),[]

@@ -9,8 +9,10 @@ __all__ = ['SegmenterError', 'Segmenter', 'method_of', 'export_segmenter', 'Ense
 import hashlib, json, math, platform, warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Iterable
 
 import fastai, numpy as np, torch, torchvision
+from fastai.learner import Learner
 from fastai.torch_core import default_device
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -37,8 +39,8 @@ class Segmenter:
     about:dict    # format, arch, recipe, training (what is typical of its scans), versions, provenance
 
     @property
-    def classes(self): return self.recipe.classes
-    def predict(self, scan, out=None, **kwargs)->Volume:
+    def classes(self)->tuple: return self.recipe.classes
+    def predict(self, scan:str|Path|Volume, out:str|Path|None=None, **kwargs)->Volume:
         "`predict_volume` with this network"
         return predict_volume(self, scan, out, **kwargs)
     def __repr__(self): return f"Segmenter({self.about['arch']['arch']}, classes {', '.join(self.classes)})"
@@ -120,7 +122,7 @@ def _save(path, about, tensors):
     save_file(tensors, path, metadata=dict(fastmiseg=text, checksum=_sum_of(text, tensors)))
 
 def method_of(
-    cbs # callbacks
+    cbs:Iterable # callbacks
 )->dict: # name of each regulariser -> its weights
     "The regularisers among some callbacks"
     return {type(o).__name__: _plain(getattr(o, 'weights', {})) for o in cbs if isinstance(o, SemiSupCallback)}
@@ -138,11 +140,11 @@ def _provenance(learn):
     return res
 
 def export_segmenter(
-    learn,               # a learner made by `miseg_learner`; or a `Segmenter`, to write it again
-    path,                # file to write, NAME.safetensors
-    recipe:Recipe=None,  # default: that of the learner's loaders
-    overwrite:bool=True, # replace a file that exists, as `learn.export` does
-    **provenance         # what else is to be remembered: cohort='ACDC', method='...', seed=0, ...
+    learn:Learner|Segmenter, # a learner made by `miseg_learner`; or a `Segmenter`, to write it again
+    path:str|Path,           # file to write, NAME.safetensors
+    recipe:Recipe=None,      # default: that of the learner's loaders
+    overwrite:bool=True,     # replace a file that exists, as `learn.export` does
+    **provenance             # what else is to be remembered: cohort='ACDC', method='...', seed=0, ...
 )->Path:
     "Write a trained network as one safe file: under its name there is the whole file or none"
     path = Path(path)
@@ -251,7 +253,7 @@ def _fill(model, path, said, name):
 class Ensemble(nn.Module):
     "Several networks as one, whose answer is the logarithm of their mean probabilities"
     def __init__(self,
-        members # networks of the same classes
+        members:list # networks of the same classes
     ):
         super().__init__()
         self.members = nn.ModuleList(members)
@@ -294,9 +296,10 @@ def _together(segs, names):
     return Segmenter(Ensemble(o.model for o in segs).eval(), segs[0].recipe, whole)
 
 def load_segmenter(
-    path,        # file that `export_segmenter` wrote; or several, of folds or seeds, to average their predictions
-    device=None, # default: fastai's
-    name=None    # for messages, instead of `path`
+    # file that `export_segmenter` wrote; or several, of folds or seeds, to average their predictions
+    path:str|Path|list,
+    device:torch.device|str|None=None, # default: fastai's
+    name:str|None=None # for messages, instead of `path`
 )->Segmenter:
     "A network that can segment scans; nothing larger than its file is built before it is known to fit"
     if isinstance(path, (list,tuple)):
@@ -319,10 +322,10 @@ class _Plain(nn.Module):
     def forward(self, x): return self.model(x).as_subclass(torch.Tensor)
 
 def export_onnx(
-    learn,               # a learner, or a `Segmenter`
-    path,                # file to write, NAME.onnx
-    recipe:Recipe=None,  # default: that of the learner's loaders
-    overwrite:bool=True  # replace a file that exists
+    learn:Learner|Segmenter, # a learner, or a `Segmenter`
+    path:str|Path,           # file to write, NAME.onnx
+    recipe:Recipe=None,      # default: that of the learner's loaders
+    overwrite:bool=True      # replace a file that exists
 )->Path:
     "Write the network in ONNX: `image` (N,C,H,W) to `logits` (N,K,H,W)"
     try: import onnx

@@ -26,7 +26,7 @@ def weight(
     return [float(first), float(rest[0]), *rest[1:]] if rest else float(first)
 
 def schedule(
-    w # a number, [number, until] or [number, until, 'down']
+    w:float|list|tuple # a number, [number, until] or [number, until, 'down']
 )->float|Callable: # for a method's `weights`
     "What the callbacks take for a weight of the settings"
     if not isinstance(w, (list,tuple)): return w
@@ -173,7 +173,7 @@ class Settings:
     @classmethod
     def from_dict(cls,
         d:dict # as from `to_dict`, or some of it
-    ):
+    )->'Settings':
         "Settings from plain data; unknown names and wrong types are errors"
         known = {f.name:f for f in fields(cls)}
         if not isinstance(d, dict): raise ValueError(f'settings: expected names and values, got {type(d).__name__}')
@@ -184,8 +184,8 @@ class Settings:
 
     @classmethod
     def from_file(cls,
-        path # .json or .toml
-    ):
+        path:str|Path # .json or .toml
+    )->'Settings':
         "Settings from a file"
         return cls.from_dict(read_settings(path))
 
@@ -201,7 +201,7 @@ def _check_type(f, o):
         raise ValueError(f'{f.name}: expected {want.__name__}{" or nothing" if optional else ""}, got {o!r}')
 
 def read_settings(
-    path # .json or .toml
+    path:str|Path # .json or .toml
 )->dict:
     "The names and values in a file"
     path = Path(path)

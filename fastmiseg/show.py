@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib._pylab_helpers import Gcf
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -28,8 +29,8 @@ def class_color(
     return palette[1+(c-1)%7] if c else palette[0]
 
 def class_lines(
-    classes # names, background first
-)->list:    # of `Line2D`, for a legend
+    classes:list|tuple # names, background first
+)->list:               # of `Line2D`, for a legend
     "A line for each foreground class"
     return [Line2D([], [], color=class_color(c), lw=2, label=str(o)) for c,o in enumerate(classes) if c]
 
@@ -44,12 +45,12 @@ def _legend_below(ax, classes):
               columnspacing=1, loc='upper left', bbox_to_anchor=(0,0), borderaxespad=.2)
 
 def show_slice(
-    x,            # (C,H,W), tensor or array; the first channel is shown
-    y=None,       # mask (H,W), drawn as contours
-    ax=None,      # matplotlib axis; a new one by default
-    classes=None, # names, background first, for a legend under the slice
-    title=None    # above it
-): # the axis
+    x,                            # (C,H,W), tensor or array; the first channel is shown
+    y=None,                       # mask (H,W), drawn as contours
+    ax:Axes|None=None,            # matplotlib axis; a new one by default
+    classes:list|tuple|None=None, # names, background first, for a legend under the slice
+    title:str|None=None           # above it
+)->Axes: # the axis
     "A slice in grey with the contours of its mask"
     if ax is None: _,ax = plt.subplots(figsize=(3,3))
     ax.imshow(_array(x)[0], cmap='gray', vmin=0, vmax=1)
@@ -79,8 +80,8 @@ class _PlotFigure(Figure):
         raise NotImplementedError # which tells IPython to show it as any figure
 
 def new_figure(
-    size:tuple, # inches: width, height
-    out=None    # file for which it is drawn, if there is one
+    size:tuple,            # inches: width, height
+    out:str|Path|None=None # file for which it is drawn, if there is one
 )->Figure:
     "A figure that a notebook shows once; for a file, in a script, one that pyplot need not close"
     kwargs = dict(figsize=size, layout='constrained')
@@ -98,8 +99,8 @@ def for_file_only():
     finally: matplotlib.interactive(interactive)
 
 def save_figure(
-    fig:Figure, # of matplotlib
-    out=None    # file to write, if any; its folder is made
+    fig:Figure,            # of matplotlib
+    out:str|Path|None=None # file to write, if any; its folder is made
 )->Figure:
     "The figure, written to `out` too where that is given"
     if out is None: return fig

@@ -63,15 +63,15 @@ class _Read(Transform):
 
 class ReadImage(_Read):
     "From a `SliceRef` to a `SliceImage`"
-    def read(self, scan, i): return self.store.image(scan, i)
-    def batch(self, x): return SliceImage(x)
+    def read(self, scan:str, i:int|slice|list)->np.ndarray: return self.store.image(scan, i)
+    def batch(self, x:torch.Tensor)->SliceImage: return SliceImage(x)
     def encodes(self, o:SliceRef): return SliceImage(torch.from_numpy(self.read(o.scan, o.i)))
 
 class ReadMask(_Read):
     "From a `SliceRef` to a `SliceMask` that knows it"
     loss_func = CrossEntropyLossFlat(axis=1)
-    def read(self, scan, i): return self.store.mask(scan, i)
-    def batch(self, y): return SliceMask(y.long(), codes=self.store.recipe.classes)
+    def read(self, scan:str, i:int|slice|list)->np.ndarray: return self.store.mask(scan, i)
+    def batch(self, y:torch.Tensor)->SliceMask: return SliceMask(y.long(), codes=self.store.recipe.classes)
     def encodes(self, o:SliceRef):
         y = self.batch(torch.from_numpy(self.read(o.scan, o.i)))
         y.ref = o
@@ -93,8 +93,8 @@ def SliceMaskBlock(
 class ResidentSlices:
     "All slices of a dataset on a device: `self[idxs]` is the batch that would be read and collated"
     def __init__(self,
-        dataset, # `Datasets` of `SliceRef`s, read by `SliceBlock` and `SliceMaskBlock`
-        device   # where they are to be
+        dataset:Datasets,       # `Datasets` of `SliceRef`s, read by `SliceBlock` and `SliceMaskBlock`
+        device:torch.device|str # where they are to be
     ):
         self.device,self.refs = torch.device(device),list(dataset.items)
         self.parts = [(self._read(o), o.batch) for o in _readers(dataset)]

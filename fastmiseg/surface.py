@@ -32,9 +32,9 @@ def _spacing(spacing, ndim):
     return s
 
 def surface_distances(
-    a, b,        # Masks of one structure, (z,y,x) or (y,x)
-    spacing=None # mm per axis; 1 by default
-)->tuple:        # For each voxel on the outline of `a` the distance (mm) to that of `b`, and the other way round
+    a:np.ndarray, b:np.ndarray, # Masks of one structure, (z,y,x) or (y,x)
+    spacing:tuple|None=None # mm per axis; 1 by default
+)->tuple: # For each voxel on the outline of `a` the distance (mm) to that of `b`, and the other way round
     "Distances between two outlines, both ways; both masks must have voxels"
     spacing = _spacing(spacing, np.ndim(a))
     a, b = _crop(a, b)
@@ -58,29 +58,29 @@ def _average(ab, ba, pooled=True):
     return float(np.concatenate([ab, ba]).mean() if pooled else (ab.mean()+ba.mean())/2)
 
 def hd95(
-    a, b,           # Masks of one structure, (z,y,x) or (y,x)
-    spacing=None,   # mm per axis; 1 by default
-    percentile=95,  # 100 is the Hausdorff distance itself
-    pooled=True,    # One percentile over both directions (as medpy), or the larger of two (as monai)?
-    missed='nan'    # If just one mask is empty: a number, 'nan', 'inf' or 'diagonal'
-)->float:           # mm
+    a:np.ndarray, b:np.ndarray, # Masks of one structure, (z,y,x) or (y,x)
+    spacing:tuple|None=None,    # mm per axis; 1 by default
+    percentile:float=95,        # 100 is the Hausdorff distance itself
+    pooled:bool=True,           # One percentile over both directions (as medpy), or the larger of two (as monai)?
+    missed:float|str='nan'      # If just one mask is empty: a number, 'nan', 'inf' or 'diagonal'
+)->float:                       # mm
     "95th percentile of the distances between two outlines"
     m = _missed(a, b, spacing, missed)
     return _percentile(*surface_distances(a, b, spacing), percentile, pooled) if m is None else m
 
 def assd(
-    a, b,         # Masks of one structure, (z,y,x) or (y,x)
-    spacing=None, # mm per axis; 1 by default
-    pooled=True,  # One mean over both directions, or the mean of the two means?
-    missed='nan'  # If just one mask is empty: a number, 'nan', 'inf' or 'diagonal'
-)->float:         # mm
+    a:np.ndarray, b:np.ndarray, # Masks of one structure, (z,y,x) or (y,x)
+    spacing:tuple|None=None,    # mm per axis; 1 by default
+    pooled:bool=True,           # One mean over both directions, or the mean of the two means?
+    missed:float|str='nan'      # If just one mask is empty: a number, 'nan', 'inf' or 'diagonal'
+)->float:                       # mm
     "Average symmetric surface distance"
     m = _missed(a, b, spacing, missed)
     return _average(*surface_distances(a, b, spacing), pooled) if m is None else m
 
 def dice(
-    a, b,     # Masks of one structure
-    empty=1.  # The value if both are empty
+    a:np.ndarray, b:np.ndarray, # Masks of one structure
+    empty:float=1.              # The value if both are empty
 )->float:
     "Dice coefficient of two masks"
     a, b = _crop(a, b)
@@ -89,12 +89,12 @@ def dice(
 
 # %% ../nbs/61_surface.ipynb #d0afa684
 def score_volume(
-    pred, mask,     # Class indices on one grid, (z,y,x)
-    spacing=None,   # mm per axis; 1 by default
-    classes=None,   # Names, the background first; by default numbers up to the largest found
-    missed='nan',   # HD95 and ASSD if just one of the two lacks the class: a number, 'nan', 'inf' or 'diagonal'
-    empty=1.        # Dice if both lack the class
-)->pd.DataFrame:    # A row per foreground class: `class`, `dice`, `hd95`, `assd` (mm), `sensitivity`, `precision`
+    pred:np.ndarray, mask:np.ndarray, # Class indices on one grid, (z,y,x)
+    spacing:tuple|None=None, # mm per axis; 1 by default
+    classes:list|tuple|None=None, # Names, the background first; by default numbers up to the largest found
+    missed:float|str='nan', # HD95 and ASSD if just one of the two lacks the class: a number, 'nan', 'inf' or 'diagonal'
+    empty:float=1. # Dice if both lack the class
+)->pd.DataFrame:   # A row per foreground class: `class`, `dice`, `hd95`, `assd` (mm), `sensitivity`, `precision`
     "Every score of one segmented scan; nan where it is undefined"
     pred, mask = np.asarray(pred), np.asarray(mask)
     if pred.shape!=mask.shape:
@@ -119,11 +119,11 @@ def score_volume(
 class VolumeDistance(VolumeMetric):
     "A metric that is a distance (mm) between outlines: `distance(pred, mask, spacing, pooled, missed)` of a subclass"
     def __init__(self,
-        cls=None,      # One foreground class, by number or name; by default the mean over all
-        missed='nan',  # If just one mask lacks the class: mm, 'nan' (leaves the scan out), 'inf' or 'diagonal'
-        pooled=True,   # See the function of the same name
-        spacing=None,  # mm per axis of every scan, instead of the data loader's
-        name=None      # In the recorder; by default the metric's name, with `cls`
+        cls:int|str|None=None,  # One foreground class, by number or name; by default the mean over all
+        missed:float|str='nan', # If just one mask lacks the class: mm, 'nan' (leaves the scan out), 'inf' or 'diagonal'
+        pooled:bool=True,       # See the function of the same name
+        spacing:tuple|None=None, # mm per axis of every scan, instead of the data loader's
+        name:str|None=None      # In the recorder; by default the metric's name, with `cls`
     ):
         super().__init__(cls, name)
         self.missed, self.pooled, self.spacing = missed, pooled, spacing

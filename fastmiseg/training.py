@@ -119,17 +119,18 @@ def _in_all_processes(learn, s):
 
 # %% ../nbs/65_training.ipynb #3588a2e0
 def fit(
-    settings:Settings,  # of the training
-    df:pd.DataFrame,    # cohort with a column `split`
-    recipe:Recipe,      # how a scan becomes slices
-    store,              # folder of the prepared slices
-    path=None,          # folder of checkpoints and log.csv, with which an interrupted training goes on; None: neither
-    every:int=100,      # steps between checkpoints
-    change:bool=False,  # go on with a training that was begun with other settings; an error otherwise
-    workers:int=None,   # processes that prepare slices
-    quiet:bool=False,   # no progress bar, no table
-    cbs:list=None,      # instead of the method's callbacks
-    more:list=None      # callbacks beside them
+    settings:Settings, # of the training
+    df:pd.DataFrame,   # cohort with a column `split`
+    recipe:Recipe,     # how a scan becomes slices
+    store:str|Path,    # folder of the prepared slices
+    # folder of checkpoints and log.csv, with which an interrupted training goes on; None: neither
+    path:str|Path|None=None,
+    every:int=100,     # steps between checkpoints
+    change:bool=False, # go on with a training that was begun with other settings; an error otherwise
+    workers:int=None,  # processes that prepare slices
+    quiet:bool=False,  # no progress bar, no table
+    cbs:list=None,     # instead of the method's callbacks
+    more:list=None     # callbacks beside them
 )->tuple: # learner after the last step, with the network that was validated; and the method's callbacks
     "Train"
     from fastmiseg.callback.log import TrainingLogCallback

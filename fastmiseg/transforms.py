@@ -53,7 +53,7 @@ class Transformation:
 
     def _map(self, f): return replace(self, **{o.name: f(getattr(self, o.name)) for o in fields(self)})
     def __getitem__(self, part:slice): return self._map(lambda o: o[part])
-    def to(self, device): return self._map(lambda o: o.to(device, non_blocking=True))
+    def to(self, device:torch.device|str)->'Transformation': return self._map(lambda o: o.to(device, non_blocking=True))
     def __len__(self): return len(getattr(self, fields(self)[0].name))
 
 def normalize_of(

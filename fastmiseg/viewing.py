@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -91,13 +92,13 @@ class ScanPicture:
 
     @classmethod
     def of(cls,
-        scan,          # path or `Volume`
-        mask,          # path, `Volume`, array (z,y,x) of class indices, or None
-        pred,          # the same
-        recipe:Recipe, # how the slices are turned
-        crop=False,    # frame the crop of the recipe?
-        zoom=True      # enlarge the part with a mask or a prediction?
-    ):
+        scan:str|Path|Volume, # path or `Volume`
+        mask:str|Path|Volume|np.ndarray|None, # path, `Volume`, array (z,y,x) of class indices, or None
+        pred:str|Path|Volume|np.ndarray|None, # the same
+        recipe:Recipe,        # how the slices are turned
+        crop:bool=False,      # frame the crop of the recipe?
+        zoom:bool=True        # enlarge the part with a mask or a prediction?
+    )->'ScanPicture':
         "The picture of a scan"
         vol = _volume(scan)
         where = _turned(vol, recipe)
@@ -119,9 +120,9 @@ class ScanPicture:
         return self.aspect*self.grey.shape[1]/self.grey.shape[2]
 
     def draw(self,
-        ax,       # matplotlib axis
-        k:int,    # number of the slice
-        what:str  # 'whole slice', 'mask', 'prediction' or 'errors'
+        ax:Axes, # matplotlib axis
+        k:int,   # number of the slice
+        what:str # 'whole slice', 'mask', 'prediction' or 'errors'
     ):
         "A slice; all but the whole one are enlarged"
         contours = {'mask':self.mask, 'prediction':self.pred}.get(what)
@@ -148,7 +149,7 @@ class ScanPicture:
         ends = [(o-.5*s, o+(n-.5)*s) for s,o,n in zip(self.crop.scale, self.crop.shift, self.crop.size)]
         frame('border of the crop', *[(max(a, -.4), min(b, n-.6)) for (a,b),n in zip(ends, self.grey.shape[1:])])
 
-    def mark_edges(self, ax):
+    def mark_edges(self, ax:Axes):
         "Letters at the edges of a slice"
         box = dict(facecolor='k', alpha=.5, pad=.8, lw=0)
         for (x,y,ha,va),letters in zip(_edge_places, self.edges):
@@ -156,11 +157,11 @@ class ScanPicture:
 
 # %% ../nbs/70_viewing.ipynb #d3f4bc57
 def legend_below(
-    fig,          # figure
-    classes,      # names, background first
-    errors=False, # explain the colours of errors?
-    zoom=False,   # explain the frame of the enlarged part?
-    crop=False    # explain the frame of the crop?
+    fig:Figure,         # figure
+    classes:list|tuple, # names, background first
+    errors:bool=False,  # explain the colours of errors?
+    zoom:bool=False,    # explain the frame of the enlarged part?
+    crop:bool=False     # explain the frame of the crop?
 ):
     "What the colours and frames of a figure mean"
     frames = [Line2D([], [], color='0.6' if o['edgecolor']=='w' else '#D0D000', ls=o['ls'], lw=2, label=name)
@@ -185,23 +186,23 @@ def _slices_of(picture, n):
     return [full[i] for i in np.unique(np.linspace(0, len(full)-1, n).round().astype(int))]
 
 def numbered_classes(
-    masks # arrays of class indices
+    masks:list # arrays of class indices
 )->list:
     "Names for classes that have none, background first"
     return ['background', *(f'class {c}' for c in range(1, 1+max([int(o.max()) for o in masks], default=0)))]
 
 def plot_volume(
-    scan,         # path or `Volume`
-    mask=None,    # path, `Volume` or array (z,y,x) of class indices
-    pred=None,    # the same for the prediction
-    classes=None, # names, background first; default: numbers
-    n:int=6,      # slices, spread over those with something to see
-    axis='auto',  # as in `Recipe`
-    recipe=None,  # the `Recipe` whose crop is framed; `axis` is its axis then
-    zoom=True,    # enlarge the part of the slices that has a mask or a prediction?
-    title=None,   # above the figure
-    out=None      # file to write
-)->Figure:        # rows: whole slice, mask, prediction, errors; or those that there are
+    scan:str|Path|Volume,         # path or `Volume`
+    mask:str|Path|Volume|np.ndarray|None=None, # path, `Volume` or array (z,y,x) of class indices
+    pred:str|Path|Volume|np.ndarray|None=None, # the same for the prediction
+    classes:list|tuple|None=None, # names, background first; default: numbers
+    n:int=6,                      # slices, spread over those with something to see
+    axis:int|str='auto',          # as in `Recipe`
+    recipe:Recipe|None=None,      # the `Recipe` whose crop is framed; `axis` is its axis then
+    zoom:bool=True,               # enlarge the part of the slices that has a mask or a prediction?
+    title:str|None=None,          # above the figure
+    out:str|Path|None=None        # file to write
+)->Figure:                        # rows: whole slice, mask, prediction, errors; or those that there are
     "Slices of a scan with the contours of its mask and of a prediction, and where the two differ"
     picture = ScanPicture.of(scan, mask, pred, recipe or Recipe(axis=axis), crop=recipe is not None, zoom=zoom)
     ks,rows = _slices_of(picture, n),_rows_of(picture)
@@ -220,15 +221,16 @@ def plot_volume(
 
 # %% ../nbs/70_viewing.ipynb #223e6a11
 def plot_uncertainty(
-    scan,         # path or `Volume`
-    uncertainty,  # path, `Volume` or array (z,y,x): as `predict_volume(..., uncertainty=file)` writes it
-    pred=None,    # path, `Volume` or array (z,y,x) of class indices
-    classes=None, # names, background first; default: numbers
-    n:int=6,      # slices, spread over those with something to see
-    axis='auto',  # as in `Recipe`
-    title=None,   # above the figure
-    out=None      # file to write
-)->Figure:        # rows: the prediction, the map
+    scan:str|Path|Volume,         # path or `Volume`
+    # path, `Volume` or array (z,y,x): as `predict_volume(..., uncertainty=file)` writes it
+    uncertainty:str|Path|Volume|np.ndarray,
+    pred:str|Path|Volume|np.ndarray|None=None, # path, `Volume` or array (z,y,x) of class indices
+    classes:list|tuple|None=None, # names, background first; default: numbers
+    n:int=6,                      # slices, spread over those with something to see
+    axis:int|str='auto',          # as in `Recipe`
+    title:str|None=None,          # above the figure
+    out:str|Path|None=None        # file to write
+)->Figure:                        # rows: the prediction, the map
     "Slices of a scan and how much several models disagree there"
     recipe = Recipe(axis=axis)
     picture = ScanPicture.of(scan, None, pred, recipe)
@@ -277,11 +279,11 @@ def _sliders(overlays):
     return w.HBox(sliders)
 
 def view_scan(
-    scan,           # path or `Volume`
-    mask=None,      # path, `Volume` or array (z,y,x) of class indices
-    pred=None,      # the same for the prediction
-    classes=None,   # names, background first; default: numbers
-    height:int=500  # of the viewer, in pixels
+    scan:str|Path|Volume,                      # path or `Volume`
+    mask:str|Path|Volume|np.ndarray|None=None, # path, `Volume` or array (z,y,x) of class indices
+    pred:str|Path|Volume|np.ndarray|None=None, # the same for the prediction
+    classes:list|tuple|None=None,              # names, background first; default: numbers
+    height:int=500                             # of the viewer, in pixels
 ): # a widget: the viewer, and a slider for each of mask and prediction
     "A scan in the notebook that one can scroll and turn, with its mask and a prediction on it"
     if find_spec('ipyniivue') is None:

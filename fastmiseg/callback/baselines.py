@@ -6,6 +6,8 @@
 __all__ = ['ConsistencyCallback', 'EntropyMinCallback']
 
 # %% ../../nbs/50_callback.baselines.ipynb #bb926210
+from typing import Callable
+
 from .method import SemiSupCallback
 from ..mutual_info import consistency_loss, entropy_loss
 from ..transforms import Pool
@@ -14,9 +16,9 @@ from ..transforms import Pool
 class ConsistencyCallback(SemiSupCallback):
     "The predictions for x and T(x) agree (Bortsova et al. 2019)"
     def __init__(self,
-        weight=5.,     # λ3 of equation 3: a number, or a function of the training fraction
-        unlabeled=None,# items or a `DataLoader` of unlabelled images; not needed where the batches are paired
-        T:Pool=None    # what T is drawn from; default: `usual_pool()`
+        weight:float|Callable=5., # λ3 of equation 3: a number, or a function of the training fraction
+        unlabeled=None, # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
+        T:Pool=None     # what T is drawn from; default: `usual_pool()`
     ): super().__init__(unlabeled, T, consistency=weight)
 
     matches_target = True
@@ -26,7 +28,7 @@ class ConsistencyCallback(SemiSupCallback):
 class EntropyMinCallback(SemiSupCallback):
     "Predictions for unlabelled images are confident (Vu et al. 2019)"
     def __init__(self,
-        weight=.01,    # a number, or a function of the training fraction; the paper does not give its own
+        weight:float|Callable=.01, # a number, or a function of the training fraction; the paper does not give its own
         unlabeled=None # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
     ): super().__init__(unlabeled, entropy=weight)
 

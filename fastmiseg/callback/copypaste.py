@@ -6,11 +6,14 @@
 __all__ = ['largest_pieces', 'CopyPasteCallback']
 
 # %% ../../nbs/54_callback.copypaste.ipynb #10b65e8b
+from typing import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .method import SemiSupCallback
+from .step import Step
 from ..losses import soft_dice_loss
 from ..processes import processes
 from ..transforms import boxes
@@ -39,13 +42,13 @@ def largest_pieces(
 class CopyPasteCallback(SemiSupCallback):
     "Boxes of labelled images in unlabelled ones, and back (bidirectional copy-paste, Bai et al. 2023)"
     def __init__(self,
-        weight=1.,          # of the term: a number, or a function of the training fraction
-        pseudo:float=.5,    # what a pixel of an unlabelled image counts, where one of a labelled image counts 1
-        dice:float=1.,      # weight of the Dice loss beside cross-entropy
-        side:float=2/3,     # of the box, as a share of height and width
-        largest:bool=True,  # keep only the largest piece of each class of the pseudo-label
-        start:float=0.,     # training fraction before which labelled images are mixed with each other instead
-        unlabeled=None      # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
+        weight:float|Callable=1., # of the term: a number, or a function of the training fraction
+        pseudo:float=.5,   # what a pixel of an unlabelled image counts, where one of a labelled image counts 1
+        dice:float=1.,     # weight of the Dice loss beside cross-entropy
+        side:float=2/3,    # of the box, as a share of height and width
+        largest:bool=True, # keep only the largest piece of each class of the pseudo-label
+        start:float=0.,    # training fraction before which labelled images are mixed with each other instead
+        unlabeled=None     # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
     ):
         if not 0<side<1: raise ValueError(f'side: {side} is not between 0 and 1')
         if not 0<=start<=1: raise ValueError(f'start: {start} is not a fraction of the training, 0 to 1')
@@ -73,7 +76,7 @@ class CopyPasteCallback(SemiSupCallback):
     def _other(self, unlabelled, labelled):
         return unlabelled if self._neighbour is None else labelled[self._neighbour]
 
-    def pseudo_label(self, step)->Tensor: # (N,H,W)
+    def pseudo_label(self, step:Step)->Tensor: # (N,H,W)
         "What the unlabelled images are taken for"
         y = step.target.argmax(1)
         return largest_pieces(y, step.target.shape[1]) if self.largest else y

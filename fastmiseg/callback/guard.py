@@ -36,10 +36,10 @@ def _items_of_batch(dl, i):
     return dl.dataset,drawn[i*dl.bs:(i+1)*dl.bs] if getattr(dl, 'bs', None) else []
 
 def batch_items(
-    dl,         # loader of the batch
-    i:int,      # number of the batch
-    stream=None # `UnlabeledStream`, where the unlabelled images have a loader of their own
-)->str:         # as in 'labelled: a, b; unlabelled: c'
+    dl:DataLoader, # loader of the batch
+    i:int,         # number of the batch
+    stream=None    # `UnlabeledStream`, where the unlabelled images have a loader of their own
+)->str:            # as in 'labelled: a, b; unlabelled: c'
     "What batch `i` was made of"
     dl = getattr(dl, 'whole', dl) # what is left of an epoch that goes on
     if isinstance(dl, PairedDL):

@@ -70,4 +70,4 @@ class Heads:
         for p in self.params: p.grad = None
 
     def state_dict(self)->dict: return dict(state=[self.state[p] for p in self.params], slow=self.slow)
-    def load_state_dict(self, sd): self.state,self.slow = dict(zip(self.params, sd['state'])),sd['slow']
+    def load_state_dict(self, sd:dict): self.state,self.slow = dict(zip(self.params, sd['state'])),sd['slow']

@@ -86,8 +86,8 @@ def _draw_panel(ax, log, panel, names):
     if len(lines)>1: ax.legend(fontsize=11, frameon=False, loc='upper left', bbox_to_anchor=(1,1))
 
 def plot_training(
-    log,     # a learner, or a table with a row per epoch as in `log.csv` of a run
-    out=None # file to write
+    log:Learner|pd.DataFrame, # a learner, or a table with a row per epoch as in `log.csv` of a run
+    out:str|Path|None=None    # file to write
 )->Figure:
     "Losses, the terms of the method and the metrics, epoch by epoch"
     log = log if isinstance(log, pd.DataFrame) else training_log(log)
@@ -108,8 +108,8 @@ class TrainingLogCallback(Callback):
     "Writes the log to a CSV file after each epoch, and its curves to a picture"
     order = 89 # the recorder has written; before `ResumeCallback` makes its checkpoint
     def __init__(self,
-        path,       # of the CSV file
-        figure=None # of the picture, as in figures/training.png; None: no picture
+        path:str|Path,            # of the CSV file
+        figure:str|Path|None=None # of the picture, as in figures/training.png; None: no picture
     ): self.path,self.figure = Path(path),figure
 
     def after_epoch(self):

@@ -60,7 +60,7 @@ class SemiSupCallback(Callback):
 
     def penalty(self,
         step:Step # after the forward pass
-    ): # the penalty, or a dictionary with one for each name in `weights`
+    )->Tensor|dict: # the penalty, or a dictionary with one for each name in `weights`
         "What it costs that the network answers as it does"
         raise NotImplementedError(f"{type(self).__name__} needs a method penalty(self, step)")
 
@@ -76,7 +76,7 @@ class SemiSupCallback(Callback):
 
     def make_projectors(self,
         found:dict # the stages of `layers`: name -> `Stage`
-    ): # module, or None
+    )->nn.Module|None: # module, or None
         "Trainable parts of the penalty, made once, when the network is known; trained with the optimiser's last group"
 
     def step_aside(self):
@@ -88,7 +88,7 @@ class SemiSupCallback(Callback):
     # what is done for it
     def weighted(self,
         step:Step # after the forward pass
-    ): # what is added to the loss
+    )->Tensor: # what is added to the loss
         "The weighted sum of the terms of a step; each is noted for the log"
         vals = self.penalty(step)
         if not isinstance(vals, dict): vals = {next(iter(self.weights)): vals}
@@ -108,7 +108,7 @@ class SemiSupCallback(Callback):
         "What has been learnt beside the network: tensors and numbers"
         return {} if self.projectors is None else {'projectors': self.projectors.state_dict()}
 
-    def load_state_dict(self, sd):
+    def load_state_dict(self, sd:dict):
         if self.projectors is not None: self.projectors.load_state_dict(sd['projectors'])
 
     def before_fit(self):

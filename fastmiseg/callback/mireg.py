@@ -9,6 +9,7 @@ __all__ = ['GradientBalance', 'MIRegCallback']
 import math
 from functools import partial
 from types import MappingProxyType
+from typing import Callable, Mapping
 
 import torch
 from torch import nn
@@ -102,31 +103,33 @@ class GradientBalance:
         self._seen = {}
 
     def state_dict(self)->dict: return dict(sizes=dict(self._sizes), steps=self._steps)
-    def load_state_dict(self, sd): self._sizes,self._steps = dict(sd['sizes']),sd['steps']
+    def load_state_dict(self, sd:dict): self._sizes,self._steps = dict(sd['sizes']),sd['steps']
 
 # %% ../../nbs/51_callback.mireg.ipynb #0836b630
 class MIRegCallback(SemiSupCallback):
     "Regularise with mutual information, globally and locally, and with consistency (section 3 of the paper)"
     def __init__(self,
-        global_weight=.1,      # λ1 of equation 3: a number, or a function of the training fraction; 0: no such term
-        local_weight=.1,       # λ2
+        # λ1 of equation 3: a number, or a function of the training fraction; 0: no such term
+        global_weight:float|Callable=.1,
+        local_weight:float|Callable=.1, # λ2
         # λ3, the paper: 5; the squared distance is divided by the number of classes, as in the authors' code
-        consistency_weight=sigmoid_rampup(5., .8),
-        global_layers=('Conv5',),             # stages whose pooled maps are clustered, or paths of modules
-        local_layers=('Upconv3','Upconv2'),   # stages whose positions are clustered, or paths of modules
-        n_clusters=10,         # K: a number, or one for each stage that differs from 10, as in {'Conv5':20}
-        n_heads:int=5,         # independent projectors to a stage, averaged
-        neighborhood=MappingProxyType({'Upconv3':3,'Upconv2':7}), # window of displacements of local stages; else 1
-        pool:str='max',        # of the global projectors: 'max' (the paper) or 'avg' (the authors' code)
-        symmetric:bool=True,   # average the joint with its transpose, as the authors' code does
+        consistency_weight:float|Callable=sigmoid_rampup(5., .8),
+        global_layers:tuple|str=('Conv5',), # stages whose pooled maps are clustered, or paths of modules
+        local_layers:tuple|str=('Upconv3','Upconv2'), # stages whose positions are clustered, or paths of modules
+        n_clusters:int|dict=10, # K: a number, or one for each stage that differs from 10, as in {'Conv5':20}
+        n_heads:int=5,       # independent projectors to a stage, averaged
+        # window of displacements of local stages; else 1
+        neighborhood:Mapping=MappingProxyType({'Upconv3':3,'Upconv2':7}),
+        pool:str='max',      # of the global projectors: 'max' (the paper) or 'avg' (the authors' code)
+        symmetric:bool=True, # average the joint with its transpose, as the authors' code does
         subtract_min:bool=False, # the published code's local loss: the joint less its minimum (see `local_mi_loss`)
-        prior=None,            # (K,) wanted share of each cluster, instead of equal shares (section 6)
-        marginal:float=1.5,    # weight of the entropies of the clusters' sizes in the information; 1: as in the paper
-        memory:float=.9,       # of the global joints: how much of their running mean each step keeps; see `JointMemory`
-        view:str='tx',         # what is compared with x: T(x), or another method's images, as 'strong' of pseudo-labels
-        balance:bool=True,     # hold the gradient of mutual information down, see `GradientBalance`; the paper: no
-        unlabeled=None,        # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
-        T:Pool=None            # what T is drawn from; default: `usual_pool()`
+        prior:torch.Tensor|None=None, # (K,) wanted share of each cluster, instead of equal shares (section 6)
+        marginal:float=1.5,  # weight of the entropies of the clusters' sizes in the information; 1: as in the paper
+        memory:float=.9,     # of the global joints: how much of their running mean each step keeps; see `JointMemory`
+        view:str='tx',       # what is compared with x: T(x), or another method's images, as 'strong' of pseudo-labels
+        balance:bool=True,   # hold the gradient of mutual information down, see `GradientBalance`; the paper: no
+        unlabeled=None,      # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
+        T:Pool=None          # what T is drawn from; default: `usual_pool()`
     ):
         self.global_layers,self.local_layers = _as_tuple(global_layers),_as_tuple(local_layers)
         terms = dict(global_mi=(global_weight, self.global_layers), local_mi=(local_weight, self.local_layers),
@@ -146,11 +149,11 @@ class MIRegCallback(SemiSupCallback):
 
     @classmethod
     def paper(cls,
-        global_weight=.1,      # λ1
-        local_weight=.1,       # λ2
-        consistency_weight=5., # λ3
-        **kwargs               # other arguments
-    ):
+        global_weight:float|Callable=.1,      # λ1
+        local_weight:float|Callable=.1,       # λ2
+        consistency_weight:float|Callable=5., # λ3
+        **kwargs                              # other arguments
+    )->'MIRegCallback':
         "The paper's settings: constant weights, no memory, no balance, T that flips; `paired_batch.passes` is 1 there"
         as_there = dict(marginal=1., memory=0., balance=False, T=RandomFlips())
         return cls(global_weight, local_weight, consistency_weight, **{**as_there, **kwargs})

@@ -6,6 +6,8 @@
 __all__ = ['loader_state', 'find_images', 'RestOfEpoch']
 
 # %% ../../nbs/58_callback.place.ipynb #580898ef
+from typing import Callable
+
 from fastai.basics import *
 
 from .stream import restore_random_states, restore_state, state_of
@@ -15,16 +17,16 @@ from ..loaders import PairedDL
 def _rng(dl): return getattr(getattr(dl, 'dl', dl), 'rng', None) # a `DistributedDL` has another loader inside
 
 def loader_state(
-    dl # of the training
+    dl:DataLoader # of the training
 )->list: # None where the loader has no random numbers of its own
     "State of a loader's random numbers"
     return _rng(dl) and state_of(_rng(dl))
 
 def find_images(
-    dl,             # of the training
-    epoch,          # of its draws, as a `PairedDL` counts them
+    dl:DataLoader,  # of the training
+    epoch:int,      # of its draws, as a `PairedDL` counts them
     first:int,      # batch
-    own,            # as from `loader_state`
+    own:list|None,  # as from `loader_state`
     everywhere:dict # as from `random_states`
 ):
     "Bring a loader and the random numbers to the beginning of an epoch"
@@ -36,9 +38,9 @@ class RestOfEpoch(GetAttr):
     "A loader that has its first batches behind it"
     _default = 'whole'
     def __init__(self,
-        whole, # loader
-        n:int, # batches
-        then   # called before batch n is read
+        whole:DataLoader, # loader
+        n:int,            # batches
+        then:Callable     # called before batch n is read
     ): self.whole,self.n,self.then = whole,n,then
 
     def __len__(self): return len(self.whole)

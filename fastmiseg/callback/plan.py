@@ -7,6 +7,7 @@ __all__ = ['in_words', 'curve', 'items_in_words', 'schedules', 'plan_of', 'diffe
 
 # %% ../../nbs/57_callback.plan.ipynb #b45bc30c
 import dataclasses, hashlib
+from typing import Collection
 
 import pandas as pd
 from fastai.basics import *
@@ -61,7 +62,7 @@ def in_words(
     return _object_in_words(o) if hasattr(o, '__dict__') else type(o).__name__
 
 def curve(
-    f # number, or function of the training fraction
+    f:float|Callable # number, or function of the training fraction
 )->str:
     "A weight or rate over the training, in words"
     if not callable(f): return in_words(f)
@@ -105,7 +106,7 @@ def _network(learn):
 def _one_or_all(values): return in_words(values[0] if all(in_words(v)==in_words(values[0]) for v in values) else values)
 
 def schedules(
-    learn # a `Learner`, while it fits
+    learn:Learner # a `Learner`, while it fits
 )->dict: # name of a hyper-parameter -> function of the training fraction
     "What fastai's schedulers do"
     return {k:f for cb in learn.cbs if isinstance(cb, ParamScheduler) for k,f in cb.scheds.items()}
@@ -171,8 +172,8 @@ def _gradients(learn):
 
 # %% ../../nbs/57_callback.plan.ipynb #2648e082
 def plan_of(
-    learn:Learner, # when a fit has begun
-    moved=()       # hyper-parameters that earlier fits have scheduled, and may have left anywhere
+    learn:Learner,      # when a fit has begun
+    moved:Collection=() # hyper-parameters that earlier fits have scheduled, and may have left anywhere
 )->dict: # setting -> its value, in words
     "All settings of a training that its result depends on"
     return {**_data(learn), **_optimizer(learn, moved), **_methods(learn), **_gradients(learn), **_network(learn)}

@@ -7,6 +7,7 @@ __all__ = ['light_from', 'blur', 'PseudoLabelCallback']
 
 # %% ../../nbs/53_callback.pseudo.ipynb #20e22c59
 import math
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -47,17 +48,17 @@ def blur(
 class PseudoLabelCallback(SemiSupCallback):
     "Confident predictions are the masks of strongly changed copies (FixMatch; UniMatch, Yang et al. 2023)"
     def __init__(self,
-        weight=1.,          # of the term: a number, or a function of the training fraction
-        threshold:float=.95,# probability from which a prediction counts as a label
-        dice:float=1.,      # weight of the Dice loss beside cross-entropy
-        light:float=.8,     # share of the images in another light
-        jitter:float=.8,    # how different that light may be; see `light_from`
-        blurred:float=.5,   # share of the images that are blurred
-        cutmix:float=.5,    # share of the images with a box of their neighbour
-        area:tuple=(.02,.4),# smallest and largest share of the image in that box
-        moved:bool=False,   # the strongly changed copy is of T(x), not of x
-        unlabeled=None,     # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
-        T:Pool=None         # what T is drawn from, where `moved`; default: `usual_pool()`
+        weight:float|Callable=1., # of the term: a number, or a function of the training fraction
+        threshold:float=.95, # probability from which a prediction counts as a label
+        dice:float=1.,       # weight of the Dice loss beside cross-entropy
+        light:float=.8,      # share of the images in another light
+        jitter:float=.8,     # how different that light may be; see `light_from`
+        blurred:float=.5,    # share of the images that are blurred
+        cutmix:float=.5,     # share of the images with a box of their neighbour
+        area:tuple=(.02,.4), # smallest and largest share of the image in that box
+        moved:bool=False,    # the strongly changed copy is of T(x), not of x
+        unlabeled=None,      # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
+        T:Pool=None          # what T is drawn from, where `moved`; default: `usual_pool()`
     ):
         if not 0<=threshold<1: raise ValueError(f'threshold: {threshold} is not in [0,1)')
         super().__init__(unlabeled, T, pseudo=weight)

@@ -48,7 +48,7 @@ class ResumeCallback(Callback):
     "Go on where a training was interrupted"
     order = 90 # after all that changes anything
     def __init__(self,
-        path,             # folder of the checkpoints of one training, shared by its processes; delete it to begin anew
+        path:str|Path,    # folder of the checkpoints of one training, shared by its processes; delete it to begin anew
         every:int=100,    # steps between checkpoints; there is also one after each epoch
         keep:int=2,       # how many checkpoints to keep
         change:bool=False # go on with a run under other settings, on purpose; False: they are an error

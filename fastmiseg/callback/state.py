@@ -8,6 +8,7 @@ __all__ = ['plain', 'notes_of', 'set_notes', 'arguments_of', 'given_arguments', 
 
 # %% ../../nbs/56_callback.state.ipynb #1461ce3c
 import inspect, io, zlib
+from typing import Collection
 
 from fastai.basics import *
 
@@ -43,7 +44,7 @@ def plain(
 # %% ../../nbs/56_callback.state.ipynb #387f885b
 def notes_of(
     o,                 # object
-    but=(),            # names of attributes to leave out
+    but:Collection=(), # names of attributes to leave out
     tensors:bool=True  # the tensors among them too
 )->dict:
     "The attributes of an object that are plain data"
@@ -93,8 +94,8 @@ _n_sum = 8 # bytes of the checksum: eight digits
 def _checksum(data): return f'{zlib.crc32(data):08x}'.encode()
 
 def save_state(
-    state, # what `plain` can keep
-    path   # of the file
+    state,        # what `plain` can keep
+    path:str|Path # of the file
 ):
     "Write a checkpoint, whole or not at all"
     buffer = io.BytesIO() # so that a disk that is full says so in the system's words
@@ -109,7 +110,7 @@ def save_state(
         raise WriteError(f'{e}; the checkpoints before it are whole: make room and start the training again') from e
 
 def load_state(
-    path # of a file from `save_state`
+    path:str|Path # of a file from `save_state`
 )->dict: # on the CPU
     "Read a checkpoint; a `ValueError` if it is not what was written"
     if not Path(path).is_file(): raise ValueError(f'{path}: is not a regular file, and was not opened')
@@ -119,14 +120,14 @@ def load_state(
     return torch.load(io.BytesIO(data[:-_n_sum]), map_location='cpu', weights_only=True)
 
 def checkpoints(
-    folder # of the checkpoints
+    folder:str|Path # of the checkpoints
 )->list: # paths, the oldest first
     "The checkpoints in a folder, which are named by running numbers"
     return sorted(Path(folder).glob('[0-9]*.pt'))
 
 def newest_state(
-    folder # of checkpoints
-)->tuple:  # (state, its file), or (None, None) where there is none
+    folder:str|Path # of checkpoints
+)->tuple:           # (state, its file), or (None, None) where there is none
     "The last checkpoint that is intact"
     files,damaged = checkpoints(folder),[]
     for f in reversed(files):

@@ -19,14 +19,14 @@ from ..transforms import Transformation
 class Step:
     "One training batch: its images by name, and after the forward pass the network's answers by name"
     def __init__(self,
-        x_l:Tensor,          # (B_l,C,H,W) labelled images
-        y_l:Tensor,          # (B_l,H,W) their masks
-        x_u:Tensor,          # (N,C,H,W) unlabelled images
-        T:Transformation,    # drawn for the unlabelled images
-        pct:float=0.,        # how much of the training is done, 0 to 1
+        x_l:Tensor,            # (B_l,C,H,W) labelled images
+        y_l:Tensor,            # (B_l,H,W) their masks
+        x_u:Tensor,            # (N,C,H,W) unlabelled images
+        T:Transformation,      # drawn for the unlabelled images
+        pct:float=0.,          # how much of the training is done, 0 to 1
         teacher:Callable=None, # `x -> logits, {stage: map}`, without gradient; None: the network teaches itself
-        normalize=None,      # `Normalize` of the loaders
-        generator=None       # of `rand`
+        normalize=None,        # `Normalize` of the loaders
+        generator:torch.Generator|None=None # of `rand`
     ):
         self.x_l,self.y_l,self.x_u,self.T,self.pct = x_l,y_l,x_u,T,pct
         self.teacher,self.normalize,self._generator = teacher,normalize,generator
@@ -123,8 +123,8 @@ class Step:
 class StageMaps:
     "The maps of a network's stages, taken while it runs"
     def __init__(self,
-        model,  # network
-        found   # stage -> `Stage`, as from `find_stages`
+        model:torch.nn.Module, # network
+        found:dict             # stage -> `Stage`, as from `find_stages`
     ):
         self.maps = None
         self._handles = [model.get_submodule(stage.module).register_forward_hook(self._keep(name))

@@ -6,6 +6,9 @@
 __all__ = ['state_of', 'restore_state', 'random_states', 'restore_random_states', 'UnlabeledStream', 'share_out']
 
 # %% ../../nbs/43_callback.stream.ipynb #ffabab94
+from types import ModuleType
+from typing import Callable
+
 import torch, torch.distributed as dist
 from fastai.basics import *
 
@@ -13,15 +16,15 @@ from ..loaders import PairedDL
 
 # %% ../../nbs/43_callback.stream.ipynb #c2345be5
 def state_of(
-    rng # `random.Random`, or the module `random`
+    rng:random.Random|ModuleType # `random.Random`, or the module `random`
 )->list:
     "Its state, as plain numbers"
     version,ints,gauss = rng.getstate()
     return [version, list(ints), gauss]
 
 def restore_state(
-    rng,   # `random.Random`, or the module `random`
-    state  # as from `state_of`
+    rng:random.Random|ModuleType, # `random.Random`, or the module `random`
+    state:list                    # as from `state_of`
 ):
     "Put random numbers back where they were"
     version,ints,gauss = state
@@ -34,7 +37,7 @@ def random_states()->dict:
                 torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all())
 
 def restore_random_states(
-    states # as from `random_states`
+    states:dict # as from `random_states`
 ):
     "Put the random numbers of all three back where they were"
     restore_state(random, states['python'])
@@ -48,8 +51,8 @@ def restore_random_states(
 class UnlabeledStream:
     "Batches of unlabelled images, without end; knows its place, so that it can be found again"
     def __init__(self,
-        dl,       # a loader of images, or of tuples that begin with images
-        wrap=noop # called with the loader when it is first needed
+        dl:DataLoader,     # a loader of images, or of tuples that begin with images
+        wrap:Callable=noop # called with the loader when it is first needed
     ): self.dl,self.wrap,self.it,self.n,self.begin = dl,wrap,None,0,None
 
     @property
@@ -73,8 +76,8 @@ class UnlabeledStream:
         self.n += 1
         return b[0] if isinstance(b, (tuple,list)) else b
 
-    def state_dict(self): return dict(n=self.n, begin=self.begin)
-    def load_state_dict(self, sd):
+    def state_dict(self)->dict: return dict(n=self.n, begin=self.begin)
+    def load_state_dict(self, sd:dict):
         if sd['begin'] is None: return
         if self._rng: restore_state(self._rng, sd['begin']['loader'])
         restore_random_states(sd['begin']['all'])

@@ -6,6 +6,8 @@
 __all__ = ['EMATeacherCallback']
 
 # %% ../../nbs/52_callback.teacher.ipynb #51c8fb2f
+from typing import Callable
+
 from fastai.basics import *
 
 from ..average import ModelAverage
@@ -17,13 +19,13 @@ from ..transforms import Pool
 class EMATeacherCallback(Teacher):
     "Mean Teacher, alone or as the other side of every method beside it (Perone et al. 2019; section 5.2)"
     def __init__(self,
-        decay:float=.999,   # of the average, for each step; less in the first steps
+        decay:float=.999,       # of the average, for each step; less in the first steps
         # of the squared distance between the student's prediction for T(x) and the teacher's: a number, or a function
         # of the training fraction; None: 5, or 0 beside a method that compares with the teacher itself
-        weight=None,
-        evaluate='teacher', # who is validated, and saved by `SaveModelCallback`: 'teacher' or 'student'
-        unlabeled=None,     # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
-        T:Pool=None         # what T is drawn from; default: `usual_pool()`
+        weight:float|Callable|None=None,
+        evaluate:str='teacher', # who is validated, and saved by `SaveModelCallback`: 'teacher' or 'student'
+        unlabeled=None,         # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
+        T:Pool=None             # what T is drawn from; default: `usual_pool()`
     ):
         if not 0<=decay<1: raise ValueError(f"decay: {decay} is not in [0,1); the paper uses 0.999")
         if evaluate not in ('teacher','student'):
@@ -78,7 +80,7 @@ class EMATeacherCallback(Teacher):
 
     # afterwards
     def to_model(self,
-        model # the network that was trained, or a copy: its weights and statistics become the teacher's
+        model:nn.Module # the network that was trained, or a copy: its weights and statistics become the teacher's
     ):
         "Turn the teacher into a model"
         if self.average is None: raise ValueError("there is no teacher yet: it begins with the first fit")

@@ -13,6 +13,7 @@ __all__ = ['CohortWarning', 'load_cohort', 'related', 'voxel_digest', 'find_dupl
 import hashlib, json, os, re, warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Callable, Iterable
 
 import numpy as np, pandas as pd
 from nibabel.orientations import apply_orientation, io_orientation
@@ -25,7 +26,7 @@ from .standards import layouts
 from .table import note
 from .masks import read_scan
 from .messages import VolumeError, collect_warnings, summarise_warnings
-from .volume import choose_volume, read_size, read_volume
+from .volume import Volume, choose_volume, read_size, read_volume
 
 # %% ../../nbs/18_scans.cohort.ipynb #d83d963e
 _all_ = ['CohortError']
@@ -94,15 +95,15 @@ def _describe(df):
 
 # %% ../../nbs/18_scans.cohort.ipynb #acb3460d
 def load_cohort(
-    root,          # Folder, CSV file or DataFrame
-    layout=None,   # One of `layouts`, like 'bids', 'folder' or 'csv'; recognised and said if not given
-    classes=None,  # Names of the classes, background first, where the layout doesn't know them
-    labels=None,   # Stored mask value -> class index, where they differ
-    form=None,     # 'qform' or 'sform': which one to take of NIfTI files in which they differ
-    subject=None,  # Whose scan, by its name? A regular expression or a function, as for `subject_of`
-    straddle=False,# Allow a column `split` that has one subject in several parts?
-    **options      # Of the layout's reader, like `suffix=` of `read_bids`
-)->pd.DataFrame:   # A row per scan: `subject`, `scan`, `image`, `mask` (`None`: unlabelled), what else is known
+    root:str|Path|pd.DataFrame, # Folder, CSV file or DataFrame
+    layout:str|None=None,  # One of `layouts`, like 'bids', 'folder' or 'csv'; recognised and said if not given
+    classes:list|tuple|None=None, # Names of the classes, background first, where the layout doesn't know them
+    labels:dict|None=None, # Stored mask value -> class index, where they differ
+    form:str|None=None,    # 'qform' or 'sform': which one to take of NIfTI files in which they differ
+    subject:str|Callable|None=None, # Whose scan, by its name? A regular expression or a function, as for `subject_of`
+    straddle:bool=False,   # Allow a column `split` that has one subject in several parts?
+    **options              # Of the layout's reader, like `suffix=` of `read_bids`
+)->pd.DataFrame:           # A row per scan: `subject`, `scan`, `image`, `mask` (`None`: unlabelled), what else is known
     "The scans below `root`"
     if layout is not None and layout not in layouts:
         raise CohortError(f'layout={layout!r}: is none of {", ".join(layouts)}')
@@ -154,8 +155,8 @@ _when = re.compile(r'(visit|session|ses|time ?point|time|tp|scan|exam|day|week|m
                    r'baseline|follow.?up\d?|pre|post|left|right|l|r|flair|dwi|adc', re.I)
 
 def related(
-    names # of scans
-): # A pattern for the part that some share, two names that do, and how many do; None if none does
+    names:Iterable[str] # of scans
+)->tuple|None: # A pattern for the part that some share, two names that do, and how many do; None if none does
     "Do several scans seem to belong to one person?"
     names,doubtful = list(names),None
     for pattern in _stems:
@@ -174,7 +175,7 @@ def related(
 
 # %% ../../nbs/18_scans.cohort.ipynb #ee9c4449
 def voxel_digest(
-    vol # a `Volume`
+    vol:Volume # a `Volume`
 )->str:
     "The same for the same voxels, whatever their type, file or compression, and the order of their axes"
     affine = np.eye(4)
@@ -248,7 +249,7 @@ def check_images_apart(
 # %% ../../nbs/18_scans.cohort.ipynb #be483d62
 def save_cohort(
     df:pd.DataFrame, # A cohort, split or not
-    path             # `.csv`
+    path:str|Path    # `.csv`
 )->Path:
     "Write a cohort to a CSV file that `load_cohort` reads"
     path = Path(path)
@@ -291,10 +292,10 @@ def _check(task):
     return None,found
 
 def check_cohort(
-    df:pd.DataFrame,  # A cohort
-    workers=0,        # Processes; 0: in this one
-    show=True         # Print a summary?
-)->pd.DataFrame:      # A row per problem: `subject`, `scan`, `level` ('error' or 'warning'), `problem`
+    df:pd.DataFrame, # A cohort
+    workers:int=0,   # Processes; 0: in this one
+    show:bool=True   # Print a summary?
+)->pd.DataFrame:     # A row per problem: `subject`, `scan`, `level` ('error' or 'warning'), `problem`
     "Read all scans with their masks and list what is wrong with them"
     kw = dict(classes=df.attrs.get('classes'), labels=df.attrs.get('labels'),
               channels=df.attrs.get('channels',1)>1)

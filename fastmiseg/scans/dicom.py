@@ -199,9 +199,9 @@ def _grid(folder, series, phase):
 
 # %% ../../nbs/10_scans.dicom.ipynb #9a773a0d
 def read_series(
-    folder,      # Folder of a DICOM series
-    series=None, # Which, if there are several: its UID, its number, or a part of its description
-    phase=None   # Which, if it holds several volumes: a number from 0
+    folder:str|Path,          # Folder of a DICOM series
+    series:int|str|None=None, # Which, if there are several: its UID, its number, or a part of its description
+    phase:int|None=None       # Which, if it holds several volumes: a number from 0
 )->Grid:
     "Read a DICOM series, if it is a regular grid; raises a `ValueError` that names file and tag"
     frames,steps,origin,notes = _guarded(_grid, folder, series, phase)
@@ -210,9 +210,9 @@ def read_series(
     return Grid(array, spacing, tuple(origin.tolist()), direction, (*notes,*more,*said))
 
 def series_size(
-    folder,      # As for `read_series`
-    series=None, # As for `read_series`
-    phase=None   # As for `read_series`
+    folder:str|Path,          # As for `read_series`
+    series:int|str|None=None, # As for `read_series`
+    phase:int|None=None       # As for `read_series`
 )->tuple: # Columns, rows, slices
     "The size of a DICOM series, by its headers"
     frames = _guarded(_grid, folder, series, phase)[0]

@@ -303,7 +303,7 @@ _formats = {'.nii':_nifti, '.nii.gz':_nifti, '.mha':_meta, '.mhd':_meta, '.nrrd'
 extensions = tuple(_formats)
 
 def extension(
-    path # of any file
+    path:str|Path # of any file
 )->str|None: # One of `extensions`, lower case, or None
     "The ending of a file that holds a scan"
     name = Path(path).name.lower()

@@ -28,7 +28,7 @@ class Grid(NamedTuple):
 _rounding,_small_shear = 2e-5,1.5e-3
 
 def square_axes(
-    steps # (3,3), its columns are the steps in mm from voxel to voxel along x, y and z
+    steps:np.ndarray # (3,3), its columns are the steps in mm from voxel to voxel along x, y and z
 )->tuple: # spacing (z,y,x), direction (9 numbers), sentences for a warning
     "Spacing and perpendicular directions of a grid; raises a `ValueError` where there are none"
     steps = np.asarray(steps, float)
@@ -60,9 +60,9 @@ def _rows(o): return '; '.join(' '.join(f'{i:g}' for i in row) for row in o)
 
 # %% ../../nbs/06_scans.grid.ipynb #2a6d88c0
 def check_channels(
-    sizes,       # (x,y,z,...) as the file has them
-    components,  # Numbers per voxel
-    channels     # Are several channels expected?
+    sizes:tuple,    # (x,y,z,...) as the file has them
+    components:int, # Numbers per voxel
+    channels:bool   # Are several channels expected?
 ):
     "Raise a `ValueError` unless the file holds one volume, or channels that are asked for"
     n,several = len(sizes),components>1
@@ -75,9 +75,9 @@ def check_channels(
 
 # %% ../../nbs/06_scans.grid.ipynb #6a7f65e7
 def scale_values(
-    a,     # Stored numbers
-    slope, # what they are multiplied by
-    inter  # what is added then
+    a:np.ndarray, # Stored numbers
+    slope:float,  # what they are multiplied by
+    inter:float   # what is added then
 )->np.ndarray: # float32 if that holds the values as precisely as they were stored, else float64
     "a * slope + inter"
     if (slope,inter)==(1,0): return a

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math, os, stat, warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np, pydicom
 from pydicom.datadict import tag_for_keyword
@@ -134,7 +135,7 @@ def _kind(ds):
     return pydicom.uid.UID(str(ds.get('SOPClassUID') or '')).name or 'of an unknown kind'
 
 def read_headers(
-    folder # Path
+    folder:str|Path # that may hold DICOM files
 )->tuple[dict,list]: # name -> header, of its images; and what to say
     "The headers of a folder's images"
     out,lost,aside,others = {},{},[],[]
@@ -158,7 +159,7 @@ def read_headers(
 
 # %% ../../nbs/08_scans.headers.ipynb #8fcaa8b5
 def has_images(
-    folder # Path
+    folder:str|Path # that may hold DICOM files
 )->bool:
     "Are there DICOM images in it? Reports, presentation states and a DICOMDIR are none"
     try: names = _files(folder)
@@ -174,7 +175,7 @@ def has_images(
 _drawn = ('Segmentation Storage','Surface Segmentation Storage','RT Structure Set Storage')
 
 def about_folder(
-    folder # Path
+    folder:str|Path # that may hold DICOM files
 )->tuple: # `PatientID` of its first image, or ''; and (file, kind) of segmentations, if it has no images
     "Whose images they are; and what somebody drew on images that lie elsewhere"
     drawn = []
@@ -216,9 +217,9 @@ def _check_one_patient(files):
                      'are of one series: move the files of each into a folder of their own')
 
 def choose_series(
-    headers:dict, # name -> header
-    series=None   # Which, if there are several: its UID, its number, or a part of its description
-)->dict:          # As `headers`
+    headers:dict,            # name -> header
+    series:int|str|None=None # Which, if there are several: its UID, its number, or a part of its description
+)->dict:                     # As `headers`
     "The files of one series"
     found = {}
     for name,ds in headers.items(): found.setdefault(_series_of(ds), {})[name] = ds
@@ -265,7 +266,7 @@ class DicomFrame:
 
     def __str__(self): return f'{self.name}, frame {self.index+1}' if self.many else self.name
 
-    def get(self, keyword):
+    def get(self, keyword:str):
         "A value, from wherever it stands; None if it is nowhere"
         if keyword not in self.seen:
             try: self.seen[keyword] = self._find(keyword)
@@ -282,11 +283,11 @@ class DicomFrame:
         v = self.ds.get(keyword)
         return None if v in (None,'') else v
 
-    def says(self, keyword):
+    def says(self, keyword:str)->str:
         "For errors"
         return f'{self}: {tag_name(keyword)} is {text_of(self.get(keyword))}'
 
-    def numbers(self, keyword, n, todo=None):
+    def numbers(self, keyword:str, n:int, todo:str|None=None)->tuple:
         "(values, decimals that are written)"
         v,todo = self.get(keyword),todo or _remedies.get(keyword, 'export the series again')
         if v is None: raise ValueError(f'{self}: has no {tag_name(keyword)}; {todo}')
@@ -300,8 +301,8 @@ class DicomFrame:
 
 # %% ../../nbs/08_scans.headers.ipynb #a6749627
 def frames_of(
-    name:str, # Of the file
-    ds        # Its header
+    name:str,          # Of the file
+    ds:pydicom.Dataset # Its header
 )->list[DicomFrame]:
     "The frames of a file, if they are images of a kind that is read"
     n,own = int(ds.get('NumberOfFrames') or 1),ds.get('PerFrameFunctionalGroupsSequence')

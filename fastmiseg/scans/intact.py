@@ -21,7 +21,7 @@ _kinds = {stat.S_IFDIR:'a folder', stat.S_IFIFO:'a named pipe (FIFO)', stat.S_IF
           stat.S_IFCHR:'a device', stat.S_IFBLK:'a device'}
 
 def check_regular(
-    path # A file, or a link to one
+    path:str|Path # A file, or a link to one
 ):
     "Raise a `ValueError` for anything but a regular file; it is not opened, which could hang"
     kind = stat.S_IFMT(os.stat(path).st_mode)
@@ -51,7 +51,7 @@ def _group_memory(limit, used, cache):
     except (OSError, ValueError): return [] # no control group, or one without a limit
 
 def check_memory(
-    need # Bytes
+    need:int # Bytes
 ):
     "Raise a `ValueError` if so much memory is not free"
     if need>1<<26 and need>(free := free_memory()):
@@ -161,7 +161,7 @@ def _voxels(path, claim, zipped, keep=False):
 
 # %% ../../nbs/05_scans.intact.ipynb #3687356e
 def check_intact(
-    path # A file with one of `extensions`; a header's data file is looked for beside it
+    path:str|Path # A file with one of `extensions`; a header's data file is looked for beside it
 )->Claim:
     "Raise a `ValueError` that says in a sentence why this file is not a whole scan"
     claim,zipped,_ = _header(path)
@@ -179,7 +179,7 @@ def _twin(path, claim):
     return None if data==Path(path).stem or not other.is_file() or other.samefile(path) else other.name
 
 def data_file(
-    path # A file with one of `extensions`
+    path:str|Path # A file with one of `extensions`
 )->str|None: # Its name, below the folder of `path`
     "The other file that holds the voxels of this one, if there is one"
     claim = _header(path)[0]
@@ -187,13 +187,13 @@ def data_file(
     return claim.file
 
 def header_size(
-    path # A file with one of `extensions`
+    path:str|Path # A file with one of `extensions`
 )->tuple: # Along x, y, z, and further axes if there are
     "The size that a file's header states"
     return _header(path)[0].dims
 
 def read_whole(
-    path # A file `.nii` or `.nii.gz`
+    path:str|Path # A file `.nii` or `.nii.gz`
 )->tuple: # Header and voxels, as bytes
     "What a NIfTI file holds, read in one pass that finds out whether it is intact"
     claim,zipped,head = _header(path)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -17,9 +18,9 @@ __all__ = ['check_same_geometry', 'read_labels', 'class_indices', 'read_mask', '
 
 # %% ../../nbs/13_scans.masks.ipynb #e62e165e
 def check_same_geometry(
-    image:Volume, # The scan
-    mask:Volume,  # Must lie on the grid of `image`
-    tol=1e-3      # Largest difference of spacing (relative), origin (voxels) and direction
+    image:Volume,  # The scan
+    mask:Volume,   # Must lie on the grid of `image`
+    tol:float=1e-3 # Largest difference of spacing (relative), origin (voxels) and direction
 ):
     "Raise a `VolumeError` if a mask doesn't lie on the grid of its image"
     a,b = image.path or 'the image',mask.path or 'the mask'
@@ -38,7 +39,7 @@ def _round(o): return tuple(round(i, 6) for i in o)
 
 # %% ../../nbs/13_scans.masks.ipynb #1c8e1d44
 def read_labels(
-    path # A mask
+    path:str|Path # A mask
 )->Volume: # With its values as they are stored, but whole
     "Read a mask before it is known which classes there are; raises `VolumeError`"
     vol = read_volume(path, channels=True)
@@ -65,10 +66,10 @@ def _whole_numbers(a, path):
 
 # %% ../../nbs/13_scans.masks.ipynb #00dbe74b
 def class_indices(
-    a,       # A mask's values, as they are stored
-    path,    # Its file, for messages
-    classes, # As for `read_mask`
-    labels   # As for `read_mask`
+    a:np.ndarray,                # A mask's values, as they are stored
+    path:str|Path,               # Its file, for messages
+    classes:list|tuple|int|None, # As for `read_mask`
+    labels:dict|None             # As for `read_mask`
 )->np.ndarray: # uint8
     "Class indices from stored values; raises `VolumeError` for others than are declared"
     if a.dtype.kind=='f': a = _whole_numbers(a, path)
@@ -96,11 +97,11 @@ def _some(o, n=9): return ', '.join(map(str, list(o)[:n])) + (', ...' if len(o)>
 
 # %% ../../nbs/13_scans.masks.ipynb #9b509fc0
 def read_mask(
-    path,              # File
-    image:Volume=None, # Scan on whose grid it must lie; the result takes over its geometry
-    classes=None,      # Names of the classes, background first, or their number
-    labels=None        # Stored value -> class index, where they differ; 0 is background
-)->Volume:             # uint8 class indices
+    path:str|Path,                    # File
+    image:Volume=None,                # Scan on whose grid it must lie; the result takes over its geometry
+    classes:list|tuple|int|None=None, # Names of the classes, background first, or their number
+    labels:dict|None=None             # Stored value -> class index, where they differ; 0 is background
+)->Volume:                            # uint8 class indices
     "Read a mask; raises `VolumeError`"
     vol = read_labels(path)
     if image is not None: check_same_geometry(image, vol)
@@ -109,13 +110,13 @@ def read_mask(
 
 # %% ../../nbs/13_scans.masks.ipynb #ad936464
 def read_scan(
-    image,          # File, or folder of a DICOM series
-    mask=None,      # Its mask, if it has one
-    channels=False, # As for `read_volume`
-    nan_to_zero=False, # As for `read_volume`
-    classes=None,   # As for `read_mask`
-    labels=None     # As for `read_mask`
-)->tuple:           # Image, and mask or None
+    image:str|Path,                   # File, or folder of a DICOM series
+    mask:str|Path|None=None,          # Its mask, if it has one
+    channels:bool=False,              # As for `read_volume`
+    nan_to_zero:bool=False,           # As for `read_volume`
+    classes:list|tuple|int|None=None, # As for `read_mask`
+    labels:dict|None=None             # As for `read_mask`
+)->tuple:                             # Image, and mask or None
     "Read an image and its mask, with all checks; raises `VolumeError`"
     x = read_volume(image, channels=channels, nan_to_zero=nan_to_zero)
     if x.array.min()==x.array.max(): warn_scan(image, f'has a constant value of {x.array.flat[0]:g}')

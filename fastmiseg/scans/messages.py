@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re, threading, warnings
 from contextlib import contextmanager
+from pathlib import Path
 
 import SimpleITK as sitk
 
@@ -19,8 +20,8 @@ class VolumeError(ValueError): "A scan that cannot be used"
 class VolumeWarning(UserWarning):
     "A scan that was accepted although something about it is odd"
     def __init__(self,
-        path, # The file
-        text  # What is odd about it
+        path:str|Path, # The file
+        text:str       # What is odd about it
     ):
         super().__init__(path, text)
         self.path,self.text = path,text
@@ -37,8 +38,8 @@ def collect_warnings():
     finally: _here.found = old
 
 def warn_scan(
-    path,    # The file
-    text:str # What is odd about it
+    path:str|Path, # The file
+    text:str       # What is odd about it
 ):
     "Warn about a scan, or collect the warning within `collect_warnings`"
     found = getattr(_here, 'found', None)
@@ -46,7 +47,7 @@ def warn_scan(
     else: found.append(VolumeWarning(path, text))
 
 def summarise_warnings(
-    found # A list of `VolumeWarning`s, from `collect_warnings`
+    found:list # A list of `VolumeWarning`s, from `collect_warnings`
 )->list[str]: # One line per kind, the most frequent first
     "What was odd, and in how many files"
     kinds = {}
@@ -60,9 +61,9 @@ def summarise_warnings(
     return lines
 
 def tell_warnings(
-    path, # What was read, for example '200 scans'
-    when, # The first line, for example 'while they were read:'
-    found # A list of `VolumeWarning`s, from `collect_warnings`
+    path:str,  # What was read, for example '200 scans'
+    when:str,  # The first line, for example 'while they were read:'
+    found:list # A list of `VolumeWarning`s, from `collect_warnings`
 ):
     "Many warnings as one, a line for each kind"
     if not found: return
@@ -94,7 +95,7 @@ def _why(e, path):
 
 @contextmanager
 def itk_messages(
-    path # The file that SimpleITK reads or writes
+    path:str|Path # The file that SimpleITK reads or writes
 ):
     "Within this block SimpleITK's warnings become `VolumeWarning`s about `path`, its errors a `VolumeError`"
     _here.said = []

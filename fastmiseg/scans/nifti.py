@@ -5,6 +5,8 @@
 # %% ../../nbs/07_scans.nifti.ipynb #8a355a2d
 from __future__ import annotations
 
+from pathlib import Path
+
 import nibabel, numpy as np
 from nibabel.spatialimages import HeaderDataError
 
@@ -138,9 +140,9 @@ def _place(h, sizes, form):
 
 # %% ../../nbs/07_scans.nifti.ipynb #716d0e3d
 def read_nifti(
-    path,          # `.nii` or `.nii.gz`, exactly this file
-    channels=False, # Are several channels expected?
-    form=None      # 'qform' or 'sform', where they differ
+    path:str|Path,       # `.nii` or `.nii.gz`, exactly this file
+    channels:bool=False, # Are several channels expected?
+    form:str|None=None   # 'qform' or 'sform', where they differ
 )->Grid:
     "Read a NIfTI-1 file; raises a `ValueError` of one sentence"
     if form not in (None,'qform','sform'):

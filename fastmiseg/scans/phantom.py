@@ -151,10 +151,10 @@ def _short_axis(rng):
 
 # %% ../../nbs/20_scans.phantom.ipynb #46b05168
 def phantom_scan(
-    i,                # Which subject, from 0
-    seed=0,           # Which cohort; subject `i` of a cohort is the same however many subjects it has
-    size=(96,128),    # Least and largest number of rows and columns; few pixels become larger ones
-    n_slices=(8,12)   # Least and largest number of slices
+    i:int,                # Which subject, from 0
+    seed:int=0,           # Which cohort; subject `i` of a cohort is the same however many subjects it has
+    size:tuple=(96,128),  # Least and largest number of rows and columns; few pixels become larger ones
+    n_slices:tuple=(8,12) # Least and largest number of slices
 )->tuple[Volume,Volume]: # Image int16, mask uint8: 0 background, 1 RV, 2 Myo, 3 LV
     "One synthetic short-axis heart, in memory"
     rng = np.random.default_rng([seed, i])
@@ -202,13 +202,13 @@ def _claim(root, args):
     write_text(file, json.dumps(args))
 
 def make_phantom(
-    root,            # Folder to write to: `images/NAME.nii.gz`, `masks/NAME.nii.gz`, `cohort.csv`
-    n_subjects=40,   # One scan each
-    seed=0,          # Which cohort
-    size=(96,128),   # Least and largest number of rows and columns
-    n_slices=(8,12), # Least and largest number of slices
-    progress=False   # Show a bar?
-)->pd.DataFrame:     # `subject`, `scan`, `image`, `mask`, one row per scan
+    root:str|Path,         # Folder to write to: `images/NAME.nii.gz`, `masks/NAME.nii.gz`, `cohort.csv`
+    n_subjects:int=40,     # One scan each
+    seed:int=0,            # Which cohort
+    size:tuple=(96,128),   # Least and largest number of rows and columns
+    n_slices:tuple=(8,12), # Least and largest number of slices
+    progress:bool=False    # Show a bar?
+)->pd.DataFrame:           # `subject`, `scan`, `image`, `mask`, one row per scan
     "Write a cohort of synthetic short-axis hearts, or find the one already there"
     root, size, n_slices = Path(root), [int(o) for o in size], [int(o) for o in n_slices]
     if n_subjects<1: raise CohortError(f'n_subjects={n_subjects}: at least 1 is needed')

@@ -46,8 +46,8 @@ def _warp(a, scale, shift, size, nearest=False, fill=0):
 world_axes = dict(L=(0,1), R=(0,-1), P=(1,1), A=(1,-1), S=(2,1), I=(2,-1)) # letter: axis and sign in ITK's world
 
 def orient(
-    direction,      # of a scan, 3x3 row-major
-    orientation:str # where x, y and z shall run to, as in 'LPS'
+    direction:tuple, # of a scan, 3x3 row-major
+    orientation:str  # where x, y and z shall run to, as in 'LPS'
 )->tuple: # order of the array axes (z,y,x), and which to flip
     "How a scan is brought to an orientation"
     d = np.array(direction, float).reshape(3,3) # columns: x, y and z of the file
@@ -71,25 +71,25 @@ class Placement:
     size: tuple      # (H,W) of a slice
 
     @property
-    def n(self):
+    def n(self)->int:
         "Number of slices"
         return self.shape[self.order[0]]
 
     @property
-    def slice_spacing(self):
+    def slice_spacing(self)->tuple:
         "Millimetres between slices, rows and columns as the network sees them"
         s,r,c = (self.spacing[o] for o in self.order)
         return s, r*self.scale[0], c*self.scale[1]
 
     def volume(self,
-        array # (z,y,x) or (c,z,y,x), as `inverse` returns it
+        array:np.ndarray # (z,y,x) or (c,z,y,x), as `inverse` returns it
     )->Volume:
         "An array on the scan's grid as a `Volume` in the scan's geometry"
         return Volume(array, self.spacing, self.origin, self.direction)
 
-    def to_dict(self): return asdict(self)
+    def to_dict(self)->dict: return asdict(self)
     @classmethod
-    def from_dict(cls, d): return cls(**{k:tuple(v) for k,v in d.items()})
+    def from_dict(cls, d:dict)->Placement: return cls(**{k:tuple(v) for k,v in d.items()})
 
     def _flipped(self): return [i for i,f in enumerate(self.flip) if f]
     def _planes(self, a): return np.flip(a.transpose(self.order), self._flipped())
@@ -157,8 +157,8 @@ def covers(self:Placement,
 
 # %% ../../nbs/21_scans.placement.ipynb #c4413747
 def slice_axis(
-    shape,  # (z,y,x)
-    spacing # (z,y,x) mm
+    shape:tuple,  # (z,y,x)
+    spacing:tuple # (z,y,x) mm
 )->int:
     "The axis with clearly thicker slices than axis 0, else 0; a single slice is a slice"
     if list(shape).count(1)==1: return list(shape).index(1)
@@ -166,13 +166,13 @@ def slice_axis(
     return k if spacing[k]>1.1*spacing[0] else 0
 
 def along(
-    h,       # pixels of the scan
-    s,       # mm of each
-    spacing, # mm that are wanted, or None
-    size,    # pixels that are wanted, or None
-    fit,     # 'crop' or 'resize'
-    whole    # at least as large as the field of view?
-)->tuple:    # scale, shift and size of the slices
+    h:int,              # pixels of the scan
+    s:float,            # mm of each
+    spacing:float|None, # mm that are wanted, or None
+    size:int|None,      # pixels that are wanted, or None
+    fit:str,            # 'crop' or 'resize'
+    whole:bool          # at least as large as the field of view?
+)->tuple:               # scale, shift and size of the slices
     "How slices lie along an axis of a scan"
     if fit=='resize': return h/size, (h/size-1)/2, size
     scale = spacing/s if spacing else 1.

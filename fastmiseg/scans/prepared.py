@@ -12,6 +12,7 @@ __all__ = ['file_stats', 'fingerprint', 'StoreError', 'write_stored', 'seal', 'u
 # %% ../../nbs/24_scans.prepared.ipynb #1ddcccf8
 import hashlib, json, os, zlib
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from .volume import read_volume, scan_files, split_choice
 
 # %% ../../nbs/24_scans.prepared.ipynb #412cb793
 def file_stats(
-    files # paths
+    files:list # paths
 )->list[list]: # for each its path, size (0 of a folder), time of modification in ns, inode
     "How files look from outside"
     s = [os.stat(o) for o in files]
@@ -34,7 +35,7 @@ def file_stats(
             for o,i in zip(files, s)]
 
 def fingerprint(
-    path # of a scan
+    path:str|Path # of a scan
 )->tuple[list,str]: # `file_stats` of its files, and a hash
     "How the files of a scan look from outside, and a hash of what is in them"
     try:
@@ -54,8 +55,8 @@ class StoreError(WriteError):
     "The slice store cannot be written: no scan is to blame, and going on is useless"
 
 def write_stored(
-    path:Path, # in the store
-    put        # writes to an open binary file
+    path:Path,   # in the store
+    put:Callable # writes to an open binary file
 ):
     "Write a whole file, or raise an error that says what to do"
     try:
@@ -163,7 +164,7 @@ def _whole(dir, key):
 
 # %% ../../nbs/24_scans.prepared.ipynb #8414f652
 def prepare_scans(
-    job # folder, `Recipe`, and scans as tuples of two paths: image, and mask or None
+    job:tuple # folder, `Recipe`, and scans as tuples of two paths: image, and mask or None
 )->tuple: # fingerprints by path, what is known by key, problems by scan, warnings as (path, text)
     "Prepare what is not prepared yet of a few scans, whose percentiles may be taken together"
     dir,recipe,scans = job

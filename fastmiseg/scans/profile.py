@@ -139,10 +139,10 @@ def ct_window(
 
 # %% ../../nbs/22_scans.profile.ipynb #19e43262
 def common_grid(
-    seen:list,    # from `look_at`
-    spacing=None, # (row, column) mm, where they are given
-    size=None     # (H,W), where it is given
-)->tuple:         # spacing and size
+    seen:list,               # from `look_at`
+    spacing:tuple|None=None, # (row, column) mm, where they are given
+    size:tuple|None=None     # (H,W), where it is given
+)->tuple:                    # spacing and size
     "Spacing and size of slices that hold every field of view, as far as neither is given"
     fov = np.max([o['fov'] for o in seen], 0) # mm
     usual = np.median([o['spacing'] for o in seen], 0)

@@ -15,7 +15,7 @@ import json, os, re, unicodedata, warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import pandas as pd
 
@@ -36,7 +36,7 @@ def plain_name(
     return unicodedata.normalize('NFC', str(o)).strip()
 
 def written_alike(
-    name # of a person
+    name:str # of a person
 )->str:
     "The same for names that differ in capitals, blanks and leading zeros alone: P01, p01 and P1"
     return re.sub(r'(?<![\d.])0+(?=\d)', '', ' '.join(str(name).split()).casefold())
@@ -57,12 +57,12 @@ def _check_masks(df):
                       f'subjects, for example {k} for {" and ".join(scans[:3])}: was a line copied?', stacklevel=4)
 
 def cohort_frame(
-    rows:list,      # A dict per scan: subject, scan, image, mask, and any others
-    layout=None,    # Where it came from
-    classes=None,   # Names of the classes, background first
-    labels=None,    # Stored mask value -> class index, if they differ
-    channels=1,     # Channels per image
-    alone=False     # Was every scan taken to be a subject of its own, for want of knowing better?
+    rows:list,                    # A dict per scan: subject, scan, image, mask, and any others
+    layout:str|None=None,         # Where it came from
+    classes:list|tuple|None=None, # Names of the classes, background first
+    labels:dict|None=None,        # Stored mask value -> class index, if they differ
+    channels:int=1,               # Channels per image
+    alone:bool=False              # Was every scan taken to be a subject of its own, for want of knowing better?
 )->pd.DataFrame:
     "A cohort from its rows; a scan's name must be unique"
     first = ['subject','scan','image','mask']
@@ -82,9 +82,9 @@ def cohort_frame(
 
 # %% ../../nbs/16_scans.readers.ipynb #816fcdc9
 def walk(
-    root,   # folder
-    depth=5 # how many folders down
-):
+    root:str|Path, # folder
+    depth:int=5    # how many folders down
+)->Iterator[tuple]:
     "(folder, files in it) for `root` and the folders below it, sorted; hidden ones are left out"
     todo,seen = [(Path(root),0)],set()
     while todo:
@@ -107,15 +107,15 @@ def _is_odd(entry):
     return _is(lambda: entry.stat() and not entry.is_dir())
 
 def scans_in(
-    root,   # folder
-    depth=5 # how many folders down
-):
+    root:str|Path, # folder
+    depth:int=5    # how many folders down
+)->list[Path]:
     "Files that hold scans below `root`, sorted"
     return [f for _,files in walk(root,depth) for f in files if extension(f)]
 
 # %% ../../nbs/16_scans.readers.ipynb #264200b0
 def stem(
-    path # of a scan
+    path:str|Path # of a scan
 )->str:
     "Its name without folder and ending, accents composed in one way, so that names can be compared"
     name = unicodedata.normalize('NFC', Path(path).name)
@@ -138,11 +138,11 @@ class Layout:
 layouts = {}
 
 def layout(
-    name,    # Its name
-    expects, # What is looked for, for messages
-    matches, # `Path` -> bool
-    first=False # Is it asked before those that are there?
-):
+    name:str,         # Its name
+    expects:str,      # What is looked for, for messages
+    matches:Callable, # `Path` -> bool
+    first:bool=False  # Is it asked before those that are there?
+)->Callable:
     "Decorator that enters a reader in `layouts`"
     def _enter(read):
         rest = dict(layouts)
@@ -252,8 +252,8 @@ _mmwhs = r'((ct|mr)_(?:train|test)_\d+)_(image|label)'
 @layout('mmwhs', 'files like `ct_train_1001_image.nii.gz`, with masks `ct_train_1001_label.nii.gz`',
         lambda root: bool(_matches(root,_mmwhs)))
 def read_mmwhs(
-    root:Path,    # folder of the scans
-    modality='ct' # 'ct' or 'mr': the two are different cohorts
+    root:Path,        # folder of the scans
+    modality:str='ct' # 'ct' or 'mr': the two are different cohorts
 )->pd.DataFrame:
     "The MM-WHS challenge: whole heart"
     found = [(m,f) for m,f in _matches(root,_mmwhs) if m[2].lower()==modality]
@@ -265,7 +265,7 @@ def read_mmwhs(
 
 # %% ../../nbs/16_scans.readers.ipynb #e3924769
 def subject_of(
-    how # a regular expression (its first group, or what it matches), a function, or None
+    how:str|Callable|None # a regular expression (its first group, or what it matches), a function, or None
 )->Callable: # from a scan's name to its subject
     "Whose scan is it, by its name"
     if how is None or callable(how): return lambda s: str((how or str)(s))
@@ -316,12 +316,12 @@ def _is_folder(root):
 @layout('folder', 'a folder `images` (and `masks`) with scans, '
         'or files like `a_image.nii.gz` and `a_mask.nii.gz`', _is_folder)
 def read_folder(
-    root:Path,         # folder of the scans
-    images=None,       # Folder with the images, below `root`; the usual names are tried
-    masks=None,        # Folder with the masks
-    image_suffix=None, # End of an image's name, without extension, like '_t1'; the usual ones are tried
-    mask_suffix=None,  # End of a mask's name, like '_seg'
-    subject=None       # Regular expression or function: whose scan, by its name; else each is its own
+    root:Path,                     # folder of the scans
+    images:str|None=None,          # Folder with the images, below `root`; the usual names are tried
+    masks:str|None=None,           # Folder with the masks
+    image_suffix:str|None=None,    # End of an image's name, without extension, like '_t1'; the usual ones are tried
+    mask_suffix:str|None=None,     # End of a mask's name, like '_seg'
+    subject:str|Callable|None=None # Regular expression or function: whose scan, by its name; else each is its own
 )->pd.DataFrame:
     "Images and masks in two folders, or side by side with suffixes"
     iends = (image_suffix,) if image_suffix else _image_ends
@@ -379,10 +379,11 @@ def _join_people(rows, ids, root):
 
 @layout('dicom', 'folders of DICOM files, one series each', _is_dicom)
 def read_dicom(
-    root:Path,    # folder of the scans
-    subject=None, # Regular expression or function: whose scan, by its folders, joined by `_`; else the first
-    series=None,  # Which series, where a folder holds several: its number, or a part of its description
-    phase=None    # Which volume, where a series holds several (phases, echoes): a number from 0
+    root:Path,                # folder of the scans
+    # Regular expression or function: whose scan, by its folders, joined by `_`; else the first
+    subject:str|Callable|None=None,
+    series:int|str|None=None, # Which series, where a folder holds several: its number, or a part of its description
+    phase:int|None=None       # Which volume, where a series holds several (phases, echoes): a number from 0
 )->pd.DataFrame:
     "Folders of DICOM series, with masks as NIfTI files"
     found = list(walk(root))
@@ -423,7 +424,7 @@ def _is_named(base, o):
 
 @layout('csv', 'a file .csv with a column `image`', lambda root: root.suffix.lower()=='.csv')
 def read_csv(
-    root # path of the file, or a DataFrame
+    root:Path|pd.DataFrame # path of the file, or a DataFrame
 )->pd.DataFrame:
     "Scans listed in a table"
     if isinstance(root, pd.DataFrame):

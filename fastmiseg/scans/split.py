@@ -63,10 +63,10 @@ def _queue(units, seed):
 
 # %% ../../nbs/19_scans.split.ipynb #ea3424ba
 def default_parts(
-    total:int,    # Annotated subjects there are
-    labeled=None, # As many as were asked for, if they were; the others are chosen
-    valid=None,   # as many as were asked for, if they were
-    test=None     # the same
+    total:int,             # Annotated subjects there are
+    labeled:int|None=None, # As many as were asked for, if they were; the others are chosen
+    valid:int|None=None,   # as many as were asked for, if they were
+    test:int|None=None     # the same
 )->dict: # name of a part -> how many; `labeled` is `None` for all that remain
     "A fifth validates (1 to 25), as many test if there are 10 or more, all the others are labelled"
     fifth = min(25, max(1, round(total/5)))
@@ -80,18 +80,19 @@ def default_parts(
 
 # %% ../../nbs/19_scans.split.ipynb #e5aefab7
 def split_cohort(
-    df:pd.DataFrame, # A cohort
-    labeled=None,    # Subjects to train on with their masks: a number or a fraction; `None`: all that remain
-    valid=None,      # Subjects to validate on: a number or a fraction; `None`: as `default_parts` chooses
-    test=None,       # Subjects to test on, likewise
-    seed=0,          # Which split
-    scans=False,     # Count scans with masks instead of subjects, as the paper does?
-    stratify=None,   # Column in whose proportions each part is drawn, like 'group' of ACDC
-    duplicates=True, # Keep together what `find_duplicates` finds? Or a list of such scans
-    folds=None,      # Cross-validation: as many folds, of the annotated subjects that do not test
-    fold=0,          # Which of them validates: 0 to `folds`-1
-    show=True        # Say what was chosen, and which annotated subjects are used as unlabelled?
-)->pd.DataFrame:     # With a column `split`: 'labeled', 'unlabeled', 'valid' or 'test'
+    df:pd.DataFrame,           # A cohort
+    # Subjects to train on with their masks: a number or a fraction; `None`: all that remain
+    labeled:int|float|None=None,
+    valid:int|float|None=None, # Subjects to validate on: a number or a fraction; `None`: as `default_parts` chooses
+    test:int|float|None=None,  # Subjects to test on, likewise
+    seed:int=0,                # Which split
+    scans:bool=False,          # Count scans with masks instead of subjects, as the paper does?
+    stratify:str|None=None,    # Column in whose proportions each part is drawn, like 'group' of ACDC
+    duplicates:bool|list=True, # Keep together what `find_duplicates` finds? Or a list of such scans
+    folds:int|None=None,       # Cross-validation: as many folds, of the annotated subjects that do not test
+    fold:int=0,                # Which of them validates: 0 to `folds`-1
+    show:bool=True             # Say what was chosen, and which annotated subjects are used as unlabelled?
+)->pd.DataFrame:               # With a column `split`: 'labeled', 'unlabeled', 'valid' or 'test'
     "Divide the subjects of a cohort; those without any mask, and all that are left, are 'unlabeled'"
     if stratify and stratify not in df:
         raise CohortError(f'stratify={stratify!r}: is not a column of the cohort; there are '
@@ -237,7 +238,7 @@ def _fold(units, total, folds, fold, labeled, valid, test, seed):
 # %% ../../nbs/19_scans.split.ipynb #0401440e
 def advice(
     df:pd.DataFrame # A cohort with a column `split`
-): # a sentence, or None
+)->str|None: # a sentence, or None
     "What to know before a training: is anything unlabelled, is everything annotated?"
     if 'split' not in df or not (df['split']=='labeled').any(): return None
     unlabeled = df['split']=='unlabeled'

@@ -141,9 +141,9 @@ def _check_alike(frames):
 
 # %% ../../nbs/09_scans.stack.ipynb #6a752b96
 def choose_phase(
-    frames,    # `DicomFrame`s of one series
-    phase=None # Which volume, if there are several: a number from 0
-)->list:       # `DicomFrame`s
+    frames:list,        # `DicomFrame`s of one series
+    phase:int|None=None # Which volume, if there are several: a number from 0
+)->list:                # `DicomFrame`s
     "The frames of one volume; a `ValueError` lists the volumes if there are several to choose from"
     parts,stacks = [],_split(frames, strong_tags)
     for words,o in stacks:
@@ -238,8 +238,8 @@ def _stated(frame, step):
             'Their positions were taken']
 
 def stack_frames(
-    frames # `DicomFrame`s of one volume, in any order
-)->tuple:  # Frames; steps (3,3) in mm, a column for each of x, y, z; origin (x,y,z) in mm; notes
+    frames:list # `DicomFrame`s of one volume, in any order
+)->tuple:       # Frames; steps (3,3) in mm, a column for each of x, y, z; origin (x,y,z) in mm; notes
     "Frames in order, where they lie, and what was odd; raises a `ValueError` if they are no grid"
     _check_alike(frames)
     found = [f.numbers('ImagePositionPatient', 3) for f in frames]

@@ -79,8 +79,8 @@ def _enter(files, key, path):
 @layout('nnunet', "nnU-Net's raw data: `dataset.json`, `imagesTr` with files like `CASE_0000.nii.gz`, "
         "masks in `labelsTr`", _is_nnunet, first=True)
 def read_nnunet(
-    root:Path,   # folder of the scans
-    channel=None # Which channel, where a scan has several files: its number or its name in `dataset.json`
+    root:Path,                # folder of the scans
+    channel:int|str|None=None # Which channel, where a scan has several files: its number or its name in `dataset.json`
 )->pd.DataFrame:
     "A raw data set of nnU-Net, version 1 or 2"
     file = root/'dataset.json'
@@ -206,10 +206,10 @@ def _bids_classes(root, files):
 @layout('bids', 'BIDS: files like `sub-01/anat/sub-01_T1w.nii.gz`, masks like '
                 '`derivatives/NAME/sub-01/anat/sub-01_dseg.nii.gz`', _is_bids, first=True)
 def read_bids(
-    root:Path,       # folder of the scans
-    suffix=None,     # Which images, where there are several kinds: 'T1w', 'FLAIR', ...
-    derivative=None, # Which folder below `derivatives`, where several hold masks
-    mask=None        # A part of the masks' names, where an image has several: 'desc-manual'
+    root:Path,                # folder of the scans
+    suffix:str|None=None,     # Which images, where there are several kinds: 'T1w', 'FLAIR', ...
+    derivative:str|None=None, # Which folder below `derivatives`, where several hold masks
+    mask:str|None=None        # A part of the masks' names, where an image has several: 'desc-manual'
 )->pd.DataFrame:
     "A BIDS data set"
     found = [(o, *_parse(o)) for d in _subjects(root) for o in scans_in(d, 4)

@@ -76,8 +76,8 @@ class _Index:
 class SliceStore:
     "The slices of a cohort on disk, each scan prepared once"
     def __init__(self,
-        path,         # Folder, made if needed; several recipes and cohorts can share it
-        recipe:Recipe # How a scan becomes slices
+        path:str|Path, # Folder, made if needed; several recipes and cohorts can share it
+        recipe:Recipe  # How a scan becomes slices
     ):
         self.path,self.recipe = Path(path),recipe
         self.dir = self.path/folder_name(recipe)
@@ -85,21 +85,21 @@ class SliceStore:
         self._keys,self._open,self._verified = {},{},set()
 
     def image(self,
-        scan, # Its name in the cohort
-        i     # Which slice; or several: a slice object or a list
+        scan:str,        # Its name in the cohort
+        i:int|slice|list # Which slice; or several: a slice object or a list
     )->np.ndarray: # float32 (C,H,W) in 0..1
         "A slice"
         return from_steps(self._map(scan, 0)[i])
 
-    def mask(self, scan, i)->np.ndarray: # uint8 (H,W), class indices
+    def mask(self, scan:str, i:int|slice|list)->np.ndarray: # uint8 (H,W), class indices
         "The mask of a slice"
         return np.array(self._map(scan, 1)[i])
 
-    def where(self, scan)->Placement:
+    def where(self, scan:str)->Placement:
         "Where the slices of a scan lie"
         return Placement.from_dict(self._about(scan, 0)['where'])
 
-    def shows(self, scan)->list[list]: # for each slice the classes in its mask, background left out
+    def shows(self, scan:str)->list[list]: # for each slice the classes in its mask, background left out
         "What the slices of a scan show"
         return self._about(scan, 1)['shows']
 

@@ -49,7 +49,7 @@ def _header(line, delimiter):
 
 # %% ../../nbs/15_scans.table.ipynb #fee97082
 def read_table(
-    path # .csv
+    path:Path # .csv
 )->tuple[pd.DataFrame,dict]: # Texts, `None` for an empty cell; and what the first line says, if it is ours
     "A table with a column `image`; a `ValueError` says what is wrong with it"
     try:

@@ -26,11 +26,11 @@ __all__ = ['choose_volume', 'split_choice', 'Volume', 'write_volume', 'scan_file
 
 # %% ../../nbs/12_scans.volume.ipynb #9e9f5ada
 def choose_volume(
-    path,        # A scan
-    series=None, # As for `read_volume`
-    phase=None,  # As for `read_volume`
-    form=None    # As for `read_volume`
-)->str:          # For example `folder#phase=2`
+    path:str|Path,            # A scan
+    series:int|str|None=None, # As for `read_volume`
+    phase:int|None=None,      # As for `read_volume`
+    form:str|None=None        # As for `read_volume`
+)->str:                       # For example `folder#phase=2`
     "A path that says which of its volumes is meant, wherever a path is taken"
     path,old = split_choice(path)
     new = {k:v for k,v in dict(series=series, phase=phase, form=form).items() if v is not None}
@@ -40,7 +40,7 @@ def choose_volume(
 _choice = r'(?:series|phase|form)=[^#&/\\]*'
 
 def split_choice(
-    path # A path, perhaps from `choose_volume`
+    path:str|Path # A path, perhaps from `choose_volume`
 )->tuple: # The path alone, and what is chosen as a dictionary
     "What `choose_volume` put together"
     path = os.fspath(path)
@@ -62,9 +62,9 @@ class Volume:
     path: str|None = None      # File it was read from, for messages
 
     @property
-    def shape(self): return self.array.shape[-3:]
+    def shape(self)->tuple: return self.array.shape[-3:]
 
-    def like(self, array)->Volume:
+    def like(self, array:np.ndarray)->Volume:
         "Another array in the same place"
         return replace(self, array=array, path=None)
 
@@ -80,8 +80,8 @@ class Volume:
 
     @classmethod
     def from_sitk(cls,
-        im:sitk.Image,  # 2D (becomes one slice), 3D, or 4D (the last axis becomes the channels)
-        path=None       # File it came from
+        im:sitk.Image,     # 2D (becomes one slice), 3D, or 4D (the last axis becomes the channels)
+        path:str|None=None # File it came from
     )->Volume:
         "From a SimpleITK image"
         if im.GetDimension()==2: im = sitk.JoinSeries([im])
@@ -105,9 +105,9 @@ def _plain(a):
 
 # %% ../../nbs/12_scans.volume.ipynb #86f82507
 def write_volume(
-    vol:Volume, # What to write; several channels become a 4D file
-    path        # `.nii`, `.nii.gz`, `.mha`, `.mhd`, `.nrrd` or `.nhdr`; an existing file is replaced
-)->Path:        # `path`
+    vol:Volume,   # What to write; several channels become a 4D file
+    path:str|Path # `.nii`, `.nii.gz`, `.mha`, `.mhd`, `.nrrd` or `.nhdr`; an existing file is replaced
+)->Path:          # `path`
     "Write a scan, compressed: under its name there is the whole file or none"
     path = Path(path)
     if extension(path) is None:
@@ -173,7 +173,7 @@ def _says(path):
         raise VolumeError(f'{path}: {getattr(e, "strerror", None) or e}') from None
 
 def scan_files(
-    path # A scan
+    path:str|Path # A scan
 )->list[str]:
     "The files that hold a scan, all of them regular; for a folder also the folder"
     path,_ = split_choice(path)
@@ -268,12 +268,12 @@ def _check_values(vol, nan_to_zero):
 
 # %% ../../nbs/12_scans.volume.ipynb #182cfa6b
 def read_volume(
-    path,              # NIfTI, MetaImage or NRRD file, or the folder of a DICOM series
-    channels=False,    # Are several channels expected (4D, RGB)? The array is then (c,z,y,x) always
-    nan_to_zero=False, # Put 0 in place of NaN and infinite voxels? They are an error otherwise
-    series=None,       # DICOM: which series; its UID, its number, or a part of its description
-    phase=None,        # DICOM: which volume of the series, counted from 0
-    form=None          # NIfTI: 'qform' or 'sform', where they differ
+    path:str|Path,            # NIfTI, MetaImage or NRRD file, or the folder of a DICOM series
+    channels:bool=False,      # Are several channels expected (4D, RGB)? The array is then (c,z,y,x) always
+    nan_to_zero:bool=False,   # Put 0 in place of NaN and infinite voxels? They are an error otherwise
+    series:int|str|None=None, # DICOM: which series; its UID, its number, or a part of its description
+    phase:int|None=None,      # DICOM: which volume of the series, counted from 0
+    form:str|None=None        # NIfTI: 'qform' or 'sform', where they differ
 )->Volume:
     "Read a scan; raises `VolumeError`"
     path = choose_volume(path, series, phase, form)
@@ -289,7 +289,7 @@ def read_volume(
     return vol
 
 def read_size(
-    path # A scan
+    path:str|Path # A scan
 )->tuple: # Voxels along x, y, z, and further axes if there are
     "The size of a scan; of a file only the header is read"
     file,chosen = split_choice(path)
@@ -311,11 +311,11 @@ def _other_spacing(vol, spacing):
     return Volume(empty, tuple(new[::-1]), tuple(origin), vol.direction)
 
 def resample(
-    vol:Volume,     # Scan or mask
-    to:Volume=None, # Volume whose grid to take
-    spacing=None,   # Or: spacing (z,y,x) in mm; the number of voxels follows
-    nearest=False,  # Nearest neighbour, for masks? Otherwise linear
-    fill=0          # Value outside `vol`; for `spacing`, the outermost voxels are repeated instead
+    vol:Volume,              # Scan or mask
+    to:Volume=None,          # Volume whose grid to take
+    spacing:tuple|None=None, # Or: spacing (z,y,x) in mm; the number of voxels follows
+    nearest:bool=False,      # Nearest neighbour, for masks? Otherwise linear
+    fill:float=0             # Value outside `vol`; for `spacing`, the outermost voxels are repeated instead
 )->Volume:
     "`vol` on another grid"
     if (to is None)==(spacing is None):

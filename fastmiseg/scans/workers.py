@@ -12,6 +12,7 @@ __all__ = ['run_jobs']
 import multiprocessing, os, signal, sys, threading, time, warnings
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from typing import Callable, Iterator
 
 import SimpleITK as sitk
 
@@ -40,10 +41,10 @@ def _submit(pool, f, job):
         return pool.submit(f, job)
 
 def run_jobs(
-    f,          # function of a job; both can be pickled
+    f:Callable, # function of a job; both can be pickled
     jobs:list,  # what is to be done
     workers:int # processes; 0: in this one
-): # of tuples (job, f(job)); a job that kills its process yields a `BrokenProcessPool`
+)->Iterator[tuple]: # of tuples (job, f(job)); a job that kills its process yields a `BrokenProcessPool`
     "Do jobs in several processes, and yield what they return, as they finish"
     if not workers:
         yield from ((j, f(j)) for j in jobs)

@@ -63,17 +63,17 @@ _before = dict(passes=1, loss='ce', warp=0.)
 class Evidence:
     "The finished runs of a folder"
     def __init__(self,
-        path # folder, made if needed
+        path:str|Path # folder, made if needed
     ):
         self.path = Path(path)
         self._runs,self._scores,self._scans = (self.path/o for o in ('runs.jsonl','scores.csv','scans.csv'))
 
     @property
-    def work(self):
+    def work(self)->Path:
         "Folder of what is not finished: checkpoints and locks"
         return self.path/'work'
 
-    def lock(self, name='evidence'):
+    def lock(self, name:str='evidence')->FileLock:
         self.work.mkdir(parents=True, exist_ok=True)
         return FileLock(self.work/f'{name}.lock')
 
@@ -110,10 +110,10 @@ class Evidence:
         return df.astype({k:float for k in df if k not in ('run','subject','scan','class')}) # with all digits
 
     def add(self,
-        run:dict,           # complete, as from `describe_run`
-        scores:pd.DataFrame,# as from `evaluate_cohort`
-        student=None,       # the same of the student, where `scores` are a teacher's
-        **about             # versions, threads, seconds, curve
+        run:dict,                       # complete, as from `describe_run`
+        scores:pd.DataFrame,            # as from `evaluate_cohort`
+        student:pd.DataFrame|None=None, # the same of the student, where `scores` are a teacher's
+        **about                         # versions, threads, seconds, curve
     ):
         "Add a finished run"
         name = name_of(run)

@@ -28,21 +28,21 @@ class Study:
     bound:str='Full supervision'   # the row at which it is closed
     preset:str='cpu'               # one of `presets`, where no other is asked for
 
-    def against(self, row):
+    def against(self, row:str)->str:
         "The row that this one is tested against"
         return self.at(self.ours, row)
 
-    def at(self, line, row):
+    def at(self, line:str, row:str)->str:
         "The row of a line at the x of another row"
         return line if self.x is None or row==self.bound else f"{line}, {row.rsplit(', ', 1)[1]}"
 
-    def line(self, row):
+    def line(self, row:str)->str:
         "A row without its x"
         return row if self.x is None or row==self.bound else row.rsplit(', ', 1)[0]
 
     def only(self,
-        rows # names of rows
-    ):
+        rows:list # names of rows
+    )->'Study':
         "The study with some of its rows"
         if bad := [k for k in rows if k not in self.rows]:
             raise ValueError(f"rows: {', '.join(bad)}: no such row; there are {'; '.join(self.rows)}")
@@ -164,7 +164,7 @@ def _like(plan, path):
     return {**model, 'rows':rows, **plan}
 
 def find_study(
-    name # one of `studies`, or a JSON or TOML file
+    name:str|Path # one of `studies`, or a JSON or TOML file
 )->Study:
     "A study of the paper, or a plan in a file"
     if name in studies: return studies[name]

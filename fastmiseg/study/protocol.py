@@ -53,9 +53,9 @@ def _weights(preset, rows):
 
 def protocol(
     preset:Preset, # of every row
-    study:Study, # which rows
-    found:list, # (row, run)
-    parts       # who is in which part, with the fewest labelled subjects
+    study:Study,   # which rows
+    found:list,    # (row, run)
+    parts:dict     # who is in which part, with the fewest labelled subjects
 )->list: # of lines
     "What was done, in the words of the settings"
     s,rows,runs = preset.settings,study.rows,[o for _,o in found]

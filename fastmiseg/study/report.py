@@ -8,6 +8,8 @@ __all__ = ['study_scores', 'paired_p', 'study_table', 'markdown', 'table_text', 
 
 # %% ../../nbs/76_study.report.ipynb #39b5734d
 import textwrap
+from pathlib import Path
+from typing import Callable
 
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
@@ -20,7 +22,8 @@ from .plans import Study
 def study_scores(
     found:list,          # (row, run) of a study
     scores:pd.DataFrame, # of all runs, as from `Evidence.scores`
-    name=lambda o: o     # from the id of a run to the name in `scores`; runs of which there is nothing are left out
+    # from the id of a run to the name in `scores`; runs of which there is nothing are left out
+    name:Callable=lambda o: o
 )->pd.DataFrame: # a row per run, scan and class; row, seed and labeled say of which run
     "The scores of a study"
     of_run = dict(list(scores.groupby('run')))
@@ -96,7 +99,7 @@ def _with_draws(res, scores, study, students, seconds):
 # %% ../../nbs/76_study.report.ipynb #2dd79b56
 def markdown(
     head:list, # names of the columns
-    rows       # lists of texts
+    rows:list  # lists of texts
 )->str:
     "A Markdown table"
     return '\n'.join('| ' + ' | '.join(o) + ' |' for o in [head, ['---']*len(head), *rows])
@@ -238,9 +241,9 @@ def _plot_rows(ax, seeds):
     ax.set(ylim=(len(rows)-.5, -.5), xlabel='mean Dice'+what)
 
 def plot_study(
-    scores:pd.DataFrame, # as from `study_scores`
-    study:Study,         # whose rows they are
-    out=None,            # file to write
+    scores:pd.DataFrame,     # as from `study_scores`
+    study:Study,             # whose rows they are
+    out:str|Path|None=None,  # file to write
     curves:pd.DataFrame=None # as from `study_curves`, for a study that is shown as curves
 )->Figure:
     "Mean Dice of each row, or a curve"

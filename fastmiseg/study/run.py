@@ -36,12 +36,12 @@ def _split_key(
     return row.get('labeled', preset.labeled), seed if study.draws else 0
 
 def wanted_runs(
-    study:Study,       # which rows
-    preset:Preset,     # of every row
-    seeds=3,         # how many, or a list
-    score:str='test',  # which scans are scored
-    recipe=None,     # a `Recipe`; None: that of the runs
-    splits:dict=None # (labelled subjects, draw) -> name of the split; None: that of the runs
+    study:Study,             # which rows
+    preset:Preset,           # of every row
+    seeds:int|list=3,        # how many, or a list
+    score:str='test',        # which scans are scored
+    recipe:Recipe|None=None, # a `Recipe`; None: that of the runs
+    splits:dict=None         # (labelled subjects, draw) -> name of the split; None: that of the runs
 )->list: # (row, run)
     "The runs that a study asks for"
     def one(row, seed):
@@ -93,15 +93,15 @@ def _splits(data, layout, preset, study, seeds, score):
 def _label(row, run): return f"{row}, seed {run['settings']['seed']}"
 
 def missing_runs(
-    study:Study,       # which rows
-    data,              # folder or CSV of scans, or a file of packed slices
-    out='studies',     # folder of the evidence
+    study:Study,                  # which rows
+    data:str|Path,                # folder or CSV of scans, or a file of packed slices
+    out:str|Path='studies',       # folder of the evidence
     preset:Preset=presets['cpu'], # of every row
-    seeds=3,           # how many, or a list
-    score:str=None,    # as `scored` says
-    layout:str=None,   # of `data`, where it is not recognised
-    store=None,        # folder of the prepared slices; default: in `out`
-    threads:int=1      # of each run
+    seeds:int|list=3,             # how many, or a list
+    score:str=None,               # as `scored` says
+    layout:str=None,              # of `data`, where it is not recognised
+    store:str|Path|None=None,     # folder of the prepared slices; default: in `out`
+    threads:int=1                 # of each run
 )->tuple: # (row, run) of all; label -> arguments of `make_run` of those that are missing, seed after seed
     "What a study asks for, and what of it is not there yet"
     score = scored(study, preset, score)
@@ -122,16 +122,16 @@ def missing_runs(
     return wanted,{_label(k, run): dict(run=run, df=of_split[run['split']], **kw) for k,run in once.values()}
 
 def run_study(
-    study:Study,       # which rows
-    data,              # folder or CSV of scans, or a file of packed slices
-    out='studies',     # folder of the evidence and the results; studies that share it share their runs
+    study:Study,              # which rows
+    data:str|Path,            # folder or CSV of scans, or a file of packed slices
+    out:str|Path='studies',   # folder of the evidence and the results; studies that share it share their runs
     preset:Preset=presets['cpu'], # of every row
-    seeds=3,           # how many, or a list
-    score:str=None,    # 'test' or 'valid', or the same of slices; default: as `scored` says
-    layout:str=None,   # of `data`, where it is not recognised
-    processes:int=None,# runs at a time, as for `make_runs`; default: one for each core, one where there is a GPU
-    store=None,        # folder of the prepared slices; default: in `out`
-    command:str=None   # what to write above the results
+    seeds:int|list=3,         # how many, or a list
+    score:str=None,           # 'test' or 'valid', or the same of slices; default: as `scored` says
+    layout:str=None,          # of `data`, where it is not recognised
+    processes:int=None,       # runs at a time, as for `make_runs`; default: one for each core, one where there is a GPU
+    store:str|Path|None=None, # folder of the prepared slices; default: in `out`
+    command:str=None          # what to write above the results
 )->pd.DataFrame: # a row per run, scan and class
     "Make the runs of a study that are not there yet, and write its table, figure and scores"
     gpu = torch.cuda.is_available()
@@ -153,11 +153,11 @@ def study_results(
     return scores,study_table(scores, study, students, seconds)
 
 def report_study(
-    study:Study,       # which rows
-    preset:Preset,     # of every row
-    wanted:list,     # (row, run), as from `wanted_runs`
-    out='studies',   # folder of the evidence, and for the results
-    command:str=None # what to write above the results
+    study:Study,            # which rows
+    preset:Preset,          # of every row
+    wanted:list,            # (row, run), as from `wanted_runs`
+    out:str|Path='studies', # folder of the evidence, and for the results
+    command:str=None        # what to write above the results
 )->pd.DataFrame: # a row per run, scan and class
     "Write the table and figure of a study whose runs are there"
     there = Evidence(out)
@@ -185,18 +185,18 @@ def report_study(
 
 # %% ../../nbs/79_study.run.ipynb #fa67ff75
 def compare_study(
-    study:str,         # name or file, as for `find_study`
-    data=None,         # folder or CSV of scans; default: $FASTMISEG_DATA; without, the runs in `out` are reported
-    out='studies',     # folder of the evidence and the results
-    preset:str=None,   # one of `presets`; default: the study's
-    seeds:int=3,       # how many
-    score=None,        # 'test' or 'valid'; default: as `scored` says
-    rows=None,         # names of some rows
-    layout=None,       # of `data`, where it is not recognised
-    processes=None,    # runs at a time
-    epochs=None,       # instead of the preset's, as all that follows
-    n_iters=None,      # steps to an epoch
-    **own              # recipe, labeled, valid, test
+    study:str,               # name or file, as for `find_study`
+    data:str|Path|None=None, # folder or CSV of scans; default: $FASTMISEG_DATA; without, the runs in `out` are reported
+    out:str|Path='studies',  # folder of the evidence and the results
+    preset:str=None,         # one of `presets`; default: the study's
+    seeds:int=3,             # how many
+    score:str|None=None,     # 'test' or 'valid'; default: as `scored` says
+    rows:list|None=None,     # names of some rows
+    layout:str|None=None,    # of `data`, where it is not recognised
+    processes:int|None=None, # runs at a time
+    epochs:int|None=None,    # instead of the preset's, as all that follows
+    n_iters:int|None=None,   # steps to an epoch
+    **own                    # recipe, labeled, valid, test
 )->str: # the report
     "Run a study, or write its report again"
     plan,data = find_study(study),data or os.environ.get('FASTMISEG_DATA')

@@ -10,9 +10,12 @@ import os, platform, shutil, threading, time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from importlib.metadata import version
 from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Callable
 
 import numpy as np, pandas as pd, torch
 from fastai.callback.core import Callback
+from fastai.learner import Learner
 from fastcore.xtras import modified_env
 from fastprogress.fastprogress import progress_bar
 
@@ -35,10 +38,10 @@ def part_of(
 
 @torch.no_grad()
 def evaluate_slices(
-    learn,           # trained
+    learn:Learner,   # trained
     df:pd.DataFrame, # cohort with a column `split`
-    store,           # folder of the prepared slices, or a file of packed ones
-    part='valid'     # of the split
+    store:str|Path,  # folder of the prepared slices, or a file of packed ones
+    part:str='valid' # of the split
 )->pd.DataFrame: # subject, scan, class, dice, hd95 and assd (mm), sensitivity, precision
     "Score the scans of a part on the grid of their slices"
     if not (df.split==part).any(): raise ValueError(f'part: the cohort has no {part!r} scans')
@@ -73,11 +76,11 @@ class _Student(Callback):
     def after_fit(self): self.weights = {k:o.clone() for k,o in self.model.state_dict().items()}
 
 def make_run(
-    run:dict,       # complete, as from `describe_run`
-    df:pd.DataFrame,# cohort with a column `split`
-    store,          # folder of the prepared slices, or a file of packed ones
-    out,            # folder of the evidence
-    threads:int=1   # of PyTorch
+    run:dict,        # complete, as from `describe_run`
+    df:pd.DataFrame, # cohort with a column `split`
+    store:str|Path,  # folder of the prepared slices, or a file of packed ones
+    out:str|Path,    # folder of the evidence
+    threads:int=1    # of PyTorch
 )->int: # seconds that it took; None if it is there
     "Train, score, and add the run to the evidence, if it is not there"
     torch.set_num_threads(threads)
@@ -142,10 +145,10 @@ def _finished(pool, jobs, processes, seconds):
             yield k,f.exception()
 
 def make_runs(
-    jobs:dict,      # label -> arguments of `make_run`
-    processes:int=1,# runs at a time; 0: one after the other in this process, until one fails
-    seconds=None,   # what is not done by then is left; None: no limit
-    after=None      # function of a label, called when its run has ended
+    jobs:dict,               # label -> arguments of `make_run`
+    processes:int=1,         # runs at a time; 0: one after the other in this process, until one fails
+    seconds:float|None=None, # what is not done by then is left; None: no limit
+    after:Callable|None=None # function of a label, called when its run has ended
 )->list: # labels of runs that were left
     "Make runs in processes of their own"
     if not jobs: return []

@@ -6,6 +6,8 @@
 __all__ = ['changes_of', 'protocol', 'made_with']
 
 # %% ../../nbs/77_study.protocol.ipynb #abd60af1
+import pandas as pd
+
 from ..scans.recipe import Recipe
 from .plans import Study
 from .preset import Preset, settings_of
@@ -52,10 +54,10 @@ def _weights(preset, rows):
             f"with a and is gone after b; the teacher's decay is {preset.settings.decay:g}.")
 
 def protocol(
-    preset:Preset, # of every row
-    study:Study,   # which rows
-    found:list,    # (row, run)
-    parts:dict     # who is in which part, with the fewest labelled subjects
+    preset:Preset,     # of every row
+    study:Study,       # which rows
+    found:list,        # (row, run)
+    parts:pd.DataFrame # who is in which part, with the fewest labelled subjects
 )->list: # of lines
     "What was done, in the words of the settings"
     s,rows,runs = preset.settings,study.rows,[o for _,o in found]

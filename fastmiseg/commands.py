@@ -224,7 +224,7 @@ def settings_from(
     settings:Settings|str|Path|None=None, # `Settings`, a JSON or TOML file of them, or None
     **changes                             # fields of `Settings`
 )->Settings:
-    "Settings, and what is to be otherwise"
+    "Settings, with some of them changed"
     if settings is None: settings = Settings()
     elif not isinstance(settings, Settings): settings = Settings.from_file(settings)
     settings = settings.changed(**changes)
@@ -246,9 +246,9 @@ def resume_run(
     workers:int|None=None,  # processes that prepare slices
     say:Callable|None=None, # as for `train_run`
     cbs:list|None=None,     # callbacks beside the method's
-    **changes               # fields of `Settings` that are to be otherwise from here on, for instance more epochs
+    **changes               # fields of `Settings` that change from here on, for instance more epochs
 )->pd.DataFrame:            # scores; None in all processes but the first
-    "Go on with a training where it was interrupted; without changes it ends as if nobody had disturbed it"
+    "Go on with a training where it was interrupted; without changes it ends as if it had never been interrupted"
     run,c = Path(run),_config(run)
     if 'folds' in c: return _resume_folds(run, c['folds'], workers, say, cbs, changes)
     if 'train' not in c:

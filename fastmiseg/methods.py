@@ -123,7 +123,7 @@ def register_installed():
     for o in entry_points(group='fastmiseg'):
         try: o.load()
         except Exception as e:
-            raise ImportError(f'{o.value}: is to be imported with fastmiseg, as {o.dist.name} says in its entry '
-                              f'points, and cannot be ({type(e).__name__}: {e}); mend it, or uninstall it') from e
+            raise ImportError(f'{o.value}: cannot be imported, and {o.dist.name} names it in its entry points '
+                              f'({type(e).__name__}: {e}); repair or uninstall {o.dist.name}') from e
 
 register_installed()

@@ -112,7 +112,7 @@ def _timm_body(name, n_in, pretrained):
         hint = f'close are {near}' if near else 'timm.list_models() names those that exist'
         ours = ', '.join(map(repr, own_networks))
         raise ValueError(f"arch: {name!r} is neither {ours} nor a timm model; {hint}")
-    unfit = (f"arch: timm's {name!r} is no sequence of layers with shrinking maps, which `DynamicUnet` needs; "
+    unfit = (f"arch: timm's {name!r} is not a sequence of layers with shrinking maps, which `DynamicUnet` needs; "
              "choose a plain convolutional encoder")
     try: net = timm.create_model(name, features_only=True, pretrained=pretrained, in_chans=n_in)
     except (RuntimeError, AttributeError, AssertionError, TypeError): raise ValueError(unfit) from None

@@ -265,7 +265,7 @@ class _Shape:
     def pixels_per_program(self, wanted): return max(16, min(wanted, 8192//self.head['CP']))
 
     def blocks(self, images):
-        "Numbers of the first and behind the last image of each block"
+        "First image of each block, and the one after its last"
         step = max(1, _MOST//(self.S*(self.K + 1)*self.area))
         return [(i, min(i + step, images)) for i in range(0, images, step)]
 

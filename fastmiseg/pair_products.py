@@ -77,7 +77,7 @@ class _Lines:
         return L
 
     def blocks(self, width):
-        "First and behind the last of the images of all heads (S*N), such that `width` numbers to a pixel fit"
+        "First of the images of all heads (S*N), and the one after the last, such that `width` numbers to a pixel fit"
         total = self.S*self.N
         n = min(total, max(1, -(-total*self.area*width//_MOST)))
         return [(i*total//n, (i + 1)*total//n) for i in range(n)]

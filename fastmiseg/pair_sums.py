@@ -19,7 +19,7 @@ from .pair_kernels import on_cuda
 def wide(
     x: torch.Tensor, # any floating point
 ) -> torch.Tensor: # in the widest floating point of its device: float64, but float32 on Apple's mps, which has no other
-    "`x` in float64, for small things that are added up or taken the logarithm of"
+    "`x` in float64, for small values that are summed, or whose logarithm is taken"
     return x.float() if x.device.type == 'mps' else x.double()
 
 def at_least_float32(

@@ -133,7 +133,7 @@ class Preparation(Reading):
             df,parts = df.drop(columns='split'),{**parts, 'test':0}
         else: testing = df[:0].assign(split=None)
         if found := find_duplicates(df):
-            print(f'{len(found)} images are there under several subjects, and stay together')
+            print(f'{len(found)} images are listed under several subjects, and stay together')
         res = []
         for k in range(n):
             part = split_cohort(df, **parts, seed=seed, duplicates=found, folds=n, fold=k)
@@ -144,7 +144,7 @@ class Preparation(Reading):
     def recipe_for(self,
         df:pd.DataFrame # cohort with its column `split`
     )->Recipe:
-        "The recipe, with what is to be otherwise"
+        "The recipe, with what was asked for instead"
         one = lambda o: o[0] if isinstance(o, list) and len(o)==1 else o
         given = dict(size=one(self.size), spacing=one(self.spacing), classes=self.classes)
         given = {k:o for k,o in given.items() if o is not None}
@@ -155,7 +155,7 @@ class Preparation(Reading):
 
     @classmethod
     def usual(cls)->dict: # field -> value
-        "What holds where nothing is given"
+        "The default of each field"
         return {f.name:f.default for f in fields(cls)}
 
 # %% ../nbs/31_preparing.ipynb #4681b608

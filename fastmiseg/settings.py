@@ -216,5 +216,5 @@ def _read_toml(path):
     try: res = tomllib.loads(path.read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e: raise ValueError(f'{path}: is not TOML ({e})') from None
     try: return parse_json(json.dumps(res)) # the same bounds
-    except TypeError as e: raise ValueError(f'{path}: holds what no setting is ({e})') from None
+    except TypeError as e: raise ValueError(f'{path}: holds a value that no setting can have ({e})') from None
     except ValueError as e: raise ValueError(f'{path}: {e}') from None

@@ -161,7 +161,7 @@ def fit(
 # %% ../nbs/65_training.ipynb #1dfbd310
 def semisup_cbs(
     unlabeled=None, # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
-    **settings      # fields of `Settings` that are to be otherwise than usual, as method='paper'
+    **settings      # fields of `Settings` that differ from the default, as method='paper'
 )->list: # new callbacks, for the next fit
     "The callbacks of the recommended method; its base is `CrossEntropyDiceLoss` and `learn.paired_batch.passes = 2`"
     cbs = callbacks_of(Settings.from_dict(settings))

@@ -199,7 +199,7 @@ class Pool:
     def checked(self)->'Pool':
         "Itself; an error where T would leave every image as it is"
         if self.does_something(): return self
-        raise ValueError(f"T: {self} does nothing, so that there is nothing to learn from it. Give the recipe a flip "
+        raise ValueError(f"T: {self} does nothing, so there is nothing to learn from it. Give the recipe a flip "
                          "that the anatomy allows ('h', 'v' or 'hv'), or let T shift: T=RandomShifts(.5), "
                          "or fastmiseg-train --shift .5")
 

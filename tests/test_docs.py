@@ -144,7 +144,7 @@ def test_a_package_of_ones_own_registers_a_method(tmp_path):
     assert 'same-size: structures keep their size' in said
     own.write_text('import no_such_module')
     said = run('-c', 'import fastmiseg.methods').stderr
-    assert 'own_methods: is to be imported with fastmiseg, as own says in its entry points, and cannot be' in said
+    assert 'own_methods: cannot be imported, and own names it in its entry points' in said
 
 def test_the_example_of_a_transformation_changes_images(contributing):
     "On the images alone; maps stay where they are, and the pool can be added to others"

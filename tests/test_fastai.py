@@ -119,7 +119,7 @@ def test_predict_one_scan(trained, tiny):
 @pytest.mark.parametrize('cbs', [[], [ConsistencyCallback]])
 def test_mixed_labels_are_refused(tiny, mix, cbs):
     learn = new(tiny)
-    with pytest.raises(ValueError, match=f'{mix.__name__}: of fastai .* CopyPasteCallback'):
+    with pytest.raises(ValueError, match=f'{mix.__name__}: this callback of fastai .* CopyPasteCallback'):
         learn.fit(1, cbs=[mix(), *(o() for o in cbs)])
     learn.add_cb(mix())
     with pytest.raises(ValueError, match=mix.__name__): learn.fit_one_cycle(1)

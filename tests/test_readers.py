@@ -160,7 +160,7 @@ def test_csv_and_frame(tmp_path, monkeypatch):
     (tmp_path/'bad.csv').write_text('')
     with pytest.raises(CohortError, match='bad.csv: '): load_cohort(tmp_path/'bad.csv')
     (tmp_path/'twice.csv').write_text('image,scan\nsub/a.nii.gz,x\nsub/b.nii.gz,x\n')
-    with pytest.raises(CohortError, match="1 scan names are there twice, for example 'x': .*a.nii.gz and .*b.nii.gz; give each"): load_cohort(tmp_path/'twice.csv')
+    with pytest.raises(CohortError, match="1 scan name is given to several scans, for example 'x': .*a.nii.gz and .*b.nii.gz; give each"): load_cohort(tmp_path/'twice.csv')
 
 def test_nothing_recognised(tmp_path):
     with pytest.raises(CohortError, match=r'root=None: expected a folder with scans, a \.csv file or a DataFrame; name where the scans are'): load_cohort(None)

@@ -42,7 +42,7 @@ def test_settings_from_files(tmp_path):
         (tmp_path/'deep.toml').write_text('a = ' + '['*50 + ']'*50)
         with pytest.raises(ValueError, match='deep.toml: is nested more than 20 levels deep'): read_settings(tmp_path/'deep.toml')
         (tmp_path/'when.toml').write_text('lr = 2020-01-01')
-        with pytest.raises(ValueError, match='when.toml: holds what no setting is'): read_settings(tmp_path/'when.toml')
+        with pytest.raises(ValueError, match='when.toml: holds a value that no setting can have'): read_settings(tmp_path/'when.toml')
     (tmp_path/'bad.json').write_text('{')
     with pytest.raises(ValueError, match='bad.json: is not JSON'): read_settings(tmp_path/'bad.json')
     with pytest.raises(ValueError, match='none.json: cannot be read as settings'): read_settings(tmp_path/'none.json')
@@ -153,7 +153,7 @@ def test_another_method_has_what_is_usual_for_it():
     assert s.changed(lr=.1).to_dict()=={**s.to_dict(), 'lr':.1} and paper.changed(method='recommended')==s
 
 def test_recommended_callbacks():
-    "New ones at each call, those of the method that is named in one place, with what is to be otherwise"
+    "New ones at each call, those of the method that is named in one place, with what was asked for instead"
     one,two = semisup_cbs(),semisup_cbs([3,4], global_mi=.2)
     assert [type(o) for o in one]==[type(o) for o in two]==[type(o) for o in callbacks_of(Settings())]
     assert not {id(o) for o in one} & {id(o) for o in two}

@@ -39,8 +39,8 @@ def _instead_of(name):
 def _refuse_mixed_labels(learn, cbs):
     mixers,paired = [o for o in cbs if isinstance(o, MixHandler)],isinstance(learn.dls.train, PairedDL)
     if not mixers or not (paired or any(isinstance(o, SemiSupCallback) for o in cbs)): return
-    raise ValueError(f'{type(mixers[0]).__name__}: of fastai mixes images that have one label each, and knows nothing '
-                     'of masks; for boxes of images together with their masks take CopyPasteCallback, or '
+    raise ValueError(f'{type(mixers[0]).__name__}: this callback of fastai mixes images with one label each, and '
+                     'knows nothing of masks; for boxes of images together with their masks take CopyPasteCallback, or '
                      'PseudoLabelCallback(cutmix=...) for unlabelled ones')
 
 # %% ../../nbs/49_callback.install.ipynb #326599e2

@@ -93,7 +93,7 @@ def _begin(self:ResumeCallback):
 
 @patch
 def _forget_unfinished(self:ResumeCallback):
-    "A fit that was interrupted, or refused, is called again, and is no earlier one"
+    "A fit that was interrupted or refused is called again; it does not count as an earlier one"
     if not self._finished: self._plans.pop()
 
 # %% ../../nbs/59_callback.resume.ipynb #a9c4fcf6

@@ -161,7 +161,7 @@ def read_headers(
 def has_images(
     folder:str|Path # that may hold DICOM files
 )->bool:
-    "Are there DICOM images in it? Reports, presentation states and a DICOMDIR are none"
+    "Are there DICOM images in it? Reports, presentation states and a DICOMDIR do not count"
     try: names = _files(folder)
     except (OSError, ValueError): return True # reading it says what is wrong
     with warnings.catch_warnings():

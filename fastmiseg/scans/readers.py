@@ -70,8 +70,8 @@ def cohort_frame(
     df = df[first+[o for o in df if o not in first]].where(df.notna(), None)
     twice = df[df.scan.duplicated(keep=False)]
     if len(twice):
-        name = twice.scan.iloc[0]
-        raise CohortError(f'{twice.scan.nunique()} scan names are there twice, for example '
+        name,n = twice.scan.iloc[0],twice.scan.nunique()
+        raise CohortError(f'{n} scan name{"s are" if n>1 else " is"} given to several scans, for example '
                           f'{name!r}: {" and ".join(twice.image[twice.scan==name][:3])}; give each '
                           'scan a name of its own, or remove one')
     df['subject'] = pd.Series(map(plain_name, df.subject), df.index, dtype=object)

@@ -120,7 +120,7 @@ def _said_duplicates(df):
     if found:
         some = '; '.join(' = '.join(o) for o in found[:5]) + (' ...' if len(found)>5 else '')
         what = '1 image is' if len(found)==1 else f'{len(found)} images are'
-        warnings.warn(f'{what} there under several subjects, which are kept together in the split: '
+        warnings.warn(f'{what} listed under several subjects, which are kept together in the split: '
                       f'{some}',
                       stacklevel=3)
     return found

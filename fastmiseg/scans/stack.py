@@ -55,7 +55,7 @@ def _some(o, n=3):
     return ', '.join(list(o)[:n]) + (', ...' if len(o)>n else '')
 
 def _check_copies(frames):
-    "Raise if one slice is there twice"
+    "Raise if a slice is duplicated"
     seen = {}
     for f in frames:
         uid = f.ds.get('SOPInstanceUID')
@@ -103,7 +103,7 @@ def _phases(frames):
     twice = [str(f) for f in frames if place[id(f)]==worst]
     raise ValueError(f'{len(frames)} slices are at {len(count)} places: {count[worst]} are at one '
                      f'({_some(twice)}) and nothing tells them apart (their '
-                     f'{tag_name("ImagePositionPatient")} is the same): remove what is there twice, '
+                     f'{tag_name("ImagePositionPatient")} is the same): remove the duplicates, '
                      'or export the phases as series of their own')
 
 # %% ../../nbs/09_scans.stack.ipynb #8fc155ac
@@ -191,7 +191,7 @@ def _step(frames, z, half):
     if not usual>0 or not rounded and abs(steps[worst]-usual)>.01*usual:
         raise ValueError(f'slices are {usual:g} mm apart, but {steps[worst]:g} mm between '
                          f'{frames[worst]} and {frames[worst+1]} (their '
-                         f'{tag_name("ImagePositionPatient")}): a slice is missing or there twice; '
+                         f'{tag_name("ImagePositionPatient")}): a slice is missing or duplicated; '
                          'export the series again')
     even = np.abs(steps-usual).max()<1e-6*usual
     fit = float((z[-1]-z[0])/(n-1) if even else np.polyfit(np.arange(n), z, 1)[0])
@@ -240,7 +240,7 @@ def _stated(frame, step):
 def stack_frames(
     frames:list # `DicomFrame`s of one volume, in any order
 )->tuple:       # Frames; steps (3,3) in mm, a column for each of x, y, z; origin (x,y,z) in mm; notes
-    "Frames in order, where they lie, and what was odd; raises a `ValueError` if they are no grid"
+    "Frames in order, where they lie, and what was odd; raises a `ValueError` if they do not form a grid"
     _check_alike(frames)
     found = [f.numbers('ImagePositionPatient', 3) for f in frames]
     at = np.array([v for v,_ in found])

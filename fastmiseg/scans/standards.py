@@ -73,7 +73,7 @@ def _nnunet_channel(channels, channel, file):
 def _enter(files, key, path):
     "One file for each case and channel"
     if key in files:
-        raise CohortError(f'{path}: is there twice, for {files[key]} has the same name; keep one')
+        raise CohortError(f'{path}: has the same name as {files[key]}; keep one')
     files[key] = str(path)
 
 @layout('nnunet', "nnU-Net's raw data: `dataset.json`, `imagesTr` with files like `CASE_0000.nii.gz`, "

@@ -157,7 +157,10 @@ class Augment(RandTransform):
             if not 0<=o<=1: raise ValueError(f'{k}: got {o}, expected the share of the images, in 0..1')
 
     @classmethod
-    def from_recipe(cls, recipe):
+    def from_recipe(cls,
+        recipe # `Recipe` of the images
+    )->'Augment':
+        "What a recipe says of the training"
         r = recipe
         return cls(r.crop, r.rotate, r.flip, r.jitter, r.scale, r.elastic, **r.shares)
 

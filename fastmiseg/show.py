@@ -45,8 +45,8 @@ def _legend_below(ax, classes):
               columnspacing=1, loc='upper left', bbox_to_anchor=(0,0), borderaxespad=.2)
 
 def show_slice(
-    x,                            # (C,H,W), tensor or array; the first channel is shown
-    y=None,                       # mask (H,W), drawn as contours
+    x,                            # (C,H,W), anything that NumPy reads; the first channel is shown
+    y=None,                       # mask (H,W), anything that NumPy reads; drawn as contours
     ax:Axes|None=None,            # matplotlib axis; a new one by default
     classes:list|tuple|None=None, # names, background first, for a legend under the slice
     title:str|None=None           # above it

@@ -1,8 +1,8 @@
 "The site is whole and needs no network, and every public name is documented"
-import os, re, sys
+import importlib, inspect, os, re, sys
 from pathlib import Path
 
-import pytest
+import plum, pytest
 
 root = Path(__file__).parents[1]
 sys.path.insert(0, str(root/'docs'))
@@ -18,6 +18,50 @@ def undocumented():
 def test_every_public_name_is_documented(undocumented):
     "A docstring, and a comment beside each parameter"
     assert not undocumented, f'public, but not documented: {undocumented}'
+
+def functions(n):
+    "(name, function) of a public function that does not dispatch, or of the constructor and public methods of a class"
+    o = n.value()
+    if isinstance(o, plum.Function): return
+    if inspect.isfunction(inspect.unwrap(o)): yield n.name,inspect.unwrap(o)
+    for k in vars(o) if inspect.isclass(o) else ():
+        m = getattr(o, k, None)
+        m = inspect.unwrap(getattr(m, '__func__', m))
+        inherits = any(k in vars(base) for base in o.__mro__[1:])
+        if inspect.isfunction(m) and (k=='__init__' or k[0]!='_' and not inherits): yield f'{n.name}.{k}',m
+
+def takes_anything(comment, module):
+    "Does it say so? Or is it of a class that its room does not know? Nothing is imported for an annotation alone"
+    unknown = [o for o in re.findall(r'`([A-Z]\w+)`', comment) if not hasattr(module, o)]
+    return bool(unknown or re.search(r'\b(anything|object|items)\b', comment, re.I))
+
+def untyped(n):
+    """Parameters without a type, of one public name. Left out are methods that a base class has too, which says the
+    types, and annotations that do something: those of commands convert options, those of transforms dispatch"""
+    module = importlib.import_module(f'fastmiseg.{n.module}')
+    for name,f in functions(n):
+        if n.module=='cli' or f.__name__ in ('encodes','decodes'): continue
+        said = reference.documented(f)
+        for k,p in inspect.signature(f).parameters.items():
+            bare = p.annotation is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+            comment = said[k].docment or '' if k in said else ''
+            if bare and k not in ('self','cls') and not takes_anything(comment, module): yield f'{n.module}.{name}: {k}'
+
+def test_parameters_of_public_functions_have_types():
+    found = [o for n in names for o in untyped(n)]
+    assert not found, 'no type: '+'; '.join(found)
+
+@pytest.mark.parametrize('comment,anything', [('anything', True), ('an object', True), ('items or a `DataLoader`', True),
+    ('a `Segmenter`', True), ('a `Tensor`', False), ('of anyone', False), ('', False)])
+def test_what_takes_anything_says_so(comment, anything):
+    from types import SimpleNamespace
+    assert takes_anything(comment, SimpleNamespace(Tensor=1))==anything
+
+def test_a_parameter_without_a_type_is_found(monkeypatch):
+    from fastmiseg import files
+    def read_json(path, depth:int=20): pass
+    monkeypatch.setattr(files, 'read_json', read_json)
+    assert list(untyped(next(n for n in names if n.module=='files' and n.name=='read_json')))==['files.read_json: path']
 
 @pytest.fixture(scope='module')
 def built(tmp_path_factory):

@@ -258,7 +258,7 @@ def state_dict(self:PairedBatchCallback)->dict:
                 methods=[r.state_dict() for r in self.attached()], stream=self.stream and self.stream.state_dict())
 
 @patch
-def load_state_dict(self:PairedBatchCallback, sd, methods=None):
+def load_state_dict(self:PairedBatchCallback, sd:dict, methods:list|None=None):
     self.generator.set_state(sd['generator'].cpu())
     self.heads.load_state_dict(sd['heads'])
     for r,o in zip(methods or self.attached(), sd['methods']): r.load_state_dict(o)

@@ -83,7 +83,7 @@ def _name(item):
     return str(item) if isinstance(item, (str,int,Path)) else ''
 
 def items_in_words(
-    ds # data set, or a list
+    ds # anything with items: a data set, or a list
 )->str:
     "Which items a data set has"
     items = ds if isinstance(ds, pd.DataFrame) else getattr(ds, 'items', ds)

@@ -94,7 +94,7 @@ _n_sum = 8 # bytes of the checksum: eight digits
 def _checksum(data): return f'{zlib.crc32(data):08x}'.encode()
 
 def save_state(
-    state,        # what `plain` can keep
+    state,        # anything that `plain` can keep
     path:str|Path # of the file
 ):
     "Write a checkpoint, whole or not at all"

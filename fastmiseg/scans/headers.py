@@ -71,7 +71,7 @@ def tag_name(
     return f'{keyword} ({tag>>16:04x},{tag&0xffff:04x})'
 
 def text_of(
-    v # A value, or several
+    v # Anything that a header holds
 )->str:
     "As DICOM writes it"
     if isinstance(v, (list,tuple,pydicom.multival.MultiValue)): return '\\'.join(map(text_of, v))

@@ -102,17 +102,17 @@ class Placement:
 # %% ../../nbs/21_scans.placement.ipynb #09bba759
 @patch
 def forward(self:Placement,
-    a,            # (z,y,x) on the scan's grid
-    nearest=False # Nearest neighbour, for masks; else linear
-)->np.ndarray:    # (n,H,W), 0 outside the scan
+    a:np.ndarray,      # (z,y,x) on the scan's grid
+    nearest:bool=False # Nearest neighbour, for masks; else linear
+)->np.ndarray:         # (n,H,W), 0 outside the scan
     "Voxels on the grid of the slices"
     return _warp(self._planes(a), self.scale, self.shift, self.size, nearest)
 
 @patch
 def inverse(self:Placement,
-    pred,       # (n,H,W), or (n,K,H,W) for K classes; integers: nearest neighbour, floats: linear
-    fill=0      # Value beyond the slices of an (n,H,W)
-)->np.ndarray:  # (z,y,x), or (K,z,y,x); beyond the slices lies background: 0, or probability 1 of class 0
+    pred:np.ndarray, # (n,H,W), or (n,K,H,W) for K classes; integers: nearest neighbour, floats: linear
+    fill:float=0     # Value beyond the slices of an (n,H,W)
+)->np.ndarray:       # (z,y,x), or (K,z,y,x); beyond the slices lies background: 0, or probability 1 of class 0
     "Predictions for all slices, back on the scan's own grid"
     pred = np.asarray(pred)
     if pred.ndim not in (3,4) or len(pred)!=self.n or pred.shape[-2:]!=tuple(self.size):
@@ -138,7 +138,7 @@ def share(self:Placement)->float:
 
 @patch
 def beyond(self:Placement,
-    a # (z,y,x) on the scan's grid, such as a mask
+    a:np.ndarray # (z,y,x) on the scan's grid, such as a mask
 )->np.ndarray: # the same, 0 wherever the slices are
     "What lies outside of the slices"
     a,held = a.copy(),[]
@@ -150,7 +150,7 @@ def beyond(self:Placement,
 
 @patch
 def covers(self:Placement,
-    a     # (z,y,x) on the scan's grid, such as a mask
+    a:np.ndarray # (z,y,x) on the scan's grid, such as a mask
 )->bool:
     "Do the slices hold everything in `a` that is not 0?"
     return not self.beyond(a).any()

@@ -29,7 +29,7 @@ class CohortError(ValueError):
     "A cohort that cannot be used; the message names the folder, file or argument, and what to do"
 
 def plain_name(
-    o # as a table has it
+    o # anything that a table holds
 )->str:
     "A person's name: accents composed in one way, no blanks around it, 7 and not 7.0"
     if isinstance(o, float) and o.is_integer(): o = int(o)

@@ -11,6 +11,7 @@ __all__ = ['Recipe']
 # %% ../../nbs/23_scans.recipe.ipynb #28d12c08
 import json, warnings
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -262,7 +263,7 @@ def limits(self:Recipe,
 def local_limits(self:Recipe,
     vol:Volume,      # The scan
     where:Placement, # Of its slices
-    fov              # Rows and columns of a window, mm
+    fov:tuple        # Rows and columns of a window, mm
 )->list:             # [(lo, hi)] of each channel
     "Limits as a scan of a smaller field of view would have them: the outermost of all windows of that size"
     if self.window: return self.limits(vol)
@@ -283,10 +284,10 @@ def local_limits(self:Recipe,
 # %% ../../nbs/23_scans.recipe.ipynb #0d84be3b
 @patch
 def slices(self:Recipe,
-    vol:Volume,  # The scan
-    limits=None, # [(lo, hi)] of each channel, where more than this scan decides
-    where:Placement=None # From `place`, where it is not the usual one
-)->tuple:        # float32 (n,C,H,W) in 0..1, and their `Placement`
+    vol:Volume,            # The scan
+    limits:list|None=None, # [(lo, hi)] of each channel, where more than this scan decides
+    where:Placement=None   # From `place`, where it is not the usual one
+)->tuple:                  # float32 (n,C,H,W) in 0..1, and their `Placement`
     "The slices of a scan, and where they lie"
     where,a = where or self.place(vol),_channels(vol, self.channels)
     out = np.empty((where.n, self.channels, *where.size), np.float32)
@@ -315,10 +316,10 @@ def _undeclared(a, path, recipe):
 
 @patch
 def masks(self:Recipe,
-    vol:Volume,      # The mask as its file holds it (`read_volume`)
-    where:Placement, # Of its scan, from `slices`
-    image=None       # The scan's file, for messages
-)->np.ndarray:        # uint8 (n,H,W), class indices
+    vol:Volume,         # The mask as its file holds it (`read_volume`)
+    where:Placement,    # Of its scan, from `slices`
+    image:str|None=None # The scan's file, for messages
+)->np.ndarray:          # uint8 (n,H,W), class indices
     "Mask slices that lie exactly over the image slices"
     a,path = vol.array,vol.path or 'the mask'
     if a.ndim!=3: raise VolumeError(f'{path}: the mask has shape {a.shape}, expected one value per voxel')
@@ -329,24 +330,24 @@ def masks(self:Recipe,
 
 # %% ../../nbs/23_scans.recipe.ipynb #894c5d7c
 @patch(cls_method=True)
-def acdc(cls:Recipe):
+def acdc(cls:Recipe)->Recipe:
     "ACDC, section 4.1: 1 mm, percentiles of each patient, crop 384, training crops 224, rotations to 45 degrees"
     return cls(spacing=1, size=384, per='subject', classes=('background','RV','Myo','LV'), crop=224, rotate=45.,
                flip='hv', jitter=.3)
 
 @patch(cls_method=True)
-def promise12(cls:Recipe):
+def promise12(cls:Recipe)->Recipe:
     "PROMISE12, section 4.1: resized to 256, rotations to 10 degrees; all else as ACDC, so training crops of 224"
     return cls(size=256, fit='resize', classes=('background','prostate'), crop=224, rotate=10., flip='hv', jitter=.3)
 
 @patch(cls_method=True)
-def spleen(cls:Recipe):
+def spleen(cls:Recipe)->Recipe:
     "Spleen (Decathlon task 9), section 4.1: axial, resized to 512, training crops 256, left-right flips; our window"
     return cls(size=512, fit='resize', window=(-160,240), axis=0, classes=('background','spleen'), crop=256, rotate=10.,
                flip='h', jitter=.3)
 
 @patch(cls_method=True)
-def mmwhs(cls:Recipe):
+def mmwhs(cls:Recipe)->Recipe:
     "MMWHS CT, section 4.1: 1 mm, centre crop 256, all else as ACDC; axial slices are our reading"
     classes = ('background','LV myocardium','left atrium','left ventricle','right atrium','right ventricle',
                'ascending aorta','pulmonary artery')
@@ -354,7 +355,7 @@ def mmwhs(cls:Recipe):
                crop=224, rotate=45., flip='hv', jitter=.3)
 
 @patch(cls_method=True)
-def hippocampus(cls:Recipe):
+def hippocampus(cls:Recipe)->Recipe:
     "Hippocampus (Decathlon task 4), not in the paper"
     # axial slices of 64 by 48 hold every released scan whole and go through four poolings; left and right mirror each
     # other; random crops are half as large, for twice the share of hippocampus
@@ -397,12 +398,13 @@ def _classes(df, seen, names):
 # %% ../../nbs/23_scans.recipe.ipynb #bf73dac5
 @patch(cls_method=True)
 def auto(cls:Recipe,
-    df:pd.DataFrame, # Cohort: `image`, and where there are any `mask` and `split`
-    size=None,       # (H,W) of the slices or one number, instead of what holds the largest field of view
-    spacing=None,    # (row, column) mm or one number, instead of the median (or what fits into a given `size`)
-    classes=None,    # Names, instead of the cohort's
-    augment='light', # Or 'strong'; see `Recipe`
-    max_scans=64     # How many training scans to look at, spread over the cohort
+    df:pd.DataFrame,              # Cohort: `image`, and where there are any `mask` and `split`
+    size:tuple|int|None=None,     # (H,W) of the slices or one number, instead of what holds the largest field of view
+    # (row, column) mm or one number, instead of the median (or what fits into a given `size`)
+    spacing:tuple|float|None=None,
+    classes:list|tuple|None=None, # Names, instead of the cohort's
+    augment:str='light',          # Or 'strong'; see `Recipe`
+    max_scans:int=64              # How many training scans to look at, spread over the cohort
 )->Recipe:
     "A recipe that fits a cohort"
     train = df[~df['split'].isin(['valid','test'])] if 'split' in df else df
@@ -424,9 +426,9 @@ _presets = ('acdc','promise12','spleen','mmwhs','hippocampus')
 
 @patch(cls_method=True)
 def named(cls:Recipe,
-    recipe,               # a `Recipe`, 'auto', the name of a preset, or a JSON file with the arguments of `Recipe`
-    df:pd.DataFrame=None, # cohort, for 'auto' and for the classes of a recipe that names none
-    **kwargs              # for `auto`
+    recipe:Recipe|str|Path, # a `Recipe`, 'auto', the name of a preset, or a JSON file with the arguments of `Recipe`
+    df:pd.DataFrame=None,   # cohort, for 'auto' and for the classes of a recipe that names none
+    **kwargs                # for `auto`
 )->Recipe:
     "A recipe from itself, by name, from a file, or from the scans"
     if isinstance(recipe, str) and recipe=='auto': return cls.auto(df, **kwargs)

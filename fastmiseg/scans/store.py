@@ -278,10 +278,10 @@ def _scans(rows, images, masks):
 
 @patch
 def prepare(self:SliceStore,
-    df,             # Cohort: `subject`, `scan`, `image`, and where there are any `mask` and `split`
-    workers=None,   # Processes; 0 works in this one; None: one per core, at most 8
-    progress=True,  # Show a bar?
-    skip_bad=False  # Leave out scans that cannot be used (see `problems`), instead of raising?
+    df:pd.DataFrame,       # Cohort: `subject`, `scan`, `image`, and where there are any `mask` and `split`
+    workers:int|None=None, # Processes; 0 works in this one; None: one per core, at most 8
+    progress:bool=True,    # Show a bar?
+    skip_bad:bool=False    # Leave out scans that cannot be used (see `problems`), instead of raising?
 )->SliceStore:
     "Prepare what is not prepared yet, and open the store for this cohort"
     rows,index,groups = _rows(df),_Index(self.dir),{}

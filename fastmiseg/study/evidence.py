@@ -187,8 +187,8 @@ def _keep_scans(self:Evidence, old, now):
 # %% ../../nbs/75_study.evidence.ipynb #0dc1bb73
 @patch
 def merge(self:Evidence,
-    other # folder of the evidence of another machine; it is only read
-)->int:   # how many runs are new
+    other:str|Path # folder of the evidence of another machine; it is only read
+)->int:            # how many runs are new
     "Add the runs of another folder that are not here"
     them = Evidence(other)
     lines = dict(zip((o['id'] for o in them.runs()), _lines(them._runs)))

@@ -115,7 +115,8 @@ def _in_all_processes(learn, s):
     if not rank and not s.sync_bn and any(isinstance(o, _BatchNorm) for o in learn.model.modules()):
         print(f'{n} processes: each normalises with the statistics of its own part of a batch (BatchNorm)'
               + ('' if on_cpu else '; sync_bn=True takes those of all'))
-    with (sync_batchnorm(learn.model) if s.sync_bn else nullcontext(), learn.distrib_ctx(sync_bn=False, cpu=on_cpu)): yield
+    with (sync_batchnorm(learn.model) if s.sync_bn else nullcontext(),
+          learn.distrib_ctx(sync_bn=False, cpu=on_cpu)): yield
 
 # %% ../nbs/65_training.ipynb #3588a2e0
 def fit(

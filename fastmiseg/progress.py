@@ -70,9 +70,9 @@ def lines_instead_of_bars(
         for k,o in own.items(): setattr(bar, k, o)
 
 # %% ../nbs/80_progress.ipynb #ac27053f
-def _shorter(size, seconds):
-    "What half as large slices would save, where that is worth a word"
-    if seconds<3600 or min(size)<128: return ''
+def _shorter(size, seconds, step):
+    "What half as large slices would save, where the training is long, or its steps are (a first try has few)"
+    if min(size)<128 or seconds<3600 and step<5: return ''
     small = 16*round(max(size)/32)
     return f'; with --size {small} about {span(seconds*small**2/(size[0]*size[1]))}'
 
@@ -105,7 +105,8 @@ class EpochLines(Callback):
         if now.begin is None and self._seen()>=3: now.begin,now.steps = time.monotonic(),0
         elif now.begin is not None:
             now.steps += 1
-            if now.steps>=5 and time.monotonic()-now.begin>=self.first: self._estimate()
+            gone = time.monotonic()-now.begin
+            if now.steps>=5 and gone>=self.first or gone>=3*self.first: self._estimate()
 
     def _seen(self):
         self.now.steps += 1
@@ -119,7 +120,7 @@ class EpochLines(Callback):
         seconds = (time.monotonic()-now.begin)/now.steps*left
         size = tuple(self.learn.xb[0].shape[-2:])
         self._tell(f'about {span(seconds)} to go on this machine ({1000*seconds/left:.0f} ms a step), '
-                   f'{peak_memory()/2**30:.1f} GB of memory so far{_shorter(size, seconds)}')
+                   f'{peak_memory()/2**30:.1f} GB of memory so far{_shorter(size, seconds, seconds/left)}')
 
     def after_train(self):
         if self.now.on and not self.now.told and self.now.begin is not None and self.now.steps>=5: self._estimate()

@@ -156,6 +156,12 @@ def contributing():
     exec('from fastmiseg.all import *', names)
     return lambda heading: (exec(examples('CONTRIBUTING.md')[heading], names), names)[1]
 
+def test_names_live_where_the_page_says():
+    found = re.findall(r'`(\w+)` \(in `([\w.]+)`\)', (root/'CONTRIBUTING.md').read_text(encoding='utf-8'))
+    assert len(found)>2
+    for name,room in found:
+        assert getattr(importlib.import_module(f'fastmiseg.{room}'), name).__module__==f'fastmiseg.{room}'
+
 def test_the_example_of_a_method_runs(contributing):
     import torch
     from types import SimpleNamespace

@@ -41,7 +41,7 @@ prepare: $(SETUP)
 
 bench: $(SETUP)
 	for f in mutual_info step network; do OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/$$f.py || exit 1; done
-	for f in data prepare metrics; do (echo "Made by \`python benchmarks/$$f.py\`" && echo && $(BIN)/python -W ignore benchmarks/$$f.py) > benchmarks/$$f.tmp && mv benchmarks/$$f.tmp benchmarks/$$f.md || exit 1; done
+	for f in data prepare metrics checksums; do (echo "Made by \`python benchmarks/$$f.py\`" && echo && $(BIN)/python -W ignore benchmarks/$$f.py) > benchmarks/$$f.tmp && mv benchmarks/$$f.tmp benchmarks/$$f.md || exit 1; done
 
 gpu:
 	bash benchmarks/gpu.sh $(if $(OUT),"$(OUT)",gpu-results)

@@ -27,7 +27,7 @@ def seconds(f, repeats):
 
 def slices(d, n, repeats):
     "Seconds for preparing, for verifying, and for reading every slice once afterwards; and how many MB they are"
-    df = split_cohort(make_phantom(d/'scans', n_subjects=n), labeled=n//2, valid=n//4)
+    df = split_cohort(make_phantom(d/'scans', n_subjects=n), labeled=n//2, valid=n//4, show=False)
     recipe = Recipe(spacing=1, size=224, classes=df.attrs['classes'])
     prepare = lambda to: SliceStore(to, recipe).prepare(df, workers=0, progress=False)
     took = seconds(lambda: prepare(d/f'{time.time_ns()}'), 1)

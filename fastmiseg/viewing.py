@@ -7,6 +7,7 @@ __all__ = ['ScanPicture', 'legend_below', 'numbered_classes', 'plot_volume', 'pl
 
 # %% ../nbs/70_viewing.ipynb #1efbb2b9
 from dataclasses import dataclass
+from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +18,7 @@ from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from nibabel import io_orientation
 
 from .scans.placement import Placement
 from .scans.recipe import Recipe
@@ -264,6 +266,8 @@ def _nifti(vol, folder):
     write_volume(vol, file)
     return file.read_bytes()
 
+def _small(mask): return mask.astype(np.uint8 if mask.max(initial=0)<256 else np.uint16)
+
 def _label_colors(classes):
     "The colours of the classes as NiiVue wants them: red, green, blue and opacity, 0..255"
     rgb = [[round(255*v) for v in to_rgb(class_color(c))] for c in range(len(classes))]
@@ -271,35 +275,79 @@ def _label_colors(classes):
     n = len(classes)
     return dict(R=R, G=G, B=B, A=[0]+[255]*(n-1), I=list(range(n)), labels=list(map(str, classes)))
 
-def _sliders(overlays):
-    "A slider of opacity for each overlay"
-    import ipywidgets as w
-    sliders = [w.FloatSlider(value=o.opacity, min=0, max=1, step=.05, description=o.name) for o in overlays]
-    for s,o in zip(sliders, overlays): w.link((s,'value'), (o,'opacity'))
-    return w.HBox(sliders)
+def _middle(vol, overlays):
+    "The middle of what is drawn, as NiiVue counts: 0 to 1 from left, posterior and inferior, along the voxels' axes"
+    drawn = next((o for o in overlays if o.array.any()), None)
+    if drawn is None: return [.5]*3
+    def to_world(o): return np.reshape(o.direction, (3,3))*o.spacing[::-1]
+    index = np.argwhere(drawn.array).mean(0)[::-1] # (x,y,z)
+    point = to_world(drawn)@index + drawn.origin
+    share = (np.linalg.solve(to_world(vol), point-vol.origin)+.5)/vol.shape[::-1]
+    place = io_orientation(np.diag([-1,-1,1,1])@np.block([[to_world(vol), np.zeros((3,1))], [np.eye(4)[3:]]]))
+    found = np.empty(3)
+    for f,(axis,sign) in zip(share, place): found[int(axis)] = f if sign>0 else 1-f
+    return np.clip(found, 0, 1).tolist()
 
+# %% ../nbs/70_viewing.ipynb #a3aca2e8
+_look = dict(is_radiological_convention=True, show_all_orientation_markers=True, font_color=(1.,1.,1.,1.),
+             multiplanar_pad_pixels=14, crosshair_gap=8.,
+             # keys that a notebook has uses of its own for
+             clip_plane_hot_key='', cycle_clip_plane_hot_key='', view_mode_hot_key='')
+
+def _color_key(classes):
+    "What the colours mean, in HTML"
+    return ' &emsp; '.join(f'<span style="color:{class_color(c)}">&#9632;</span> {escape(str(o))}'
+                           for c,o in enumerate(classes) if c)
+
+def _at_crosshair(place, layers, classes):
+    "In words: where the crosshair is, the intensity, and the class in each of mask and prediction"
+    first,*labels = (o['value'] for o in place['values'])
+    mm = ', '.join(f'{abs(v):.0f} {names[v<0]}' for v,names in zip(place['mm'], ('RL','AP','SI')))
+    def name(v): return classes[int(v)] if 0<=v<len(classes) else f'class {v:g}'
+    found = [f'{layer}: {name(v)}' for layer,v in zip(layers, labels)]
+    return escape('; '.join([f'at the crosshair ({mm} mm): intensity {first:.4g}', *found]))
+
+def _with_controls(viewer, layers, classes):
+    "The viewer above its controls"
+    from ipyniivue import SliceType
+    import ipywidgets as w
+    wide = w.Layout(width='260px')
+    sliders = [w.FloatSlider(value=o.opacity, min=0, max=1, step=.05, description=name, layout=wide)
+               for o,name in zip(viewer.volumes, ['scan',*layers])]
+    for s,o in zip(sliders, viewer.volumes): w.link((s,'value'), (o,'opacity'))
+    views = {'planes and body':SliceType.MULTIPLANAR, 'axial':SliceType.AXIAL, 'coronal':SliceType.CORONAL,
+             'sagittal':SliceType.SAGITTAL, 'body':SliceType.RENDER}
+    view = w.Dropdown(options=views, description='view', layout=wide)
+    view.observe(lambda change: viewer.set_slice_type(change['new']), 'value')
+    words = w.HTML('click or scroll in a slice to move the crosshair; drag the body to turn it')
+    viewer.on_location_change(lambda place: setattr(words, 'value', _at_crosshair(place, layers, classes)))
+    return w.VBox([viewer, w.HTML(_color_key(classes) if layers else ''), words,
+                   w.HBox([view,*sliders], layout=w.Layout(flex_flow='row wrap'))])
+
+# %% ../nbs/70_viewing.ipynb #75eb9b45
 def view_scan(
     scan:str|Path|Volume,                      # path or `Volume`
     mask:str|Path|Volume|np.ndarray|None=None, # path, `Volume` or array (z,y,x) of class indices
     pred:str|Path|Volume|np.ndarray|None=None, # the same for the prediction
     classes:list|tuple|None=None,              # names, background first; default: numbers
     height:int=500                             # of the viewer, in pixels
-): # a widget: the viewer, and a slider for each of mask and prediction
+): # a widget: the viewer, what the colours mean, what is at the crosshair, and sliders of opacity
     "A scan in the notebook that one can scroll and turn, with its mask and a prediction on it"
     if find_spec('ipyniivue') is None:
         raise ImportError("view_scan needs the package ipyniivue, which is not installed: "
                           "pip install 'fastmiseg[viewer]', then restart the notebook's kernel")
-    from ipyniivue import NiiVue, ShowRender, SliceType
-    from ipywidgets import VBox
+    from ipyniivue import MultiplanarType, NiiVue, ShowRender, SliceType
     vol = _volume(scan)
     first,lo,hi = _window(vol)
     overlays = {k:_mask(o, vol) for k,o in dict(mask=mask, prediction=pred).items() if o is not None}
     if classes is None: classes = numbered_classes([o.array for o in overlays.values()])
-    viewer = NiiVue(height=height, multiplanar_show_render=ShowRender.ALWAYS, slice_type=SliceType.MULTIPLANAR)
+    viewer = NiiVue(height=height, **_look, slice_type=SliceType.MULTIPLANAR, multiplanar_layout=MultiplanarType.GRID,
+                    multiplanar_show_render=ShowRender.ALWAYS)
     with TemporaryDirectory() as tmp:
         layers = [dict(name='scan.nii.gz', data=_nifti(vol.like(first), tmp), colormap='gray', cal_min=lo, cal_max=hi)]
-        layers += [dict(name=f'{k}.nii.gz', data=_nifti(o.like(o.array.astype(np.uint8)), tmp), opacity=.5)
+        layers += [dict(name=f'{k}.nii.gz', data=_nifti(o.like(_small(o.array)), tmp), opacity=.5)
                    for k,o in overlays.items()]
     viewer.load_volumes(layers)
     for o in viewer.volumes[1:]: o.set_colormap_label(_label_colors(classes))
-    return VBox([viewer, _sliders(viewer.volumes[1:])])
+    viewer.scene.crosshair_pos = _middle(vol, overlays.values())
+    return _with_controls(viewer, list(overlays), classes)

@@ -27,7 +27,7 @@ def test_image_mask_and_prediction_are_handed_over_in_their_own_geometry(tmp_pat
     pytest.importorskip('ipyniivue', reason='ipyniivue is not installed')
     scan,mask,pred = files(tmp_path)
     for given in ([tmp_path/f'{k}.nii.gz' for k in ('scan','mask','pred')], [scan,mask,pred]):
-        viewer,sliders = view_scan(*given, classes=['background','RV','LV']).children
+        viewer = view_scan(*given, classes=['background','RV','LV']).children[0]
         assert [o.name for o in viewer.volumes]==['scan.nii.gz','mask.nii.gz','prediction.nii.gz']
         for o,vol in zip(viewer.volumes, (Volume(scan.array[0], *geometry(scan)), mask, pred)):
             im = handed(o)
@@ -46,14 +46,48 @@ def affine_of(vol):
 def test_masks_have_the_colours_of_their_classes_and_a_slider(tmp_path):
     pytest.importorskip('ipyniivue', reason='ipyniivue is not installed')
     scan,mask,_ = files(tmp_path)
-    viewer,sliders = view_scan(scan, mask.array).children
+    viewer,key,_,controls = view_scan(scan, mask.array).children
     image,overlay = viewer.volumes
     assert image.cal_min<image.cal_max and image.colormap=='gray'
     lut = np.reshape(overlay.colormap_label.lut, (-1,4))
     assert lut[0,3]==0 and overlay.colormap_label.labels==['background','class 1','class 2']
     for c in (1,2): assert lut[c].tolist()==[*np.round(255*np.array(to_rgb(class_color(c)))).astype(int), 255]
-    sliders.children[0].value = .2
-    assert overlay.opacity==pytest.approx(.2)
+    for c in (1,2): assert f'{class_color(c)}">&#9632;</span> class {c}' in key.value
+    view,*sliders = controls.children
+    assert [o.description for o in sliders]==['scan','mask']
+    sliders[1].value = .2
+    assert (image.opacity,overlay.opacity)==pytest.approx((1,.2))
+    view.value = view.options['axial']
+    assert viewer.opts.slice_type==view.options['axial']
+
+@pytest.mark.parametrize('turn', [np.eye(3), np.diag([-1.,1,-1]), np.eye(3)[[1,2,0]], np.reshape(rotated, (3,3))])
+def test_the_viewer_opens_in_the_middle_of_the_mask_with_the_sides_of_the_plots(tmp_path, turn):
+    pytest.importorskip('ipyniivue', reason='ipyniivue is not installed')
+    vol = Volume(np.random.rand(4,6,10).astype(np.float32), (5.,1.5,1.), (10.,-20.,30.), tuple(turn.ravel()))
+    mask = np.zeros(vol.shape, np.uint8)
+    mask[1,4,7] = 1
+    viewer = view_scan(vol, mask).children[0]
+    drawn = nibabel.as_closest_canonical(handed(viewer.volumes[1])) # right, anterior, superior, as NiiVue turns it
+    where = np.argwhere(drawn.get_fdata())[0]
+    np.testing.assert_allclose(viewer.scene.crosshair_pos, (where+.5)/drawn.shape, atol=1e-6)
+    assert viewer.opts.is_radiological_convention
+
+def test_the_viewer_opens_in_the_middle_of_an_empty_scan_and_keeps_large_labels(tmp_path):
+    pytest.importorskip('ipyniivue', reason='ipyniivue is not installed')
+    scan = files(tmp_path)[0]
+    assert view_scan(scan).children[0].scene.crosshair_pos==[.5]*3
+    mask = np.full(scan.shape, 0)
+    assert view_scan(scan, mask, classes=['background','LV']).children[0].scene.crosshair_pos==[.5]*3
+    mask[1,2,3] = 500
+    assert handed(view_scan(scan, mask).children[0].volumes[1]).get_fdata().max()==500
+
+def test_the_viewer_says_what_is_at_the_crosshair(tmp_path):
+    pytest.importorskip('ipyniivue', reason='ipyniivue is not installed')
+    scan,mask,pred = files(tmp_path)
+    viewer,_,words,_ = view_scan(scan, mask, pred, ['background','RV','LV']).children
+    values = [dict(value=o) for o in (207.25, 2., 7.)] # the prediction has a class without a name
+    viewer._handle_custom_msg(dict(event='location_change', data=dict(mm=[12.2,-30.,5.], values=values)), [])
+    assert words.value=='at the crosshair (12 R, 30 P, 5 S mm): intensity 207.2; mask: LV; prediction: class 7'
 
 def test_without_the_package_the_error_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'ipyniivue', None)

@@ -117,6 +117,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fastmiseg/callback/install.py'),
                                             'fastmiseg.callback.install._only_for_whole_labels': ( 'callback.install.html#_only_for_whole_labels',
                                                                                                    'fastmiseg/callback/install.py'),
+                                            'fastmiseg.callback.install._only_under_a_bar': ( 'callback.install.html#_only_under_a_bar',
+                                                                                              'fastmiseg/callback/install.py'),
                                             'fastmiseg.callback.install._refuse_mixed_labels': ( 'callback.install.html#_refuse_mixed_labels',
                                                                                                  'fastmiseg/callback/install.py'),
                                             'fastmiseg.callback.install._slices_in_order': ( 'callback.install.html#_slices_in_order',

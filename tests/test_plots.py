@@ -167,6 +167,9 @@ def test_fastais_live_curves_beside_our_callbacks(tmp_path, monkeypatch):
     monkeypatch.setattr(ProgressCallback, 'before_epoch', watched)
     learner(tmp_path).fit(2, cbs=[small_mireg(), ShowGraphCallback()])
     assert drawn==[[4,1],[8,2]] # losses of the steps so far, and of the validations
+    learn = learner(tmp_path)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[small_mireg(), ShowGraphCallback()])
+    assert len(drawn)==2 and len(learn.recorder.values)==1 # it trains, and draws nothing
 
 def test_tsne_of_features_that_are_all_the_same(tmp_path):
     "scikit-learn's own start is NaN then, on which its tree ends the process"

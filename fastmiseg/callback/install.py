@@ -14,6 +14,7 @@ from inspect import signature
 import fastai.basics
 from fastai.basics import *
 from fastai.callback.mixup import MixHandler
+from fastai.callback.progress import ShowGraphCallback
 
 from .method import SemiSupCallback
 from .paired import PairedBatchCallback
@@ -23,15 +24,15 @@ from ..loaders import PairedDL
 if PairedBatchCallback not in defaults.callbacks: defaults.callbacks.append(PairedBatchCallback)
 
 # %% ../../nbs/49_callback.install.ipynb #263f3027
-def _instead_of(name):
-    "`new(old, learn, ...)` in the place of the method `name` of `Learner`; one that is ours already stays"
+def _instead_of(name, cls=Learner):
+    "`new(old, learn, ...)` in the place of the method `name` of a class; one that is ours already stays"
     def install(new):
-        old = getattr(Learner, name)
+        old = getattr(cls, name)
         if hasattr(old, '_ours'): return new
         @wraps(old)
         def method(self, *args, **kwargs): return new(old, self, *args, **kwargs)
         method._ours = True
-        setattr(Learner, name, method)
+        setattr(cls, name, method)
         return new
     return install
 
@@ -99,6 +100,13 @@ def _do_fit(self:Learner):
     for epoch in range(vars(self).pop('_first_epoch', 0), self.n_epoch):
         self.epoch = epoch
         self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+
+# %% ../../nbs/49_callback.install.ipynb #0c9c55cf
+@_instead_of('before_fit', ShowGraphCallback)
+def _only_under_a_bar(before_fit, cb):
+    "Where no bar is shown, no curves are"
+    if hasattr(cb.learn, 'progress'): before_fit(cb)
+    else: cb.run = False
 
 # %% ../../nbs/49_callback.install.ipynb #ba71eb92
 def _arguments(o):

@@ -272,7 +272,7 @@ def _tell_training(say, s, run):
     where = torch.cuda.get_device_name(device) if device.type=='cuda' else f'the CPU, {n} thread{"s"*(n!=1)}'
     say(f'method {s.method}: {methods[s.method].what}')
     if s.uses_T: say(f'T: {s.T}')
-    say(f'{s.epochs} epochs of {s.n_iters} steps with {s.bs} labelled and {s.unlabeled_bs} unlabelled slices, '
+    say(f'{s.epochs} epoch{"s"*(s.epochs!=1)} of {s.n_iters} steps with {s.bs} labelled and {s.unlabeled_bs} unlabelled slices, '
         f'on {where}; checkpoints and log: {run}')
 
 def _resume_folds(run, n, workers, say, cbs, changes):

@@ -14,6 +14,7 @@ from fastmiseg.preparing import Preparation, Reading
 from fastmiseg.scans.cohort import load_cohort, save_cohort
 from fastmiseg.scans.readers import CohortError, layouts
 from fastmiseg.scans.volume import read_volume
+from fastmiseg.settings import Settings
 
 tiny = dict(epochs=1, n_iters=2, width=2, bs=2, unlabeled_bs=2)
 
@@ -34,6 +35,10 @@ def prepared(hearts, tmp_path_factory):
 def run(prepared):
     train_run(prepared, prepared.parent/'run', workers=0, **tiny)
     return prepared.parent/'run'
+
+def test_one_epoch_is_one_epoch(capsys):
+    C._tell_training(print, Settings(epochs=1), 'run')
+    assert '\n1 epoch of 300 steps with ' in capsys.readouterr().out
 
 # -- reading ---------------------------------------------------------------------------------------------------------
 def test_every_option_of_the_readers_is_one_of_the_commands():

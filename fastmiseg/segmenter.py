@@ -182,6 +182,9 @@ def _open(path, name):
     try:
         check_regular(path)
         with open(path, 'rb') as f: head = f.read(9)
+    except FileNotFoundError:
+        raise SegmenterError(f'{name}: does not exist; expected a run folder, or a .safetensors file from '
+                             'export_segmenter') from None
     except OSError as e: raise SegmenterError(f'{name}: cannot be opened ({e.strerror})') from None
     except ValueError as e: raise SegmenterError(f'{name}: cannot be opened ({e})') from None
     if head[:4]==b'PK\x03\x04' or head[:2] in (b'\x80\x02',b'\x80\x03',b'\x80\x04',b'\x80\x05'):

@@ -123,7 +123,8 @@ def test_refused(file, tmp_path, change, say):
     assert 'b.safetensors' in str(e.value)
 
 def test_not_there_and_folder(tmp_path):
-    with pytest.raises(SegmenterError, match='No such file'): load_segmenter(tmp_path/'a.safetensors')
+    with pytest.raises(SegmenterError, match='a.safetensors: does not exist; expected a run folder, or a .safetensors file'):
+        load_segmenter(tmp_path/'a.safetensors')
     with pytest.raises(SegmenterError, match='cannot be opened'): load_segmenter(tmp_path)
 
 def test_foreign(tmp_path):

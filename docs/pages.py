@@ -9,7 +9,7 @@ import reference
 
 root = reference.root
 markdown = ['CONTRIBUTING.md', 'CHANGELOG.md', *sorted(str(o.relative_to(root)) for d in ('studies', 'benchmarks')
-                                                      for o in (root/d).glob('*.md'))]
+                                                      for o in (root/d).rglob('*.md'))]
 link = re.compile(r'(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(<?([^)\s>]+)>?\)')
 
 def place_of(path):

@@ -34,11 +34,12 @@ def as_typed(
     known = '|'.join(sorted(options, key=len, reverse=True))
     start = rf'(?<![\w./=-])({known})='
     def option(m): return '--'+m[1].replace('_', '-')
-    text = re.sub(rf'\w+\(\.\.\., ({known})=', r'\1=', text).replace('=True)', '=True')
+    text = re.sub(rf'\w+\(\.\.\., ({known})=([^()]*)\)', r'\1=\2', text)
+    text = re.sub(r'^df(?=: )', 'DATA', text)
     for k,o in _phrases.items(): text = text.replace(k, o)
     text = re.sub(start+r'True\b', option, text)
     text = re.sub(start+r'(?=\S)', lambda m: option(m)+' ', text)
-    text = re.sub(rf'(?<!column )`({known})`(?! of)', option, text)
+    text = re.sub(rf'(?<!column )(?<!folder )(?<!\(and )`({known})`(?! of)', option, text)
     return re.sub(rf'^({known})(?=: )', option, text)
 
 def _bars_or_lines():
@@ -55,10 +56,13 @@ def polite(
 ):
     "Errors that a user can do something about become a sentence and an exit code; others keep their traceback"
     def say(text): print(f'{name}: {as_typed(str(text), options) if options else text}', file=sys.stderr, flush=True)
-    said = set()
+    said,summaries = set(),[]
     def warn(message, category, *args, **kwargs):
-        if str(message) not in said: say(f'warning: {message}')
+        kind = re.sub(r'[-\d][\d.,e+-]*', '#', getattr(message, 'text', '')) # of a scan, without its numbers
+        if str(message) in said or kind and any(kind in o for o in summaries): return
         said.add(str(message))
+        if '\n' in kind: summaries.append(kind)
+        say(f'warning: {message}')
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', category=FutureWarning)
         warnings.filterwarnings('ignore', category=DeprecationWarning)

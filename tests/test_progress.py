@@ -60,9 +60,26 @@ def test_words_and_bytes():
     ('names of files in the column `mask`', 'names of files in the column `mask`'), ('give the Recipe a larger `size`', 'give the Recipe a larger --size'),
     ('x exists; choose another place, or replace with overwrite', 'x exists; choose another place, or replace with --overwrite'),
     ('there is a run already; choose another folder, resume it, or overwrite it', 'there is a run already; choose another folder, go on with --resume, or replace it with --overwrite'),
+    ('onto the image (`resample(mask, to=image, nearest=True)`), or', 'onto the image (`resample(mask, to=image, nearest=True)`), or'),
+    ('Expected a folder `images` (and `masks`) with scans', 'Expected a folder `images` (and `masks`) with scans'),
+    ('give the argument `images`', 'give the argument --images'), ('df: no scan has a mask', 'DATA: no scan has a mask'),
     ('/data/seed=1/test=2.nii: is bad', '/data/seed=1/test=2.nii: is bad'), ('test: is empty', '--test: is empty')])
 def test_errors_in_the_words_of_the_command(text, typed):
     assert cli.as_typed(text, cli.options_in(cli.train))==typed
+
+def test_a_scan_is_not_warned_about_again_after_the_summary(capsys):
+    "Figures read scans that were read before; another oddity, or a second file without a summary, is said"
+    from fastmiseg.scans.messages import VolumeWarning, tell_warnings, warn_scan
+    odd = [VolumeWarning(f'{i}.nii', f'has spacings ({i}.5, 10) mm in pixdim') for i in range(3)]
+    with cli.polite('fastmiseg-train'):
+        warn_scan('8.nii', 'is cut off at 8 mm')
+        warn_scan('9.nii', 'is cut off at 9 mm')
+        tell_warnings('3 scans', 'while they were read:', odd)
+        warn_scan('2.nii', 'has spacings (2.5, 10) mm in pixdim')
+        warn_scan('2.nii', 'is upside down')
+    said = capsys.readouterr().err
+    assert said.count('in pixdim')==1 and '3 files: has spacings' in said
+    assert said.count('is cut off')==2 and 'warning: 2.nii: is upside down' in said
 
 def test_warnings_once_and_in_words(capsys):
     import warnings

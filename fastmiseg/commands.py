@@ -128,6 +128,9 @@ def prepare_run(
 def _tell_preparation(say, df, recipe, store):
     say(parts_in_words(df))
     say(str(recipe))
+    n = len(recipe.classes)-1
+    if recipe.classes[1:]==tuple(f'class{i+1}' for i in range(n)):
+        say(f'the classes have no names: --classes background{",NAME"*n} gives them')
     say(f'slices: {store}')
 
 # %% ../nbs/72_commands.ipynb #88a394e2
@@ -272,8 +275,8 @@ def _tell_training(say, s, run):
     where = torch.cuda.get_device_name(device) if device.type=='cuda' else f'the CPU, {n} thread{"s"*(n!=1)}'
     say(f'method {s.method}: {methods[s.method].what}')
     if s.uses_T: say(f'T: {s.T}')
-    say(f'{s.epochs} epoch{"s"*(s.epochs!=1)} of {s.n_iters} steps with {s.bs} labelled and {s.unlabeled_bs} unlabelled slices, '
-        f'on {where}; checkpoints and log: {run}')
+    say(f'{s.epochs} epoch{"s"*(s.epochs!=1)} of {s.n_iters} steps with {s.bs} labelled and {s.unlabeled_bs} '
+        f'unlabelled slices, on {where}; checkpoints and log: {run}')
 
 def _resume_folds(run, n, workers, say, cbs, changes):
     "All folds that are not finished; the scores of all"
@@ -311,7 +314,8 @@ def _files(model):
     n = _config(model).get('folds')
     files = [o/'model.safetensors' for o in ([model] if n is None else [model/f'fold{k}' for k in range(n)])]
     if missing := [o.parent for o in files if not o.exists()]:
-        raise RunError(f'{missing[0]}: has no model yet, its training is not finished; resume it')
+        raise RunError(f'{missing[0]}: has no model yet, its training is not finished; go on '
+                       f'with: fastmiseg-train --out {model} --resume')
     return files
 
 def _load(model):

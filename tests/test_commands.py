@@ -1,6 +1,6 @@
 """What the functions behind the commands accept, refuse, and go on with"""
 import inspect, json, os, shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
@@ -39,6 +39,14 @@ def run(prepared):
 def test_one_epoch_is_one_epoch(capsys):
     C._tell_training(print, Settings(epochs=1), 'run')
     assert '\n1 epoch of 300 steps with ' in capsys.readouterr().out
+
+def test_classes_without_names_are_said(hearts):
+    said = []
+    C._tell_preparation(said.append, hearts.df, replace(hearts.recipe, classes=('background','class1','class2')), 'slices')
+    assert 'the classes have no names: --classes background,NAME,NAME gives them' in said
+    said.clear()
+    C._tell_preparation(said.append, hearts.df, hearts.recipe, 'slices')
+    assert not [o for o in said if '--classes' in o]
 
 # -- reading ---------------------------------------------------------------------------------------------------------
 def test_every_option_of_the_readers_is_one_of_the_commands():

@@ -575,6 +575,22 @@ def test_committed_results_have_their_command(md):
 def test_how_settings_were_chosen_is_written_again():
     assert script('choice').table()==(results/'choice'/'README.md').read_text(encoding='utf-8')
 
+def test_nnunet_gets_the_slices_and_the_split_of_the_base(scans, tmp_path, monkeypatch):
+    import nibabel as nib
+    monkeypatch.setitem(presets, 'acdc-64', replace(tiny, settings=replace(small, epochs=1, n_iters=2)))
+    job = (module:=script('nnunet')).jobs_of(scans, 1, [0,1], tmp_path/'evidence')[module.base,1]
+    df = job['df']
+    scores,about = module.train_ours(job)
+    assert set(scores.scan)==set(df.scan[df.split=='valid']) and about['steps']==2
+    slices = open_store(job['store'], recipe).prepare(df[df.split!='test'])
+    module.write_raw(slices, labeled:=list(df.scan[df.split=='labeled']), tmp_path/'raw')
+    assert {o.name for o in (tmp_path/'raw'/'labelsTr').iterdir()}=={f'{o}.nii.gz' for o in labeled}
+    for o in labeled:
+        image,mask = (nib.load(tmp_path/'raw'/part/f'{o}{end}.nii.gz') for part,end in (('imagesTr','_0000'), ('labelsTr','')))
+        assert image.header.get_zooms()==mask.header.get_zooms()==pytest.approx(slices.where(o).slice_spacing[::-1])
+        np.testing.assert_array_equal(np.asarray(image.dataobj).T, slices.image(o, slice(None))[:,0])
+        np.testing.assert_array_equal(np.asarray(mask.dataobj).T, slices.mask(o, slice(None)))
+
 def test_committed_evidence_is_whole():
     there = Evidence(results)
     runs,scores,scans = there.runs(),there.scores(),there.scans()

@@ -355,7 +355,8 @@ def evaluate_run(
         raise RunError(f'split: no scan of {data or run} is in {split!r}{why}')
     about = _about_scores(model, df, split, kwargs)
     if (out/'metrics.csv').exists() and not overwrite: return _scores_of_before(out, about)
-    scores = _score(seg, df, out/_notes, overwrite, split=split, **kwargs)
+    trained = load_cohort(run/'split.csv', 'csv') if (run/'split.csv').exists() else None
+    scores = _score(seg, df, out/_notes, overwrite, split=split, trained=trained, **kwargs)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out/'metrics.csv', scores.to_csv(index=False))
     kept = {k:scores.attrs.get(k, {}) for k in _kept}

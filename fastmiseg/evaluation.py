@@ -14,7 +14,8 @@ import numpy as np, pandas as pd, torch
 from fastprogress import progress_bar
 
 from .files import WriteError, whole_file
-from .inference import ask_network, check_free, recipe_of
+from .inference import ask_network, check_free, recipe_of, training_scans
+from .scans.cohort import find_images, short_digest, voxel_digest
 from .scans.formats import extension
 from .scans.readers import cohort_frame
 from .scans.recipe import Recipe
@@ -57,6 +58,7 @@ def _out_files(df, out, ends):
 
 # %% ../nbs/67_evaluation.ipynb #8b9c0d1e
 _unfinished = '.unfinished.jsonl'
+trained_on = ('labeled','unlabeled') # parts of the split whose scans a network has seen
 
 def _identity(learn, recipe, **options):
     "A digest of everything that a segmentation depends on but the scan"
@@ -118,6 +120,7 @@ class _Run:
     def __init__(self, learn, df, recipe, files, path, overwrite, bs, progress, **options):
         self.learn,self.df,self.recipe,self.files = learn,df,recipe,files
         self.bs,self.progress,self.options,self.odd,self._known = bs,progress,options,[],(None,None)
+        self.trained,self.copies = set(training_scans(learn).get('voxels', ())),{}
         every = [o for f in files.values() for o in f]
         mine = path is not None and path.exists() and not overwrite
         check_free(every, [*df.image, *df.get('mask', ())], overwrite or mine)
@@ -152,8 +155,14 @@ class _Run:
             self._known = subject,self.recipe.limits(*vols) if vols else None
         return self._known[1]
 
-    def _ask(self, row):
-        vol = read_volume(row.image, channels=self.recipe.channels>1)
+    def _is_copy(self, row, vol):
+        "Has the network seen these voxels in its training, under whatever name?"
+        key = short_digest(voxel_digest(vol)) if self.trained else None
+        if key not in self.trained: return False
+        self.copies[row.scan] = key,vol.shape
+        return True
+
+    def _ask(self, row, vol):
         limits = self._limits(row.subject)
         return ask_network(self.learn, self.recipe, vol, limits, self.options['flips'], self.bs,
                            bool(self.options.get('uncertainty')))
@@ -164,7 +173,9 @@ class _Run:
             answer = problem = None
             with collect_warnings() as found:
                 try:
-                    answer = self._ask(r)
+                    vol = read_volume(r.image, channels=self.recipe.channels>1)
+                    if self._is_copy(r, vol) and self._leaves_out(r): continue
+                    answer = self._ask(r, vol)
                     found += [VolumeWarning(r.image, o) for o in answer.odd]
                 except VolumeError as e: problem = str(e)
                 except (MemoryError,RuntimeError) as e:
@@ -173,6 +184,9 @@ class _Run:
                                'take a smaller `bs`, or crop or resample it')
             self.odd += found
             yield r,answer,problem
+
+    def _leaves_out(self, row):
+        return self.options.get('new_only', False) and row.split not in trained_on
 
     def note(self, row, **about): self.notes.add(row.scan, looks=self.looks(row), **about)
 
@@ -207,12 +221,32 @@ def predict_cohort(
         run.note(r)
     run.notes.close()
     run.tell()
+    if run.copies:
+        warnings.warn(f'{_copies_in_words(run.copies, {})}: these segmentations say little about those of other scans',
+                      stacklevel=2)
     problems = [problems.get(s) for s in df.scan]
     outs = [None if p else str(files[s][0]) for s,p in zip(df.scan, problems)]
     res = dict(subject=df.subject.values, scan=df.scan.values, image=df.image.values, out=outs, problem=problems)
     return pd.DataFrame(res, dtype=object)
 
 # %% ../nbs/67_evaluation.ipynb #66b30d5c
+def _copies_in_words(copies, names):
+    "Scans that are copies, and of what: scan -> (digest, size); digest -> name of the training scan"
+    some = [f'{s} of {names[k]}' if k in names else s for s,(k,_) in list(copies.items())[:3]]
+    n,dots = len(copies),', ...' if len(copies)>3 else ''
+    what = 'scan has the voxels of one' if n==1 else 'scans have the voxels of some'
+    return f'{n} {what} that the network was trained on, under another name or in another file ({", ".join(some)}{dots})'
+
+def _say_copies(copies, n, trained):
+    "Copies of training scans are left out, and that is said; an error where nothing else is there"
+    if not copies: return
+    names = {} if trained is None else find_images(trained[trained.split.isin(trained_on)], dict(copies.values()))
+    said = _copies_in_words(copies, names)
+    if len(copies)==n:
+        raise ValueError(f'{said}: nothing new is left to score. Give other scans, or score these with '
+                         "split='all'")
+    warnings.warn(f"{said}: left out; split='all' scores them, too", stacklevel=3)
+
 def _check_classes(recipe, df):
     have,want = df.attrs.get('classes'),recipe.classes
     if have is None or recipe.labels: return
@@ -223,12 +257,14 @@ def _check_classes(recipe, df):
                      'take a model for these classes, or, if they are the same structures under other names, set '
                      "df.attrs['classes']")
 
-trained_on = ('labeled','unlabeled') # parts of the split whose scans a network has seen
+def _scans_of(learn):
+    "The scans of a learner's loaders; None if it has none"
+    return getattr(getattr(getattr(learn, 'dls', None), 'store', None), 'scans', None)
 
 def _parts(learn, df):
     "The part of the split of each scan: of the cohort, else of the learner's loaders, else 'unknown'"
     if 'split' in df: return df['split'].fillna('unknown')
-    prepared = getattr(getattr(getattr(learn, 'dls', None), 'store', None), 'scans', None)
+    prepared = _scans_of(learn)
     known = {} if prepared is None else dict(zip(prepared.image, prepared.split))
     return df.image.map(lambda o: known.get(os.fspath(o)) or 'unknown')
 
@@ -280,6 +316,7 @@ def evaluate_cohort(
     notes:str|Path|None=None,
     # part of the split to score, or several, or 'all'; default: all but the scans of the training
     split:str|list|None=None,
+    trained:pd.DataFrame|None=None, # cohort of the training, to name those of its scans that have copies in `df`
     **kwargs              # for `score_volume`
 )->pd.DataFrame: # subject, scan, split, class, dice, hd95, assd (mm), sensitivity, precision, outside, diagonal
     "Segment and score the scans of a cohort that have a mask"
@@ -290,8 +327,9 @@ def evaluate_cohort(
     chosen = _choose(masked, split)
     files = _out_files(chosen, out, ['.nii.gz'])
     path = Path(notes) if notes else out and Path(out)/_unfinished
+    new_only = split!='all' and not df.attrs.get('straddle')
     run = _Run(learn, chosen, recipe, files, path, overwrite, bs, progress, what='evaluate', flips=flips,
-               largest=largest, score=kwargs)
+               largest=largest, score=kwargs, new_only=new_only)
     res,bad = {s:pd.DataFrame(o['scores']) for s,o in run.done.items()},{}
     for r,answer,problem in run:
         with collect_warnings() as found:
@@ -302,11 +340,14 @@ def evaluate_cohort(
         if problem: bad[r.scan] = problem
         else: run.note(r, scores=res[r.scan].to_dict('list'))
     run.tell()
+    copies = {s:o for s,o in run.copies.items() if s not in res and s not in bad}
+    _say_copies(copies, len(chosen), _scans_of(learn) if trained is None else trained)
     if bad and not (skip_bad and res): raise _cannot_score(bad, len(chosen))
     run.notes.close()
     res = pd.concat([res[s] for s in chosen.scan if s in res], ignore_index=True)
     res.attrs['problems'] = bad
     res.attrs['left_out'] = masked.split[~masked.index.isin(chosen.index)].value_counts().to_dict()
+    if copies: res.attrs['left_out']['copies of training scans'] = len(copies)
     first = ['subject','scan','split']
     return res[first + [c for c in res if c not in first]]
 

@@ -203,7 +203,7 @@ def _open(path, name):
 
 def _about(said, name):
     "What the header says, if it is all it must say and nothing that this version does not know; and the recipe"
-    try: about = parse_json(said['fastmiseg'], most=1<<20)
+    try: about = parse_json(said['fastmiseg'], most=1<<22)
     except ValueError as e: raise SegmenterError(f'{name}: its header is damaged ({e})') from None
     if not isinstance(about, dict) or type(about.get('format')) is not int:
         raise SegmenterError(f'{name}: its header does not say which format it has')
@@ -221,7 +221,9 @@ def _about(said, name):
     for k,n in (('n_out',len(recipe.classes)),('n_in',recipe.channels)):
         if (own := about['arch'].get(k))!=n:
             raise SegmenterError(f'{name}: the network has {k}={own}, but the recipe says {n}')
-    try: how_far(_example, about['training'], recipe)
+    try:
+        how_far(_example, about['training'], recipe)
+        if not all(isinstance(o, str) for o in about['training'].get('voxels', [])): raise TypeError
     except Exception:
         raise SegmenterError(f'{name}: its header is damaged (what it says of the training scans cannot be '
                              'used)') from None
@@ -274,7 +276,7 @@ def _check_alike(a, b, names):
 def _all_seen(summaries):
     "What is known of the training scans of all models together; nothing, if one of them knows nothing"
     if not all(summaries): return {}
-    res = dict(summaries[0])
+    res = {**summaries[0], 'voxels':sorted({o for s in summaries for o in s.get('voxels', [])})}
     for k in ('spacing','fov','level','middle'):
         v = np.array([o[k] for o in summaries])
         res[k] = np.stack([v[...,0].min(0), v[...,1].max(0)], -1).tolist()

@@ -13,7 +13,8 @@ from fastmiseg.commands import RunError, evaluate_run, predict_scans, prepare_ru
 from fastmiseg.preparing import Preparation, Reading
 from fastmiseg.scans.cohort import load_cohort, save_cohort
 from fastmiseg.scans.readers import CohortError, layouts
-from fastmiseg.scans.volume import read_volume
+from fastmiseg.scans.volume import read_volume, write_volume
+from fastmiseg.segmenter import load_segmenter
 from fastmiseg.settings import Settings
 
 tiny = dict(epochs=1, n_iters=2, width=2, bs=2, unlabeled_bs=2)
@@ -274,3 +275,25 @@ def test_scans_that_a_run_knows_keep_their_part(run, prepared, hearts, tmp_path)
     others = hearts.df[8:10].drop(columns='split')
     others.attrs.update(hearts.df.attrs)
     assert set(evaluate_run(run, save_cohort(others, tmp_path/'b.csv'), tmp_path/'b', progress=False).split)=={'unknown'}
+
+def test_copies_of_training_scans_are_known_by_their_voxels(run, prepared, hearts, tmp_path, capsys):
+    "Under another name, in another format or compression; by the run, and by the model file alone"
+    df = load_cohort(prepared/'split.csv', 'csv')
+    old,new = df[df.split=='labeled'][:2],hearts.df[8:9].drop(columns='split')
+    (tmp_path/'c').mkdir()
+    files = [str(write_volume(read_volume(o), tmp_path/'c'/name)) for o,name in zip(old.image, ('x.mha','y.nii'))]
+    mixed = pd.concat([old.drop(columns='split').assign(image=files, scan=['x','y'], subject=['x','y']), new], ignore_index=True)
+    mixed.attrs.update(df.attrs)
+    for o in ('scans.csv','copies.csv'): save_cohort(mixed[:2 if o=='copies.csv' else 3], tmp_path/o)
+    for model,names in ((run, f'(x of {old.scan.iloc[0]}, y of {old.scan.iloc[1]})'), (run/'model.safetensors', '(x, y)')):
+        out = tmp_path/f'out of {model.name}'
+        with pytest.warns(UserWarning) as said: scores = evaluate_run(model, tmp_path/'scans.csv', out, progress=False)
+        assert any(f'2 scans have the voxels of some that the network was trained on, under another name or in another file {names}: left out; '
+                   "split='all' scores them, too" in str(o.message) for o in said)
+        assert set(scores.scan)==set(new.scan) and scores.attrs['left_out']=={'copies of training scans':2}
+        with pytest.raises(SystemExit, match='2'): cli.evaluate(str(model), str(tmp_path/'copies.csv'), str(tmp_path/'none'))
+        assert "nothing new is left to score. Give other scans, or score these with --split 'all'" in capsys.readouterr().err
+    assert evaluate_run(run, tmp_path/'scans.csv', tmp_path/'all', split='all', progress=False).scan.nunique()==3
+    with pytest.warns(UserWarning, match=r'2 scans have the voxels .*\(x, y\): these segmentations say little'): predict_scans(run, tmp_path/'scans.csv', tmp_path/'segs', progress=False)
+    both = load_segmenter([run/'model.safetensors', shutil.copy(run/'model.safetensors', tmp_path/'twin.safetensors')])
+    assert len(both.about['training']['voxels'])==len(load_segmenter(run/'model.safetensors').about['training']['voxels'])==(df.split.isin(['labeled','unlabeled'])).sum()

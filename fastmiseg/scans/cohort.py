@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['CohortWarning', 'load_cohort', 'related', 'voxel_digest', 'find_duplicates', 'check_split', 'check_images_apart',
-           'save_cohort', 'check_cohort', 'CohortError']
+__all__ = ['CohortWarning', 'load_cohort', 'related', 'voxel_digest', 'short_digest', 'find_duplicates', 'find_images',
+           'check_split', 'check_images_apart', 'save_cohort', 'check_cohort', 'CohortError']
 
 # %% ../../nbs/18_scans.cohort.ipynb #1b8ce810
 import hashlib, json, os, re, warnings
@@ -185,6 +185,12 @@ def voxel_digest(
     h.update(np.ascontiguousarray(a, np.float32))
     return h.hexdigest()[:32]
 
+def short_digest(
+    digest:str # from `voxel_digest`
+)->str: # 12 hexadecimal digits
+    "Long enough to tell scans apart, and short enough for a model file to hold one of each training scan"
+    return digest[:12]
+
 def _content(path): return voxel_digest(read_volume(path, channels=True, nan_to_zero=True))
 
 def _sizes(path): return tuple(sorted(read_size(path)))
@@ -203,6 +209,19 @@ def find_duplicates(
         return [tuple(o.scan for o in g)
                 for rows in _same(df.sort_values('scan').itertuples(), _sizes)
                 for g in _same(rows, _content)]
+
+def find_images(
+    df:pd.DataFrame, # A cohort
+    wanted:dict      # `short_digest` of a scan -> its size, as from `read_size`
+)->dict:             # `short_digest` -> name of the scan in `df`, where one is found
+    "Which scans have these voxels? Only those of a right size are read; those that cannot be read are left out"
+    sizes,found = {tuple(sorted(o)) for o in wanted.values()},{}
+    with collect_warnings():
+        for r in df.itertuples():
+            try:
+                if _sizes(r.image) in sizes: found.setdefault(short_digest(_content(r.image)), r.scan)
+            except VolumeError: pass
+    return {k:found[k] for k in wanted if k in found}
 
 # %% ../../nbs/18_scans.cohort.ipynb #4e5f6071
 _parts = dict(labeled='training', unlabeled='training', valid='validation', test='test')

@@ -19,7 +19,7 @@ from fastcore.basics import num_cpus, patch
 from fastprogress.fastprogress import progress_bar
 
 from ..files import is_temporary, quick_sum
-from .cohort import check_images_apart
+from .cohort import check_images_apart, short_digest
 from .placement import Placement
 from .messages import VolumeError, VolumeWarning, tell_warnings
 from .prepared import (
@@ -302,7 +302,9 @@ def prepare(self:SliceStore,
     images,masks = ([index.entries.get(keys[r['scan']][i]) or {} for r in good] for i in (0,1))
     self.scans = _scans(good, images, masks)
     check_images_apart(df, {r['scan']:o['voxels'] for r,o in zip(good, images)})
-    train = [o['profile'] for r,o in zip(good, images) if r['split'] not in ('valid','test')]
-    self.summary = {**summarise_profiles(train), **self._held(images, [o for o in masks if o])}
+    train = [o for r,o in zip(good, images) if r['split'] not in ('valid','test')]
+    self.summary = {**summarise_profiles([o['profile'] for o in train]),
+                    **self._held(images, [o for o in masks if o]),
+                    'voxels':sorted({short_digest(o['voxels']) for o in train})}
     if progress and todo: print(self._said())
     return self

@@ -7,7 +7,7 @@ __all__ = ['RunError', 'prepare_run', 'train_run', 'settings_from', 'resume_run'
 
 # %% ../nbs/72_commands.ipynb #760d2ee4
 import hashlib, json, os, re, shutil, sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Callable
@@ -20,6 +20,7 @@ from .callback.mireg import MIRegCallback
 from .evaluation import evaluate_cohort, predict_cohort
 from .callback.log import plot_training
 from .files import digest, read_json, write_text
+from .lock import only_one
 from .plots import plot_clusters, plot_joints, plot_scans, plot_scores, plot_tsne
 from .preparing import Preparation, Reading, parts_in_words
 from .processes import alone, gather, join_processes, processes
@@ -39,17 +40,33 @@ _notes = '.evaluating.jsonl' # scans that are scored, while others are not yet
 _written_by_us = ('config.json','split.csv','checkpoints','log.csv','pretraining','pretraining.csv','model.safetensors',
                   'metrics.csv','metrics.json','figures',_notes)
 
-def _new_run(out, overwrite):
-    out = Path(out)
-    if out.exists() and not out.is_dir(): raise RunError(f'{out}: is a file; a run needs a folder')
-    there = sorted(o.name for o in out.iterdir() if o.name!='slices') if out.is_dir() else []
+_in_use = 'in-use' # is locked by whoever writes in a run folder
+
+def _entries(out):
+    "What a run folder holds beside slices, which may serve again; an error where it is another folder"
+    there = sorted(o.name for o in out.iterdir() if o.name not in ('slices',_in_use)) if out.is_dir() else []
     if there and 'config.json' not in there:
         raise RunError(f'{out}: is not a run folder, but holds {there[0]}; choose another folder')
+    return there
+
+def _check_unused(folder):
+    "A `FolderInUse` where somebody works in a folder right now"
+    if (Path(folder)/_in_use).exists():
+        with only_one(folder, _in_use): pass
+
+def _new_run(out, overwrite, held):
+    "An empty run folder in which nobody else works, until `held` is closed"
+    out = Path(out)
+    if out.exists() and not out.is_dir(): raise RunError(f'{out}: is a file; a run needs a folder')
+    _check_unused(out)
+    _entries(out)
+    out.mkdir(parents=True, exist_ok=True)
+    held.enter_context(only_one(out, _in_use))
+    there = _entries(out)
     if there and not overwrite:
         raise FileExistsError(f'{out}: there is a run already; choose another folder, resume it, or overwrite it')
     ours = [o for o in there if o in _written_by_us or re.fullmatch(r'fold\d+', o) and (out/o/'config.json').exists()]
     for o in ours: shutil.rmtree(out/o) if (out/o).is_dir() else (out/o).unlink()
-    out.mkdir(parents=True, exist_ok=True)
     return out
 
 def _write_config(out, store, seed, recipe, settings=None, **more):
@@ -107,12 +124,16 @@ def prepare_run(
     **choices                   # fields of `Preparation`: layout, labeled, valid, test, recipe, ...
 )->pd.DataFrame:                # problems: subject, scan, image, problem
     "Recognise the scans, split them by subject, choose a recipe, and prepare the slices"
+    with ExitStack() as held:
+        return _prepare(held, data, out, seed, workers, skip_bad, overwrite, settings, say, choices)
+
+def _prepare(held, data, out, seed, workers, skip_bad, overwrite, settings, say, choices):
     choice = Preparation(**choices)
     df = choice.split(data, seed)
     if settings: check_scans(settings, df)
     recipe = choice.recipe_for(df)
     if settings: settings.check_T(recipe)
-    out = _new_run(out, overwrite)
+    out = _new_run(out, overwrite, held)
     if say: _tell_preparation(say, df, recipe, out/'slices')
     def announce(df):
         _write_config(out, 'slices', seed, recipe, settings)
@@ -149,19 +170,21 @@ def train_run(
     "Train, and leave a run folder: config, split, log, checkpoints, model, metrics and figures"
     choices,changes = _sorted(Preparation, changes)
     settings = settings_from(settings, **changes)
-    with _by_the_first() as first:
-        if first: _begin(data, out, settings, overwrite, workers, folds, say, choices)
-    return resume_run(out, workers, say, cbs)
+    with ExitStack() as held:
+        with _by_the_first() as first:
+            if first: _begin(held, data, out, settings, overwrite, workers, folds, say, choices)
+        return _resume(Path(out), _config(out), workers, say, cbs, {})
 
-def _begin(data, out, settings, overwrite, workers, folds, say, choices):
+def _begin(held, data, out, settings, overwrite, workers, folds, say, choices):
     "A run folder in which a training can be resumed from its first step"
     check_processes(settings)
     callbacks_of(settings) # wrong arguments are errors before anything is prepared
     prepared = (Path(data)/'config.json').exists()
     if prepared: _check_unchanged(data, out, choices)
-    if folds is not None: _begin_folds(data, out, settings, overwrite, prepared, folds, say, choices)
-    elif prepared: _begin_from(data, out, settings, overwrite, say)
-    else: prepare_run(data, out, settings.seed, workers, settings.skip_bad, overwrite, settings, say, **choices)
+    else: _check_unused(data) # it may be one that is being prepared
+    if folds is not None: _begin_folds(held, data, out, settings, overwrite, prepared, folds, say, choices)
+    elif prepared: _begin_from(held, data, out, settings, overwrite, say)
+    else: _prepare(held, data, out, settings.seed, workers, settings.skip_bad, overwrite, settings, say, choices)
 
 @contextmanager
 def _by_the_first():
@@ -192,17 +215,17 @@ def _prepared(folder):
     _check_store(folder, c['store'])
     return c,df
 
-def _begin_from(prepared, out, settings, overwrite, say):
+def _begin_from(held, prepared, out, settings, overwrite, say):
     "A run folder with the recipe, split and slices of another one"
     c,df = _prepared(prepared)
     check_scans(settings, df)
     settings.check_T(c['recipe'])
-    out = _new_run(out, overwrite)
+    out = _new_run(out, overwrite, held)
     if say: _tell_preparation(say, df, c['recipe'], c['store'])
     _write_config(out, str(c['store'].resolve()), c['seed'], c['recipe'], settings)
     save_cohort(df, out/'split.csv')
 
-def _begin_folds(data, out, settings, overwrite, prepared, folds, say, choices):
+def _begin_folds(held, data, out, settings, overwrite, prepared, folds, say, choices):
     "A run folder for each fold, inside of another one; what announces them is written last"
     choice = Preparation(**choices)
     c,df = _prepared(data) if prepared else (None, choice.load(data))
@@ -212,7 +235,7 @@ def _begin_folds(data, out, settings, overwrite, prepared, folds, say, choices):
     trained.attrs.update(df.attrs)
     recipe = c['recipe'] if prepared else choice.recipe_for(trained)
     settings.check_T(recipe)
-    out = _new_run(out, overwrite)
+    out = _new_run(out, overwrite, held)
     store,name = (c['store'].resolve(),)*2 if prepared else (out/'slices','slices')
     store.mkdir(exist_ok=True)
     if say: _tell_preparation(say, parts[0], recipe, store)
@@ -253,6 +276,12 @@ def resume_run(
 )->pd.DataFrame:            # scores; None in all processes but the first
     "Go on with a training where it was interrupted; without changes it ends as if it had never been interrupted"
     run,c = Path(run),_config(run)
+    with ExitStack() as held:
+        with _by_the_first() as first:
+            if first: held.enter_context(only_one(run, _in_use))
+        return _resume(run, c, workers, say, cbs, changes)
+
+def _resume(run, c, workers, say, cbs, changes):
     if 'folds' in c: return _resume_folds(run, c['folds'], workers, say, cbs, changes)
     if 'train' not in c:
         raise RunError(f'{run}: is prepared, but no training was begun in it; train from it into another folder')
@@ -302,7 +331,7 @@ def _finish(run, s, c, learn, cbs, df):
     export_segmenter(learn, run/'model.safetensors', cohort=df.attrs.get('layout'), seed=s.seed, method=s.method,
                      weights=method_of(cbs), training=s.to_dict())
     _draw_figures(learn, cbs, run/'figures')
-    scores = evaluate_run(run, skip_bad=s.skip_bad)
+    scores = _evaluate(run, skip_bad=s.skip_bad)
     scores.attrs['problems'].update(zip(learn.dls.store.problems.scan, learn.dls.store.problems.problem))
     return scores
 
@@ -314,8 +343,8 @@ def _files(model):
     n = _config(model).get('folds')
     files = [o/'model.safetensors' for o in ([model] if n is None else [model/f'fold{k}' for k in range(n)])]
     if missing := [o.parent for o in files if not o.exists()]:
-        raise RunError(f'{missing[0]}: has no model yet, its training is not finished; go on '
-                       f'with: fastmiseg-train --out {model} --resume')
+        _check_unused(model)
+        raise RunError(f'{missing[0]}: has no model yet, its training is not finished; resume it')
     return files
 
 def _load(model):
@@ -343,9 +372,15 @@ def evaluate_run(
     **kwargs                # fields of `Reading`, and arguments of `evaluate_cohort`
 )->pd.DataFrame: # scores, as from `evaluate_cohort`
     "Segment and score scans; write metrics.csv, box plots and the worst scans"
-    seg,run = _load(model),Path(model)
-    if not run.is_dir() and (data is None or out is None):
+    folder = Path(model) if out is None else Path(out)
+    if not Path(model).is_dir() and (data is None or out is None):
         raise RunError(f'{model}: is a model without its run, so say which scans (data) and where to write (out)')
+    _check_unused(folder)
+    return _evaluate(model, data, out, split, overwrite, held=lambda: only_one(folder, _in_use), **kwargs)
+
+def _evaluate(model, data=None, out=None, split=None, overwrite=True, held=nullcontext, **kwargs):
+    "With `held`, which keeps others out of the folder, while it writes"
+    seg,run = _load(model),Path(model)
     reading,kwargs = _sorted(Reading, kwargs)
     out = run if out is None else Path(out)
     df = load_cohort(run/'split.csv', 'csv') if data is None else _with_known_parts(run, Reading(**reading).load(data))
@@ -356,13 +391,14 @@ def evaluate_run(
     about = _about_scores(model, df, split, kwargs)
     if (out/'metrics.csv').exists() and not overwrite: return _scores_of_before(out, about)
     trained = load_cohort(run/'split.csv', 'csv') if (run/'split.csv').exists() else None
-    scores = _score(seg, df, out/_notes, overwrite, split=split, trained=trained, **kwargs)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out/'metrics.csv', scores.to_csv(index=False))
-    kept = {k:scores.attrs.get(k, {}) for k in _kept}
-    write_text(out/'metrics.json', json.dumps({**about, **kept}))
-    for m in ('dice','hd95'): plot_scores(scores, m, out=out/'figures'/f'{m}.png')
-    plot_scans(seg, df[df.scan.isin(scores.scan)], scores, out=out/'figures'/'worst.png')
+    with held():
+        scores = _score(seg, df, out/_notes, overwrite, split=split, trained=trained, **kwargs)
+        write_text(out/'metrics.csv', scores.to_csv(index=False))
+        kept = {k:scores.attrs.get(k, {}) for k in _kept}
+        write_text(out/'metrics.json', json.dumps({**about, **kept}))
+        for m in ('dice','hd95'): plot_scores(scores, m, out=out/'figures'/f'{m}.png')
+        plot_scans(seg, df[df.scan.isin(scores.scan)], scores, out=out/'figures'/'worst.png')
     return scores
 
 def _with_known_parts(run, df):

@@ -7,7 +7,7 @@ __all__ = ['trained_on', 'predict_cohort', 'evaluate_cohort']
 
 # %% ../nbs/67_evaluation.ipynb #63bfc5de
 import hashlib, json, os, unicodedata, warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -15,6 +15,7 @@ from fastprogress import progress_bar
 
 from .files import WriteError, whole_file
 from .inference import ask_network, check_free, recipe_of, training_scans
+from .lock import only_one
 from .scans.cohort import find_images, short_digest, voxel_digest
 from .scans.formats import extension
 from .scans.readers import cohort_frame
@@ -83,6 +84,17 @@ def _lines(path):
     return [o for o in res if isinstance(o, dict) and ('scan' in o or 'of' in o)]
 
 # %% ../nbs/67_evaluation.ipynb #0e9d85f8
+@contextmanager
+def _no_other(notes):
+    "Inside, no other process segments scans into the folder of these notes; it is told"
+    if notes is None:
+        yield
+        return
+    try: notes.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise WriteError(f'{notes.parent}: cannot be made ({e.strerror}); choose another folder') from None
+    with only_one(notes.parent, f'{notes.name}.in-use'): yield
+
 class _Notes:
     "What is finished: a line of JSON for each scan, in a file that may not exist"
     def __init__(self, path, of, fresh):
@@ -94,12 +106,7 @@ class _Notes:
                                   'choose another folder, or overwrite it')
         self.there,self.done = bool(lines),{o['scan']:o for o in lines[1:]}
         text = ''.join(f'{json.dumps(o)}\n' for o in lines or [{'of':of}])
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as tmp: tmp.write_text(text, encoding='utf-8')
-        except WriteError: raise
-        except OSError as e:
-            raise WriteError(f'{path.parent}: cannot be made ({e.strerror}); choose another folder') from None
+        with whole_file(path) as tmp: tmp.write_text(text, encoding='utf-8')
 
     def add(self, scan, **about):
         if self.path is None: return
@@ -193,6 +200,14 @@ class _Run:
     def tell(self): tell_warnings(f'{len(self.df)} scans', 'while they were read:', self.odd)
 
 # %% ../nbs/67_evaluation.ipynb #021872eb
+def _copies_in_words(copies, names):
+    "Scans that are copies, and of what: scan -> (digest, size); digest -> name of the training scan"
+    some = [f'{s} of {names[k]}' if k in names else s for s,(k,_) in list(copies.items())[:3]]
+    n,dots = len(copies),', ...' if len(copies)>3 else ''
+    what = 'scan has the voxels of one' if n==1 else 'scans have the voxels of some'
+    return (f'{n} {what} that the network was trained on, under another name or in another file '
+            f'({", ".join(some)}{dots})')
+
 def predict_cohort(
     learn,                    # a trained `Learner`, or a `Segmenter`
     scans:pd.DataFrame|list,  # cohort, or paths of scans
@@ -211,15 +226,16 @@ def predict_cohort(
     more = dict(probabilities=probabilities, uncertainty=uncertainty)
     names = ['out', *(k for k,o in more.items() if o)]
     files = _out_files(df, out, ['.nii.gz', *(f'_{k}.nii.gz' for k in names[1:])])
-    run = _Run(learn, df, recipe, files, Path(out)/_unfinished, overwrite, bs, progress, what='predict', flips=flips,
-               largest=largest, **more)
-    problems = {}
-    for r,answer,problem in run:
-        problems[r.scan] = problem
-        if problem: continue
-        answer.save(**dict(zip(names, files[r.scan])), largest=largest)
-        run.note(r)
-    run.notes.close()
+    problems,notes = {},Path(out)/_unfinished
+    with _no_other(notes):
+        run = _Run(learn, df, recipe, files, notes, overwrite, bs, progress, what='predict', flips=flips,
+                   largest=largest, **more)
+        for r,answer,problem in run:
+            problems[r.scan] = problem
+            if problem: continue
+            answer.save(**dict(zip(names, files[r.scan])), largest=largest)
+            run.note(r)
+        run.notes.close()
     run.tell()
     if run.copies:
         warnings.warn(f'{_copies_in_words(run.copies, {})}: these segmentations say little about those of other scans',
@@ -230,13 +246,6 @@ def predict_cohort(
     return pd.DataFrame(res, dtype=object)
 
 # %% ../nbs/67_evaluation.ipynb #66b30d5c
-def _copies_in_words(copies, names):
-    "Scans that are copies, and of what: scan -> (digest, size); digest -> name of the training scan"
-    some = [f'{s} of {names[k]}' if k in names else s for s,(k,_) in list(copies.items())[:3]]
-    n,dots = len(copies),', ...' if len(copies)>3 else ''
-    what = 'scan has the voxels of one' if n==1 else 'scans have the voxels of some'
-    return f'{n} {what} that the network was trained on, under another name or in another file ({", ".join(some)}{dots})'
-
 def _say_copies(copies, n, trained):
     "Copies of training scans are left out, and that is said; an error where nothing else is there"
     if not copies: return
@@ -301,6 +310,19 @@ def _score(answer, row, recipe, out, largest, kwargs):
     return scores.assign(outside=_outside(mask, recipe), diagonal=diagonal, subject=row.subject, scan=row.scan,
                          split=row.split)
 
+def _score_all(run, recipe, files, largest, kwargs):
+    "Scores by scan, and what is wrong with the others"
+    res,bad = {s:pd.DataFrame(o['scores']) for s,o in run.done.items()},{}
+    for r,answer,problem in run:
+        with collect_warnings() as found:
+            if problem is None:
+                try: res[r.scan] = _score(answer, r, recipe, next(iter(files[r.scan]), None), largest, kwargs)
+                except VolumeError as e: problem = str(e)
+        run.odd += found
+        if problem: bad[r.scan] = problem
+        else: run.note(r, scores=res[r.scan].to_dict('list'))
+    return res,bad
+
 def evaluate_cohort(
     learn,                # a trained `Learner`, or a `Segmenter`
     df:pd.DataFrame,      # scans with masks; the others are left out
@@ -328,22 +350,15 @@ def evaluate_cohort(
     files = _out_files(chosen, out, ['.nii.gz'])
     path = Path(notes) if notes else out and Path(out)/_unfinished
     new_only = split!='all' and not df.attrs.get('straddle')
-    run = _Run(learn, chosen, recipe, files, path, overwrite, bs, progress, what='evaluate', flips=flips,
-               largest=largest, score=kwargs, new_only=new_only)
-    res,bad = {s:pd.DataFrame(o['scores']) for s,o in run.done.items()},{}
-    for r,answer,problem in run:
-        with collect_warnings() as found:
-            if problem is None:
-                try: res[r.scan] = _score(answer, r, recipe, next(iter(files[r.scan]), None), largest, kwargs)
-                except VolumeError as e: problem = str(e)
-        run.odd += found
-        if problem: bad[r.scan] = problem
-        else: run.note(r, scores=res[r.scan].to_dict('list'))
-    run.tell()
-    copies = {s:o for s,o in run.copies.items() if s not in res and s not in bad}
-    _say_copies(copies, len(chosen), _scans_of(learn) if trained is None else trained)
-    if bad and not (skip_bad and res): raise _cannot_score(bad, len(chosen))
-    run.notes.close()
+    with _no_other(path):
+        run = _Run(learn, chosen, recipe, files, path, overwrite, bs, progress, what='evaluate', flips=flips,
+                   largest=largest, score=kwargs, new_only=new_only)
+        res,bad = _score_all(run, recipe, files, largest, kwargs)
+        run.tell()
+        copies = {s:o for s,o in run.copies.items() if s not in res and s not in bad}
+        _say_copies(copies, len(chosen), _scans_of(learn) if trained is None else trained)
+        if bad and not (skip_bad and res): raise _cannot_score(bad, len(chosen))
+        run.notes.close()
     res = pd.concat([res[s] for s in chosen.scan if s in res], ignore_index=True)
     res.attrs['problems'] = bad
     res.attrs['left_out'] = masked.split[~masked.index.isin(chosen.index)].value_counts().to_dict()

@@ -2,6 +2,7 @@
 import json, shutil, unicodedata, warnings
 
 import nibabel, numpy as np, pandas as pd, pytest, SimpleITK as sitk
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from fastmiseg.scans.cohort import CohortError, CohortWarning, find_duplicates, load_cohort, related
 from fastmiseg.scans.masks import read_mask
@@ -151,6 +152,16 @@ def test_segmentations_as_dicom_are_not_left_out_in_silence(tmp_path, uid, tags)
     assert df.scan.tolist()==['anna_ct','bert_ct'] and df['mask'].isna().all()
     assert '2 DICOM segmentations cannot be read as masks and were left out' in said and 'convert them to NIfTI' in said
 
+@pytest.mark.parametrize('syntax', [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+@pytest.mark.parametrize('uid, kind, tags', [(seg,'Segmentation Storage',{}), (rtstruct,'RT Structure Set Storage',bare)])
+def test_a_segmentation_among_the_slices_is_named_at_once(tmp_path, uid, kind, tags, syntax):
+    "When the cohort is loaded, before anything is prepared; and again when the series is read"
+    for p in ('anna','bert'): series(tmp_path/p)
+    put(tmp_path/'bert'/'z.dcm', pixels(), SOPClassUID=uid, SeriesInstanceUID='1.2.9', syntax=syntax, **tags)
+    df,said = told(lambda: load_cohort(tmp_path, 'dicom'))
+    assert df['mask'].isna().all() and f'1 DICOM segmentation cannot be read as a mask and was left out, for example {tmp_path}/bert/z.dcm ({kind}); convert' in said
+    assert read(tmp_path/'bert')[1]==[f'has 1 object beside its slices that was left out, for example z.dcm, {kind}']
+
 @pytest.mark.parametrize('layout', ['{}', '{}/series'])
 def test_one_patient_in_several_folders(tmp_path, layout):
     for k,p in dict(ACC1='X1', ACC2='X2', ACC3='X1').items(): series(tmp_path/layout.format(k), 2, PatientID=p, SeriesInstanceUID=f'1.2.{k[-1]}')
@@ -164,6 +175,23 @@ def test_an_archive_in_which_everybody_has_one_patient_id(tmp_path):
     for k in ('a','b','c'): series(tmp_path/k, 2, PatientID='ANONYMOUS', SeriesInstanceUID=f'1.2.{ord(k)}')
     df,said = told(lambda: load_cohort(tmp_path, 'dicom'))
     assert df.subject.tolist()==['a','b','c'] and not said
+
+@pytest.mark.parametrize('orientation', [[1,0,0,0,1,0], [1,0,0,0,.8,.6]])
+@pytest.mark.parametrize('jitter, ok', [(.01,True), (.015,True), (.04,False)])
+def test_slices_that_are_a_little_off_their_places(tmp_path, orientation, jitter, ok):
+    "Beside SimpleITK, which takes the mean of the distances"
+    across = np.cross(orientation[:3], orientation[3:])
+    off = jitter*np.array([0,1,-1,.5,-.5,1,-1,0])
+    series(tmp_path, 8, ImageOrientationPatient=orientation, each=lambda i: {'ImagePositionPatient':[round(float(o),6) for o in across*3*(i+off[i])]})
+    if not ok:
+        assert 'or resample it first, for example with `dcm2niix`, whose file ends in _Eq' in refused(tmp_path, r'slices are 3(\.\d+)? mm apart, but \d.\d+ mm between s\d\d.dcm and s\d\d.dcm')
+        return
+    vol,said = read(tmp_path)
+    assert len(said)==1 and 'mm apart, which were taken to be' in said[0] and 'no slice is moved by more than' in said[0]
+    check_places(vol, sorted(tmp_path.iterdir()), tol=.025)
+    r = sitk.ImageSeriesReader()
+    r.SetFileNames([str(o) for o in sorted(tmp_path.iterdir())])
+    assert np.allclose(vol.spacing[::-1], r.Execute().GetSpacing(), rtol=.005)
 
 # ---- NIfTI, NRRD, MetaImage: geometry beside nibabel and SimpleITK
 

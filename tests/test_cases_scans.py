@@ -426,7 +426,7 @@ def test_objects_that_are_not_images_lie_beside(tmp_path):
     (tmp_path/'notes.txt').write_text('Dear colleague')
     again,said = read(tmp_path)
     assert np.array_equal(again.array, vol.array) and again.origin==vol.origin
-    assert said==['has 2 objects beside its slices that were left out, for example dose.dcm, RT Dose Storage']
+    assert said==['has 3 objects beside its slices that were left out, for example x2.dcm, RT Structure Set Storage']
     only = tmp_path/'only'; only.mkdir()
     for f in tmp_path.glob('x*.dcm'): f.rename(only/f.name)
     refused(only, 'is a folder without DICOM files')

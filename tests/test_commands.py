@@ -1,9 +1,10 @@
 """What the functions behind the commands accept, refuse, and go on with"""
-import inspect, json, os, shutil
+import inspect, json, os, shutil, warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
+from fastai.basics import Callback
 
 import fastmiseg.commands as C
 import fastmiseg.evaluation as evaluation
@@ -12,6 +13,7 @@ from fastmiseg import cli
 from fastmiseg.commands import RunError, evaluate_run, predict_scans, prepare_run, resume_run, train_run
 from fastmiseg.preparing import Preparation, Reading
 from fastmiseg.scans.cohort import load_cohort, save_cohort
+from fastmiseg.scans.messages import VolumeError
 from fastmiseg.scans.readers import CohortError, layouts
 from fastmiseg.scans.volume import read_volume, write_volume
 from fastmiseg.segmenter import load_segmenter
@@ -297,3 +299,56 @@ def test_copies_of_training_scans_are_known_by_their_voxels(run, prepared, heart
     with pytest.warns(UserWarning, match=r'2 scans have the voxels .*\(x, y\): these segmentations say little'): predict_scans(run, tmp_path/'scans.csv', tmp_path/'segs', progress=False)
     both = load_segmenter([run/'model.safetensors', shutil.copy(run/'model.safetensors', tmp_path/'twin.safetensors')])
     assert len(both.about['training']['voxels'])==len(load_segmenter(run/'model.safetensors').about['training']['voxels'])==(df.split.isin(['labeled','unlabeled'])).sum()
+
+# -- files that change between two commands --------------------------------------------------------------------------
+@pytest.fixture
+def files(hearts, tmp_path):
+    "Copies of six hearts, prepared; and what to train with"
+    rows = []
+    for r in hearts.df[:6].itertuples():
+        new = {k:shutil.copy(o, tmp_path/f'{r.scan}_{k}.nii.gz') for k,o in (('image',r.image), ('mask',r.mask))}
+        rows.append(dict(subject=r.subject, scan=r.scan, **{k:str(o) for k,o in new.items()}))
+    df = pd.DataFrame(rows, dtype=object).assign(split=['labeled','labeled','unlabeled','unlabeled','valid','test'])
+    df.attrs.update(hearts.df.attrs)
+    prepare_run(save_cohort(df, tmp_path/'six.csv'), tmp_path/'prepared', recipe=replace(hearts.recipe, spacing=4., size=32), workers=0)
+    return df,dict(tiny, workers=0, method='consistency')
+
+def other_image(path):
+    "The same size, and other values"
+    vol = read_volume(path)
+    write_volume(vol.like(vol.array[:,::-1].copy()), path)
+
+class Stop(Callback):
+    "An interrupt when an epoch begins"
+    order = 99
+    def __init__(self, at=0): self.at = at
+    def before_epoch(self):
+        if self.epoch==self.at: raise KeyboardInterrupt
+
+def test_files_that_change_between_preparing_and_training(files, tmp_path):
+    "Another image, the mask of another size, the same bytes once more, and a file that is gone"
+    df,kw = files
+    os.utime(df['mask'][1])
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='(?s).*has changed')
+        with pytest.raises(KeyboardInterrupt): train_run(tmp_path/'prepared', tmp_path/'same', cbs=[Stop()], **kw)
+    other_image(df.image[2])
+    with pytest.warns(UserWarning, match=f'{df.image[2]}: this image has changed since its slices were prepared; they were made anew'):
+        with pytest.raises(KeyboardInterrupt): train_run(tmp_path/'prepared', tmp_path/'new', cbs=[Stop()], **kw)
+    vol = read_volume(df['mask'][0])
+    write_volume(vol.like(vol.array[:,:-1].copy()), df['mask'][0])
+    with pytest.raises(VolumeError, match=f'{df["mask"][0]}: has .* voxels .*but {df.image[0]} has'): train_run(tmp_path/'prepared', tmp_path/'cut', **kw)
+    Path(df.image[3]).unlink()
+    with pytest.raises(VolumeError, match=f'(?s)2 of 5 scans cannot be used.*{df.image[3]}: does not exist'): train_run(tmp_path/'prepared', tmp_path/'gone', **kw)
+
+def test_files_that_change_before_a_training_goes_on(files, tmp_path):
+    "Labelled, unlabelled or for validation: named; and with the files of before the training goes on"
+    df,kw = files
+    with pytest.raises(KeyboardInterrupt): train_run(tmp_path/'prepared', tmp_path/'run', cbs=[Stop(1)], **{**kw, 'epochs':2})
+    for kind,i in (('image',0), ('mask',1), ('image',2), ('mask',4)):
+        before = Path(df[kind][i]).read_bytes()
+        other_image(df[kind][i])
+        said = rf'other files of scans:\n  slices of the {kind} of {df.scan[i]}: \w{{8}}, here \w{{8}} \({df[kind][i]}\)\nPut the files of before back'
+        with pytest.raises(ValueError, match=said): resume_run(tmp_path/'run', 0)
+        Path(df[kind][i]).write_bytes(before)
+    assert len(resume_run(tmp_path/'run', 0)) and len(pd.read_csv(tmp_path/'run'/'log.csv'))==2

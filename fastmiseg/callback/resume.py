@@ -12,7 +12,7 @@ from fastai.callback.schedule import LRFinder
 from .method import SemiSupCallback
 from .paired import PairedBatchCallback
 from .place import RestOfEpoch, find_images, loader_state
-from .plan import differences, plan_of, schedules
+from .plan import differences, files_of_scans, plan_of, schedules
 from .state import (checkpoints, given_arguments, newest_state, notes_of, plain, save_state, set_notes,
                                       unchanged_arguments)
 from .stream import random_states, restore_random_states
@@ -132,11 +132,14 @@ def _check(self:ResumeCallback, state, file):
                          f"here are {world}; start as many, or delete the folder")
     changed = differences(state['plans'][self._fit], self._plans[self._fit])
     if not changed: return changed
-    said = ''.join(f'\n  {k}: {v}' for k,v in changed.items())
+    files = files_of_scans(self.learn)
+    said = ''.join(f"\n  {k}: {v}{f' ({files[k]})' if k in files else ''}" for k,v in changed.items())
     if not self.change:
-        raise ValueError(f"ResumeCallback: {file} was written by a training with other settings:{said}\n"
-                         "Start it with the settings of before; give this one another path; or go on under the new "
-                         "settings: ResumeCallback(..., change=True)")
+        other,todo = 'settings','Start it with the settings of before'
+        if set(changed)<=set(files): other,todo = 'files of scans','Put the files of before back'
+        raise ValueError(f"ResumeCallback: {file} was written by a training with other {other}:{said}\n"
+                         f"{todo}; give this one another path; or go on under the new "
+                         f"{other}: ResumeCallback(..., change=True)")
     self._check_change(state, file, changed)
     warn(f"ResumeCallback: goes on from {file} under other settings:{said}")
     return changed

@@ -5,7 +5,7 @@
 # %% ../../nbs/08_scans.headers.ipynb #4b190d65
 from __future__ import annotations
 
-import math, os, stat, warnings
+import math, os, re, stat, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,6 +130,8 @@ def _header(path):
     return ds,True
 
 # %% ../../nbs/08_scans.headers.ipynb #e5bc4e2d
+_drawn = ('Segmentation Storage','Surface Segmentation Storage','RT Structure Set Storage')
+
 def _kind(ds):
     "What an object is, in words"
     return pydicom.uid.UID(str(ds.get('SOPClassUID') or '')).name or 'of an unknown kind'
@@ -144,6 +146,7 @@ def read_headers(
         except ValueError as e: lost[name] = e
         else:
             if image: out[name] = ds
+            elif _kind(ds) in _drawn: aside.insert(0, f'{name}, {_kind(ds)}')
             else: (aside if 'Rows' in ds else others).append(f'{name}, {_kind(ds)}')
     if lost:
         name,why = next(iter(lost.items()))
@@ -154,8 +157,8 @@ def read_headers(
                          f'object{"s"*(len(others)>1)}, for example {others[0]}; give the folder of the '
                          'series, and save segmentations and contours as NIfTI masks')
     if not aside: return out,[]
-    return out,[f'has {len(aside)} objects beside its slices that were left out, '
-                f'for example {aside[0]}']
+    n = f'{len(aside)} objects beside its slices that were' if aside[1:] else '1 object beside its slices that was'
+    return out,[f'has {n} left out, for example {aside[0]}']
 
 # %% ../../nbs/08_scans.headers.ipynb #8fcaa8b5
 def has_images(
@@ -172,22 +175,30 @@ def has_images(
             except ValueError: return True
     return False
 
-_drawn = ('Segmentation Storage','Surface Segmentation Storage','RT Structure Set Storage')
+_class_uid = rb'(?:\x02\0\x02\0|\x08\0\x16\0)(?:UI..|....)([0-9.]{10,64})' # explicit or implicit
+
+def _drawn_kind(path):
+    "What was drawn on images, by the first bytes of its file; None if it is something else"
+    with open(path, 'rb') as f: m = re.search(_class_uid, f.read(2048), re.S)
+    name = pydicom.uid.UID(m[1].decode()).name if m else None
+    return name if name in _drawn else None
 
 def about_folder(
     folder:str|Path # that may hold DICOM files
-)->tuple: # `PatientID` of its first image, or ''; and (file, kind) of segmentations, if it has no images
-    "Whose images they are; and what somebody drew on images that lie elsewhere"
-    drawn = []
+)->tuple: # `PatientID` of its first image, or ''; and (file, kind) of segmentations and contours
+    "Whose images they are; and what somebody drew on images, these or others"
+    drawn,patient = [],None
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', module='pydicom')
         try:
             for name in _files(folder):
-                ds,image = _header(os.path.join(folder, name))
-                if image: return str(ds.get('PatientID') or '').strip(), []
-                if _kind(ds) in _drawn: drawn.append((name, _kind(ds)))
+                path = os.path.join(folder, name)
+                if kind := _drawn_kind(path): drawn.append((name, kind))
+                elif patient is None:
+                    ds,image = _header(path)
+                    if image: patient = str(ds.get('PatientID') or '').strip()
         except (OSError, ValueError): return '', [] # reading it says what is wrong
-    return '', drawn
+    return patient or '', drawn
 
 # %% ../../nbs/08_scans.headers.ipynb #2f391b10
 def _list_series(found):

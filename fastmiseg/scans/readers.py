@@ -355,9 +355,9 @@ def _say_drawn(root, drawn):
     if not drawn: return
     (d,files),n = next(iter(drawn.items())),sum(map(len, drawn.values()))
     name,kind = files[0]
-    warnings.warn(f'{root}: {n} DICOM segmentation{"s" if n>1 else ""} cannot be read as masks and were left out, '
-                  f'for example {d/name} ({kind}); convert them to NIfTI, each named like the folder of its '
-                  'series', stacklevel=4)
+    said = 'segmentations cannot be read as masks and were' if n>1 else 'segmentation cannot be read as a mask and was'
+    warnings.warn(f'{root}: {n} DICOM {said} left out, for example {d/name} ({kind}); convert them to NIfTI, each '
+                  'named like the folder of its series', stacklevel=4)
 
 def _join_people(rows, ids, root):
     "Folders with one `PatientID` are of one person, unless all have the same, as anonymised archives may"

@@ -178,6 +178,8 @@ def _thickness(frame):
         raise ValueError(f'{frame.says(k)}, expected a positive number of mm; export the series again')
     return float(v)
 
+_jitter = .02 # of the distance between slices: so far each may be from its even place
+
 def _step(frames, z, half):
     "The distance between slices, if it is one"
     steps,n = np.diff(z),len(z)
@@ -188,11 +190,19 @@ def _step(frames, z, half):
     later = count>0
     lo,hi = ((apart+s*2.02*half)[later]/count[later] for s in (-1,1))
     rounded = lo.max()<=hi.min() and half<=.1*usual
-    if not usual>0 or not rounded and abs(steps[worst]-usual)>.01*usual:
+    uneven = not rounded and abs(steps[worst]-usual)>.01*usual
+    if uneven and usual>0:
+        fit = np.polyfit(np.arange(n), z, 1)
+        off = float(np.abs(z-np.polyval(fit, np.arange(n))).max())
+        if off<=_jitter*usual: return float(fit[0]),[
+            f'has slices {steps.min():.4g} to {steps.max():.4g} mm apart, which were taken to be {fit[0]:.4g} mm apart: '
+            f'no slice is moved by more than {off:.2g} mm']
+    if not usual>0 or uneven:
         raise ValueError(f'slices are {usual:g} mm apart, but {steps[worst]:g} mm between '
                          f'{frames[worst]} and {frames[worst+1]} (their '
-                         f'{tag_name("ImagePositionPatient")}): a slice is missing or duplicated; '
-                         'export the series again')
+                         f'{tag_name("ImagePositionPatient")}): a slice is missing or duplicated, or they are '
+                         'not evenly spaced; export the series again, or resample it first, for example with '
+                         '`dcm2niix`, whose file ends in _Eq')
     even = np.abs(steps-usual).max()<1e-6*usual
     fit = float((z[-1]-z[0])/(n-1) if even else np.polyfit(np.arange(n), z, 1)[0])
     if even or not rounded: return fit,[]

@@ -82,6 +82,7 @@ class SliceStore:
         self.path,self.recipe = Path(path),recipe
         self.dir = self.path/folder_name(recipe)
         self.scans,self.problems,self.summary = None,None,{}
+        self.sums = {} # file of a scan or mask -> checksum of its slices
         self._keys,self._open,self._verified = {},{},set()
 
     def image(self,
@@ -269,6 +270,13 @@ def _problems(rows, keys, problems):
            for r in rows if r['scan'] not in keys or (r['image'], r['mask']) in problems]
     return pd.DataFrame(bad, columns=['subject','scan','image','problem'])
 
+def _say_changed(store, rows, before, index):
+    "Files that are not those of which slices were made before"
+    def changed(path): return path in before and index.files[path][1]!=before[path]
+    tell_warnings(store, 'while the scans were prepared:', [
+        VolumeWarning(r[k], f'this {k} has changed since its slices were prepared; they were made anew')
+        for r in rows for k in ('image','mask') if r[k] and changed(r[k])])
+
 def _scans(rows, images, masks):
     "The table of scans, with what is known of their slices and masks"
     out = [dict(subject=r['subject'], scan=r['scan'], split=r['split'], n=i['n'], image=r['image'],
@@ -285,6 +293,7 @@ def prepare(self:SliceStore,
 )->SliceStore:
     "Prepare what is not prepared yet, and open the store for this cohort"
     rows,index,groups = _rows(df),_Index(self.dir),{}
+    before = {p:h for p,(_,h) in index.files.items()}
     one = 'subject' if self.recipe.per=='subject' else 'scan'
     for r in rows: groups.setdefault(str(r[one]), []).append(r)
     keys,problems = self._lookup(groups, index),{}
@@ -294,6 +303,7 @@ def prepare(self:SliceStore,
         jobs = [(self.dir, self.recipe, [(r['image'], r['mask']) for r in g]) for g in todo]
         problems = self._run(jobs, index, workers, progress)
         keys = self._lookup(groups, index)
+        _say_changed(self.path, rows, before, index)
     self.problems = _problems(rows, keys, problems)
     bad = set(self.problems.scan)
     if bad and (not skip_bad or len(self.problems)==len(rows)): raise self._error(len(rows))
@@ -301,6 +311,8 @@ def prepare(self:SliceStore,
     self._keys,self._open = {r['scan']:keys[r['scan']] for r in good},{}
     images,masks = ([index.entries.get(keys[r['scan']][i]) or {} for r in good] for i in (0,1))
     self.scans = _scans(good, images, masks)
+    self.sums = {r[k]:f'{o["sum"]:08x}' for k,about in (('image',images), ('mask',masks))
+                 for r,o in zip(good, about) if o}
     check_images_apart(df, {r['scan']:o['voxels'] for r,o in zip(good, images)})
     train = [o for r,o in zip(good, images) if r['split'] not in ('valid','test')]
     self.summary = {**summarise_profiles([o['profile'] for o in train]),

@@ -1570,6 +1570,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'fastmiseg/scans/stack.py'),
                                        'fastmiseg.scans.stack._check_same': ('scans.stack.html#_check_same', 'fastmiseg/scans/stack.py'),
                                        'fastmiseg.scans.stack._key': ('scans.stack.html#_key', 'fastmiseg/scans/stack.py'),
+                                       'fastmiseg.scans.stack._nearly_even': ('scans.stack.html#_nearly_even', 'fastmiseg/scans/stack.py'),
                                        'fastmiseg.scans.stack._normal': ('scans.stack.html#_normal', 'fastmiseg/scans/stack.py'),
                                        'fastmiseg.scans.stack._odd': ('scans.stack.html#_odd', 'fastmiseg/scans/stack.py'),
                                        'fastmiseg.scans.stack._phases': ('scans.stack.html#_phases', 'fastmiseg/scans/stack.py'),

@@ -180,6 +180,15 @@ def _thickness(frame):
 
 _jitter = .02 # of the distance between slices: so far each may be from its even place
 
+def _nearly_even(z, usual):
+    "Their mean distance, and what to say, if all slices are near their even places"
+    i,steps = np.arange(len(z)),np.diff(z)
+    fit = np.polyfit(i, z, 1)
+    off = float(np.abs(z-np.polyval(fit, i)).max())
+    if off>_jitter*usual: return None
+    return float(fit[0]),[f'has slices {steps.min():.4g} to {steps.max():.4g} mm apart, which were taken to be '
+                          f'{fit[0]:.4g} mm apart: no slice is moved by more than {off:.2g} mm']
+
 def _step(frames, z, half):
     "The distance between slices, if it is one"
     steps,n = np.diff(z),len(z)
@@ -191,12 +200,7 @@ def _step(frames, z, half):
     lo,hi = ((apart+s*2.02*half)[later]/count[later] for s in (-1,1))
     rounded = lo.max()<=hi.min() and half<=.1*usual
     uneven = not rounded and abs(steps[worst]-usual)>.01*usual
-    if uneven and usual>0:
-        fit = np.polyfit(np.arange(n), z, 1)
-        off = float(np.abs(z-np.polyval(fit, np.arange(n))).max())
-        if off<=_jitter*usual: return float(fit[0]),[
-            f'has slices {steps.min():.4g} to {steps.max():.4g} mm apart, which were taken to be {fit[0]:.4g} mm apart: '
-            f'no slice is moved by more than {off:.2g} mm']
+    if uneven and usual>0 and (nearly := _nearly_even(z, usual)): return nearly
     if not usual>0 or uneven:
         raise ValueError(f'slices are {usual:g} mm apart, but {steps[worst]:g} mm between '
                          f'{frames[worst]} and {frames[worst+1]} (their '

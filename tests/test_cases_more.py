@@ -1,5 +1,5 @@
 "Further inputs of the kinds in test_cases_scans and test_cases_people, as archives, spreadsheets and other programs write them"
-import json, shutil, unicodedata, warnings
+import gzip, json, shutil, unicodedata, warnings
 
 import nibabel, numpy as np, pandas as pd, pytest, SimpleITK as sitk
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
@@ -429,3 +429,127 @@ def test_nnunet_names_that_are_there_twice(tmp_path):
 def test_nnunet_names_made_of_digits(tmp_path, labels, classes):
     write_volume(Volume(np.ones((3,4,5),'u1')), tmp_path/'imagesTr'/'a_0000.nii.gz')
     assert load_cohort(nnunet(tmp_path, labels)).attrs['classes']==classes
+
+# ---- what hospitals send, and what is done to it on the way
+
+def parted(root, places):
+    "One series of one person, its files in several folders: folder -> positions"
+    for d,zs in places.items():
+        for z in zs: put(root/'anna'/d/f'{z}.dcm', pixels(z), ImagePositionPatient=[0,0,4*z], PatientID='X1')
+
+@pytest.mark.parametrize('a, b', [((0,1,2),(3,4,5)), ((0,2,4),(1,3,5)), ((0,1,2),(0,1,2))])
+def test_one_series_in_two_folders(tmp_path, a, b):
+    "Halves, every second slice, or a copy: each would be a scan of its own"
+    parted(tmp_path, dict(DISK1=a, DISK2=b))
+    _,said = told(lambda: load_cohort(tmp_path, 'dicom'))
+    assert '2 folders hold files of the same series as another folder, for example anna/DISK1 and anna/DISK2' in said and 'put the parts of one scan into one folder' in said
+
+@pytest.mark.parametrize('which', [[4], [0,1,2,3,4]])
+def test_dicom_files_that_are_compressed_one_by_one(tmp_path, which):
+    "Else a scan would lose its last slice"
+    series(tmp_path)
+    for i in which:
+        f = tmp_path/f's{i:02}.dcm'
+        (tmp_path/f'{f.name}.gz').write_bytes(gzip.compress(f.read_bytes()))
+        f.unlink()
+    refused(tmp_path, f'holds {len(which)} DICOM files? in compressed form, for example s{which[0]:02}.dcm.gz, which cannot be read: unpack')
+
+def test_what_other_systems_leave_beside_slices(tmp_path):
+    vol,_ = read(series(tmp_path/'a'))
+    for name in ('._s00.dcm','.DS_Store','Thumbs.db','__MACOSX/._s00.dcm','desktop.ini'):
+        (tmp_path/'a'/name).parent.mkdir(exist_ok=True)
+        (tmp_path/'a'/name).write_bytes(b'\0\5\x16\7'+bytes(200))
+    again,said = read(tmp_path/'a')
+    assert np.array_equal(again.array, vol.array) and not said and len(load_cohort(tmp_path, 'dicom'))==1
+
+def test_slices_of_two_scanners_under_one_series(tmp_path):
+    series(tmp_path, each=lambda i: dict(Modality='PT' if i==3 else 'CT'))
+    refused(tmp_path, r's03.dcm: Modality \(0008,0060\) is another one than in s00.dcm')
+
+@pytest.mark.parametrize('spacing, ok', [((.001,.001,.003),False), ((800,800,3000),False), ((.05,.05,.05),True), ((.15,.15,.3),True), ((4,4,300),True)])
+@pytest.mark.parametrize('ext', ['.nii.gz','.mha','.nrrd'])
+def test_sizes_that_no_patient_has(tmp_path, spacing, ok, ext):
+    "Metres or micrometres, which the header does not say"
+    write_volume(Volume(np.ones((8,20,30),'i2'), spacing[::-1]), tmp_path/f'a{ext}')
+    said = '\n'.join(read(tmp_path/f'a{ext}')[1])
+    assert ('mm large, by its spacing: is that in another unit than mm?' in said)==(not ok), said
+
+@pytest.mark.parametrize('ext', ['.nii.gz','.nii','.mha','.nrrd'])
+@pytest.mark.parametrize('content, says', [
+    (b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n', 'is a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`'),
+    (b'../../.git/annex/objects/MD5E-s1.nii.gz', 'is a pointer of git-annex'), (b'<!DOCTYPE html><html>Sign in</html>', 'its download failed'),
+    (b'\n<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', 'its download failed'), (b'PK\3\4'+bytes(100), 'is a ZIP archive: unpack it')])
+def test_files_that_stand_where_a_scan_should(tmp_path, ext, content, says):
+    (tmp_path/f'a{ext}').write_bytes(content)
+    refused(tmp_path/f'a{ext}', says)
+
+def test_compressed_twice(tmp_path):
+    f = nii(tmp_path/'a.nii.gz', np.ones((3,4,5),'i2'))
+    f.write_bytes(gzip.compress(f.read_bytes()))
+    refused(f, 'is gzip-compressed twice: unpack it once')
+
+def drawn(*values, bg=0, dtype='i2'):
+    "A mask, a stripe for each value"
+    m = np.full((3,48,48), bg, dtype)
+    for i,v in enumerate(values): m[:,18:30,18+i] = v
+    return m
+
+def auto_of(tmp_path, *masks, **kw):
+    rows = []
+    for i,m in enumerate(masks):
+        rows.append(dict(subject=f'q{i}', scan=f's{i}', image=put_nifti(tmp_path/f'{i}.nii.gz', square(i)[0]), mask=put_nifti(tmp_path/f'{i}m.nii.gz', m)))
+    return told(lambda: Recipe.auto(pd.DataFrame(rows, dtype=object), **kw))
+
+@pytest.mark.parametrize('values', [(254,255), (253,254,255,1), (*range(1,8),*range(248,256)), (4,239,255)])
+def test_masks_after_lossy_compression(tmp_path, values):
+    "Values beside 0 and 255, together in one mask, are no classes"
+    with pytest.raises(ValueError, match=rf'the masks hold values near 0 and near 255 \(0, {min(values)}, .*\), as lossy compression .*0m.nii.gz: save them anew'):
+        auto_of(tmp_path, drawn(*values), drawn(*values))
+    r,_ = auto_of(tmp_path, drawn(*values), drawn(*values), classes=['background', *map(str, values)]) # on purpose
+    assert len(r.classes)==1+len(values)
+
+@pytest.mark.parametrize('mask, labels', [(drawn(255),{0:0, 255:1}), (drawn(254.97, dtype='f4'),{0:0, 255:1}), (drawn(.999, dtype='f4'),None), (drawn(1.0001, 2, dtype='f4'),None)])
+def test_masks_of_two_values_are_read_as_meant(tmp_path, mask, labels):
+    r,said = auto_of(tmp_path, mask, mask)
+    assert r.labels==labels and not said
+    assert np.array_equal(read_mask(tmp_path/'0m.nii.gz', classes=r.classes, labels=r.labels).array>0, mask>0)
+
+def test_a_mask_whose_background_is_not_0(tmp_path):
+    r,said = auto_of(tmp_path/'a', drawn(2, 3, bg=1), drawn(2, 3, bg=1))
+    assert 'no mask holds 0, which is the background; they hold 1, 2, 3. If the first of these is, give Recipe(labels={1: 0, 2: 1, 3: 2})' in said
+    _,said = auto_of(tmp_path/'b', drawn(*[0]*12, bg=1), drawn(*[0]*12, bg=1))
+    assert 'of the voxels of the masks are not 0, the background' in said and 'are they inverted?' in said
+    assert not auto_of(tmp_path/'c', drawn(1), drawn(0))[1]
+
+@pytest.mark.parametrize('odd', [-1, 255])
+def test_marks_for_voxels_that_nobody_annotated(tmp_path, odd):
+    "0 stays the background, and the mark is said to be a class"
+    r,said = auto_of(tmp_path, drawn(1, odd), drawn(1, odd))
+    assert r.labels[0]==0 and set(r.labels)=={0, 1, odd} and f'the masks hold {odd}, which often marks voxels that nobody annotated' in said
+    if odd<0: assert r.labels=={0:0, -1:1, 1:2}
+
+@pytest.mark.parametrize('step, said', [(1,False), (2,True), (5,True)])
+def test_masks_of_every_few_slices(tmp_path, step, said):
+    "The slices between are no background"
+    x,m = square(0)
+    x,m = x[:1].repeat(21, 0)+np.arange(21, dtype='f4')[:,None,None],np.zeros((21,48,48),'u1')
+    m[2:20:step,18:30,18:30] = 1
+    df = pd.DataFrame([dict(subject=s, scan=s, image=put_nifti(tmp_path/f'{s}.nii.gz', x+i), mask=put_nifti(tmp_path/f'{s}_mask.nii.gz', m)) for i,s in enumerate('ab')], dtype=object)
+    text = told(lambda: SliceStore(tmp_path/'s', Recipe(spacing=2., size=48)).prepare(df, workers=0, progress=False))[1]
+    assert (f'slices, one in {step}: were only these annotated?' in text)==said, text
+
+def test_a_column_that_was_sorted_alone(tmp_path):
+    "Masks of other people, by their names"
+    df = cohort(tmp_path, 'abc')
+    shifted = df.assign(mask=df['mask'].tolist()[1:]+df['mask'].tolist()[:1])
+    shifted.to_csv(tmp_path/'c.csv', index=False)
+    _,said = told(lambda: load_cohort(tmp_path/'c.csv'))
+    assert f'3 masks are called like the image of another scan, for example {df["mask"][1]}, which is given for a, like that of b: was a column sorted or shifted alone?' in said
+    assert not told(lambda: load_cohort(shifted.assign(subject='one')))[1] and not told(lambda: load_cohort(df))[1]
+
+def test_a_data_set_with_a_byte_order_mark(tmp_path):
+    for k in 'ab':
+        for d in ('imagesTr','labelsTr'): write_volume(Volume(np.ones((3,4,5),'u1')), tmp_path/d/f'{k}.nii.gz')
+    (tmp_path/'dataset.json').write_text(json.dumps(dict(labels={'0':'background','1':'x'}, modality={'0':'CT'})), encoding='utf-8-sig')
+    df = load_cohort(tmp_path)
+    assert df.attrs['layout']=='msd' and df.attrs['classes']==('background','x')

@@ -152,6 +152,10 @@ def read_headers(
         name,why = next(iter(lost.items()))
         raise ValueError(f'{len(lost)} DICOM files cannot be read, for example {name} ({why}); '
                          'export the series again')
+    packed = [o for o in sorted(os.listdir(folder)) if re.search(r'\.(dcm|ima)\.(gz|zip|bz2|xz|zst)$', o, re.I)]
+    if packed:
+        raise ValueError(f'holds {len(packed)} DICOM file{"s"*(len(packed)>1)} in compressed form, for example '
+                         f'{packed[0]}, which cannot be read: unpack {"them" if packed[1:] else "it"} first')
     if not out and (others := aside+others):
         raise ValueError(f'is a folder without DICOM files of images: it holds {len(others)} other '
                          f'object{"s"*(len(others)>1)}, for example {others[0]}; give the folder of the '
@@ -185,20 +189,20 @@ def _drawn_kind(path):
 
 def about_folder(
     folder:str|Path # that may hold DICOM files
-)->tuple: # `PatientID` of its first image, or ''; and (file, kind) of segmentations and contours
-    "Whose images they are; and what somebody drew on images, these or others"
-    drawn,patient = [],None
+)->tuple: # `PatientID` and UID of the series of its first image, or ''; and (file, kind) of segmentations and contours
+    "Whose images they are, of which series; and what somebody drew on images, these or others"
+    drawn,found = [],None
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', module='pydicom')
         try:
             for name in _files(folder):
                 path = os.path.join(folder, name)
                 if kind := _drawn_kind(path): drawn.append((name, kind))
-                elif patient is None:
+                elif found is None:
                     ds,image = _header(path)
-                    if image: patient = str(ds.get('PatientID') or '').strip()
-        except (OSError, ValueError): return '', [] # reading it says what is wrong
-    return patient or '', drawn
+                    if image: found = [str(ds.get(k) or '').strip() for k in ('PatientID','SeriesInstanceUID')]
+        except (OSError, ValueError): return '', '', [] # reading it says what is wrong
+    return *(found or ('','')), drawn
 
 # %% ../../nbs/08_scans.headers.ipynb #2f391b10
 def _list_series(found):
@@ -218,14 +222,15 @@ def _series_of(ds):
     return ' '.join(filter(None, ['no UID', study, *about]))
 
 def _check_one_patient(files):
-    "Raise if the slices of one series are of several people"
-    first = {}
-    for name,ds in files.items():
-        if said := str(ds.get('PatientID') or '').strip(): first.setdefault(said, name)
-    if len(first)<2: return
-    a,b = list(first.values())[:2]
-    raise ValueError(f'{b}: {tag_name("PatientID")} is another one than in {a}, though both say that they '
-                     'are of one series: move the files of each into a folder of their own')
+    "Raise if the slices of one series are of several people, or of several kinds of scanner"
+    for keyword in ('PatientID','Modality'):
+        first = {}
+        for name,ds in files.items():
+            if said := str(ds.get(keyword) or '').strip(): first.setdefault(said, name)
+        if len(first)<2: continue
+        a,b = list(first.values())[:2]
+        raise ValueError(f'{b}: {tag_name(keyword)} is another one than in {a}, though both say that they '
+                         'are of one series: move the files of each into a folder of their own')
 
 def choose_series(
     headers:dict,            # name -> header

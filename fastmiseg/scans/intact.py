@@ -99,6 +99,17 @@ def _first(path):
     _count((found.append(o) or o for o in _pieces(path,0,'gzip',352)), 351)
     return b''.join(found)
 
+_no_scans = (
+    (rb'version https://git-lfs', 'is a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`'),
+    (rb'.{0,40}/annex/objects/', 'is a pointer of git-annex, not the file itself: fetch it with `git annex get`'),
+    (rb'\s*<(!doctype html|html|\?xml)', 'is a page of the web, not a scan: its download failed; fetch it again'),
+    (rb'PK\x03\x04', 'is a ZIP archive: unpack it'))
+
+def _check_kind(head):
+    "Raise if it begins as files do that are often found in a scan's place"
+    for begins,said in _no_scans:
+        if re.match(begins, head, re.I | re.S): raise ValueError(said)
+
 def _header(path):
     "What a file claims, whether it is gzip-compressed, and its beginning"
     path,ext = Path(path),extension(path)
@@ -106,6 +117,7 @@ def _header(path):
     if not path.stat().st_size:
         raise ValueError('is empty (0 bytes): copy it again from where it came')
     with open(path,'rb') as f: head = f.read(1<<20)
+    _check_kind(head[:200])
     zipped = head[:2]==b'\x1f\x8b'
     if ext=='.nii' and zipped:
         raise ValueError('is gzip-compressed, though it is named .nii: rename it to .nii.gz')
@@ -114,6 +126,8 @@ def _header(path):
         if head[344:347]==b'n+1': todo = 'rename it to .nii'
         raise ValueError(f'is not gzip-compressed, though it is named .nii.gz: {todo}')
     if zipped: head = _first(path)
+    if zipped and head[:2]==b'\x1f\x8b':
+        raise ValueError('is gzip-compressed twice: unpack it once, with gunzip')
     return read_claim(head, ext), zipped, head
 
 # %% ../../nbs/05_scans.intact.ipynb #c5f285ec

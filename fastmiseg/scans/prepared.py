@@ -139,6 +139,13 @@ def _prepare_image(dir, key, recipe, vol, limits):
                  dict(n=where.n, where=where.to_dict(), share=where.share,
                       voxels=voxel_digest(vol), profile=scan_profile(vol, where)))
 
+def _every_few(at):
+    "What to say of masks that show something in every second, third, ... slice"
+    steps = np.diff(at)
+    if len(at)<3 or steps[0]<2 or (steps!=steps[0]).any(): return None
+    return (f'the mask shows something in {len(at)} of {at[-1]-at[0]+1} slices, one in {steps[0]}: were only these '
+            'annotated? The others are taken to show background; annotate them, or interpolate the mask')
+
 def _prepare_mask(dir, key, recipe, path, where, image):
     "Those of its mask, and what they cut off"
     vol = read_labels(path)
@@ -150,6 +157,7 @@ def _prepare_mask(dir, key, recipe, path, where, image):
         about['odd'] = (f'slices of {where.size[0]}x{where.size[1]} pixels cut off a part of what '
                         f'the mask shows ({lost/total:.1%}): give the Recipe a larger `size`')
     shows = [np.setdiff1d(o, 0).tolist() for o in map(np.unique, y)]
+    if said := _every_few(np.flatnonzero([bool(o) for o in shows])): about.setdefault('odd', said)
     return _save(dir, key, y, dict(about, total=total, lost=lost, shows=shows))
 
 _known = dict(image=('n','bytes','sum','share','voxels','profile'),

@@ -111,7 +111,8 @@ def _look(r, labelled):
     k = slice_axis(shape, spacing)
     plane = lambda o: np.delete(np.array(o, float), k)
     return dict(axis=k, spacing=plane(spacing), fov=plane(shape)*plane(spacing), channels=len(v.array),
-                low=float(v.array.min()), mask=r.mask if labelled else None, values={0, *pd.unique(m.ravel()).tolist()},
+                low=float(v.array.min()), background=float((m==0).mean()), mask=r.mask if labelled else None,
+                values={0, *pd.unique(m.ravel()).tolist()},
                 inside=inside[::max(1, len(inside)//10000)])
 
 def look_at(

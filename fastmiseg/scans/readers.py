@@ -50,11 +50,28 @@ def _check_masks(df):
             raise CohortError(f'{r.image}: is given as the mask of itself; name the file of its mask, or leave '
                               'it empty')
         owner.setdefault(os.fspath(r.mask), {})[r.subject] = r.scan
+    _check_names_of_masks(df)
     shared = [(k,list(o.values())) for k,o in owner.items() if len(o)>1]
     if shared:
         k,scans = shared[0]
         warnings.warn(f'{len(shared)} mask{"s are" if len(shared)>1 else " is"} given for scans of several '
                       f'subjects, for example {k} for {" and ".join(scans[:3])}: was a line copied?', stacklevel=4)
+
+def _check_names_of_masks(df):
+    "Masks that are called like the image of somebody else"
+    named = {}
+    for r in df.itertuples(): named.setdefault(_cut(stem(str(r.image)), _image_ends), []).append(r)
+    odd = []
+    for r in df.itertuples():
+        if not isinstance(r.mask, (str,os.PathLike)): continue
+        own,name = (_cut(stem(str(o)), ends) for o,ends in ((r.image,_image_ends), (r.mask,_mask_ends)))
+        others = named.get(name, []) if name!=own else []
+        if len(others)==1 and others[0].subject!=r.subject: odd.append((r, others[0]))
+    if odd:
+        r,other = odd[0]
+        warnings.warn(f'{len(odd)} mask{"s are" if len(odd)>1 else " is"} called like the image of another scan, for '
+                      f'example {r.mask}, which is given for {r.scan}, like that of {other.scan}: was a column sorted '
+                      'or shifted alone?', stacklevel=4)
 
 def cohort_frame(
     rows:list,                    # A dict per scan: subject, scan, image, mask, and any others
@@ -161,7 +178,7 @@ def read_msd(
     "A task of the Medical Segmentation Decathlon"
     file = root/'dataset.json'
     try:
-        info = json.loads(file.read_text(encoding='utf-8'))
+        info = json.loads(file.read_text(encoding='utf-8-sig'))
         names = {int(k):str(v) for k,v in info['labels'].items()}
         stored,channels = sorted(names),max(1,len(info.get('modality',{})))
     except FileNotFoundError:
@@ -359,6 +376,16 @@ def _say_drawn(root, drawn):
     warnings.warn(f'{root}: {n} DICOM {said} left out, for example {d/name} ({kind}); convert them to NIfTI, each '
                   'named like the folder of its series', stacklevel=4)
 
+def _say_parted(root, folders):
+    "Folders with slices of one series of one person: (folder, `PatientID`, UID of the series)"
+    groups = {}
+    for d,patient,uid in folders:
+        if patient and uid: groups.setdefault((patient, uid), []).append(str(d.relative_to(root)))
+    if several := [o for o in groups.values() if len(o)>1]:
+        warnings.warn(f'{root}: {sum(map(len, several))} folders hold files of the same series as another folder, for '
+                      f'example {" and ".join(several[0][:3])}, and each was taken to be a whole scan: put the parts '
+                      'of one scan into one folder, or remove copies', stacklevel=4)
+
 def _join_people(rows, ids, root):
     "Folders with one `PatientID` are of one person, unless all have the same, as anonymised archives may"
     people = {}
@@ -405,8 +432,9 @@ def read_dicom(
         rows.append(dict(subject=subject_of(subject)(name) if subject else parts(d)[0], scan=name,
                          image=choose_volume(d, series, phase), mask=str(mm[0]) if mm else None))
     if not rows: raise CohortError(f'{root}: holds no scans; expected {layouts["dicom"].expects}')
-    _say_drawn(root, {d:o for d,(_,o) in owner.items() if o})
-    if subject is None: _join_people(rows, {str(d):p for d,(p,_) in owner.items()}, root)
+    _say_drawn(root, {d:o for d,(*_,o) in owner.items() if o})
+    _say_parted(root, [(d, *owner[d][:2]) for d in folders])
+    if subject is None: _join_people(rows, {str(d):p for d,(p,*_) in owner.items()}, root)
     used = {o['mask'] for o in rows}
     if masks and used=={None}:
         raise CohortError(f'{root}: no mask belongs to a series; series are called '

@@ -383,10 +383,43 @@ def _check_values(seen, values):
         warnings.warn(f'Recipe.auto: no mask holds these values together: {said}; each becomes a class of its own. If '
                       f'they are one structure that is stored in several ways, give Recipe(labels={one})', stacklevel=4)
 
+def _check_lossy(seen, values):
+    "Refuse masks of 0 and 255 that were blurred by lossy compression: not every value is a class"
+    near = [v for v in values if v>238]
+    if len(near)<2 or max(values)>255 or not all(0<=v<=16 or v>238 for v in values): return
+    both = [o for o in seen if len(set(near)&o['values'])>1]
+    if not both: return
+    raise ValueError(f'Recipe.auto: the masks hold values near 0 and near 255 ({_listed(values[:12])}'
+                     f'{", ..." if len(values)>12 else ""}), as lossy compression (JPEG) makes them of 0 and 255, for '
+                     f'example {both[0]["mask"]}: save them anew, as 0 and 1, with a threshold between; or, if each is '
+                     'a class, name all of them (classes)')
+
+def _say_background(seen, values):
+    "Warn where 0 does not seem to be the background, or a value to mean something else than a class"
+    masks = [o for o in seen if o['mask']]
+    if not masks: return
+    share = [o['background'] for o in masks]
+    if not max(share):
+        fit = {v:i for i,v in enumerate(v for v in values if v)}
+        warnings.warn(f'Recipe.auto: no mask holds 0, which is the background; they hold {_listed(list(fit)[:9])}. If '
+                      f'the first of these is, give Recipe(labels={fit})', stacklevel=4)
+    elif np.median(share)<.2:
+        warnings.warn(f'Recipe.auto: {1-np.median(share):.0%} of the voxels of the masks are not 0, the background, '
+                      f'for example in {masks[0]["mask"]}: are they inverted?', stacklevel=4)
+    odd = [v for v in values if v<0 or v==255 and 1 in values and len(values)<32]
+    if odd:
+        warnings.warn(f'Recipe.auto: the masks hold {_listed(odd)}, which often marks voxels that nobody annotated; it '
+                      'becomes a class like any other. Annotate these voxels, or make them background with '
+                      'Recipe(labels=...)', stacklevel=4)
+
 def _classes(df, seen, names):
     "Names of the classes, and the values that they have where these are not their positions"
-    if df.attrs.get('classes'): return names or df.attrs['classes'], df.attrs.get('labels')
-    values = sorted(int(v) for v in set().union(*[o['values'] for o in seen]))
+    found = {int(v) for v in set().union(*[o['values'] for o in seen])}
+    values = [0, *sorted(found-{0})]
+    known = df.attrs.get('classes')
+    if not (names or known): _check_lossy(seen, values)
+    _say_background(seen, values)
+    if known: return names or known, df.attrs.get('labels')
     _check_values(seen, values)
     if names and len(names)<len(values):
         raise ValueError(f'Recipe.auto: classes: {len(names)} names ({_listed(names)}) for {len(values)} values in the '

@@ -239,13 +239,17 @@ def _read(path, channels, series=None, phase=None, form=None):
 def _mm(o):
     return f'({", ".join(f"{i:g}" for i in o)}) mm'
 
-def _check_geometry(vol):
-    "Raise if it cannot be true"
+def _check_geometry(vol, converted):
+    "Raise if it cannot be true, and warn if it hardly can"
     if not all(1e-4<=o<=1e4 for o in vol.spacing):
         raise VolumeError(f'{vol.path}: the spacing is {_mm(vol.spacing)}; expected 0.0001 to '
                           '10000 mm along each axis; correct the header')
     if not np.isfinite(vol.origin).all():
         raise VolumeError(f'{vol.path}: the origin is {_mm(vol.origin)}; correct the header')
+    size = np.multiply(vol.shape, vol.spacing)
+    if not converted and not 1<=size.max()<=5000:
+        warn_scan(vol.path, f'is {" x ".join(f"{o:.3g}" for o in size)} mm large, by its spacing: is that in another '
+                  'unit than mm? If so, correct its header')
 
 def _check_values(vol, nan_to_zero):
     "No NaN, and nothing that float32 cannot hold"
@@ -283,7 +287,7 @@ def read_volume(
     vol = Volume(*grid[:4], path)
     if vol.array.ndim==4 and not channels: vol.array = vol.array[0]
     if vol.array.ndim==3 and channels: vol.array = vol.array[None]
-    _check_geometry(vol)
+    _check_geometry(vol, any('converted to mm' in o for o in grid.notes))
     _check_values(vol, nan_to_zero)
     for o in grid.notes: warn_scan(path, o)
     return vol

@@ -226,6 +226,9 @@ def predict(
                              bs=bs, overwrite=overwrite, **options)
         n = int(done.out.notna().sum())
         print(f'\n{n} segmentation{"s"*(n!=1)} in {out}')
+        if seen := done.attrs['trained_on']:
+            print(f'{len(seen)} of {len(done)} scans were in the training of the model ({", ".join(map(str, seen[:3]))}'
+                  f'{", ..." if seen[3:] else ""}): how well these came out says little about others')
         _report(list(done.problem.dropna()), f' of {len(done)}')
 
 @call_parse

@@ -200,14 +200,6 @@ class _Run:
     def tell(self): tell_warnings(f'{len(self.df)} scans', 'while they were read:', self.odd)
 
 # %% ../nbs/67_evaluation.ipynb #021872eb
-def _copies_in_words(copies, names):
-    "Scans that are copies, and of what: scan -> (digest, size); digest -> name of the training scan"
-    some = [f'{s} of {names[k]}' if k in names else s for s,(k,_) in list(copies.items())[:3]]
-    n,dots = len(copies),', ...' if len(copies)>3 else ''
-    what = 'scan has the voxels of one' if n==1 else 'scans have the voxels of some'
-    return (f'{n} {what} that the network was trained on, under another name or in another file '
-            f'({", ".join(some)}{dots})')
-
 def predict_cohort(
     learn,                    # a trained `Learner`, or a `Segmenter`
     scans:pd.DataFrame|list,  # cohort, or paths of scans
@@ -237,15 +229,22 @@ def predict_cohort(
             run.note(r)
         run.notes.close()
     run.tell()
-    if run.copies:
-        warnings.warn(f'{_copies_in_words(run.copies, {})}: these segmentations say little about those of other scans',
-                      stacklevel=2)
     problems = [problems.get(s) for s in df.scan]
     outs = [None if p else str(files[s][0]) for s,p in zip(df.scan, problems)]
     res = dict(subject=df.subject.values, scan=df.scan.values, image=df.image.values, out=outs, problem=problems)
-    return pd.DataFrame(res, dtype=object)
+    res = pd.DataFrame(res, dtype=object)
+    res.attrs['trained_on'] = list(run.copies) # scans with the voxels of some that the network was trained on
+    return res
 
 # %% ../nbs/67_evaluation.ipynb #66b30d5c
+def _copies_in_words(copies, names):
+    "Scans that are copies, and of what: scan -> (digest, size); digest -> name of the training scan"
+    some = [f'{s} of {names[k]}' if k in names else s for s,(k,_) in list(copies.items())[:3]]
+    n,dots = len(copies),', ...' if len(copies)>3 else ''
+    what = 'scan has the voxels of one' if n==1 else 'scans have the voxels of some'
+    return (f'{n} {what} that the network was trained on, under another name or in another file '
+            f'({", ".join(some)}{dots})')
+
 def _say_copies(copies, n, trained):
     "Copies of training scans are left out, and that is said; an error where nothing else is there"
     if not copies: return

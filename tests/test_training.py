@@ -195,3 +195,11 @@ def test_pretraining_needs_no_masks(tmp_path):
     with pytest.raises(KeyboardInterrupt): pretrain(a, 1, 1e-2, cbs=[small_mireg(), Stop(2)])
     assert type(a.loss_func).__name__=='CrossEntropyLossFlat' and a.opt is None
     a.fit(1)
+
+def test_several_processes_without_accelerate(monkeypatch, tmp_path, capsys):
+    "As torchrun starts them, where pip has not installed it: a sentence, before any work"
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setitem(sys.modules, 'accelerate', None)
+    with pytest.raises(SystemExit, match='2'): cli.train(str(tmp_path), str(tmp_path/'run'))
+    assert 'several processes were started, and training in them needs accelerate: pip install accelerate' in capsys.readouterr().err
+    assert not (tmp_path/'run').exists()

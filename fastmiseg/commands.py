@@ -344,7 +344,8 @@ def _files(model):
     files = [o/'model.safetensors' for o in ([model] if n is None else [model/f'fold{k}' for k in range(n)])]
     if missing := [o.parent for o in files if not o.exists()]:
         _check_unused(model)
-        raise RunError(f'{missing[0]}: has no model yet, its training is not finished; resume it')
+        raise RunError(f'{missing[0]}: has no model yet, its training is not finished; go on '
+                       f'with: fastmiseg-train --out {model} --resume')
     return files
 
 def _load(model):

@@ -81,6 +81,7 @@ def _default(o):
     if isinstance(o, MappingProxyType): o = dict(o)
     text = getattr(o, '__name__', None) if callable(o) and not inspect.isclass(type(o).__call__) else None
     text = text or re.sub(r' at 0x[0-9a-f]+', '', repr(o))
+    if text=='<factory>': return '...' # a field of a dataclass, made anew for each object
     return text if len(text)<60 else text[:57] + '...'
 
 def signature(o, name):
@@ -98,7 +99,9 @@ def signature(o, name):
     return f'{name}(\n' + textwrap.fill(', '.join(parts), 84, initial_indent='    ', subsequent_indent='    ',
                                         break_long_words=False, break_on_hyphens=False) + ')'
 
-def _cell(text): return str(text).replace('|', '\\|').replace('\n', ' ').replace('<', '&lt;')
+def _cell(text):
+    text = str(text).replace('|', '\\|').replace('\n', ' ')
+    return re.sub('(`[^`]*`)|<', lambda m: m[1] or '&lt;', text) # code is shown as it is
 def _row(*cells): return '| ' + ' | '.join(map(_cell, cells)) + ' |'
 
 def documented(o):

@@ -120,6 +120,11 @@ def test_a_name_without_an_entry_is_found(tmp_path):
     of_files = [n for n in names if n.module=='files' and n.name in ('read_json','digest')]
     assert finish.missing_names(tmp_path, of_files)==['files.digest']
 
+def test_defaults_in_the_reference_are_readable():
+    from fastmiseg.methods import Method
+    assert 'usual=...)' in reference.signature(Method, 'Method')
+    assert reference._row('a < b', '= `<x>`')=='| a &lt; b | = `<x>` |'
+
 def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     "Every line of it, on a small cohort of which half is annotated, with a small network"
     import matplotlib, shutil

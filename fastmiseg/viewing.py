@@ -124,7 +124,7 @@ class ScanPicture:
     def draw(self,
         ax:Axes, # matplotlib axis
         k:int,   # number of the slice
-        what:str # 'whole slice', 'mask', 'prediction' or 'errors'
+        what:str # 'whole slice', 'slice', 'mask', 'prediction' or 'errors'
     ):
         "A slice; all but the whole one are enlarged"
         contours = {'mask':self.mask, 'prediction':self.pred}.get(what)
@@ -172,7 +172,9 @@ def legend_below(
     handles = class_lines(classes) + patches + frames
     if not handles: return
     rows = -(-len(handles)//max(1, int(fig.get_figwidth()/1.5)))
-    fig.legend(handles=handles, loc='outside lower center', ncols=-(-len(handles)//rows), fontsize=11, frameon=False)
+    n = -(-len(handles)//rows)
+    in_rows = [o for k in range(n) for o in handles[k::n]] # matplotlib fills a legend column by column
+    fig.legend(handles=in_rows, loc='outside lower center', ncols=n, fontsize=11, frameon=False)
 
 # %% ../nbs/70_viewing.ipynb #997b5fd6
 def _rows_of(picture):
@@ -248,7 +250,8 @@ def plot_uncertainty(
     axs = fig.subplots(2, len(ks), squeeze=False)
     look = dict(cmap='magma', vmin=0, vmax=max(float(doubt.max()), 1e-3))
     for k,(above,below) in zip(ks, axs.T):
-        for ax in (above,below): picture.draw(ax, k, 'prediction')
+        picture.draw(above, k, 'prediction')
+        picture.draw(below, k, 'slice') # without contours, which would hide where models disagree most
         shown = below.imshow(doubt[k], alpha=np.clip(2*doubt[k]/look['vmax'], 0, .8), **look)
         above.set_title(f'slice {k+1} of {len(picture.grey)}', fontsize=11)
         picture.mark_edges(above)

@@ -82,7 +82,7 @@ def test_validation_of_the_training_slices(trained, tiny):
 @pytest.mark.parametrize('ds_idx', [0,1])
 def test_show_results(trained, ds_idx):
     trained.show_results(ds_idx=ds_idx, max_n=3)
-    assert len(plt.gcf().axes)>=2
+    assert [o.get_title() for o in plt.gcf().axes]==['mask']*3+['prediction']*3
 
 @pytest.mark.parametrize('kind', [Interpretation, SegmentationInterpretation, ClassificationInterpretation])
 def test_slices_with_the_largest_losses(trained, tiny, kind):
@@ -94,7 +94,10 @@ def test_slices_with_the_largest_losses(trained, tiny, kind):
         assert torch.equal(inputs[k], x) and torch.equal(masks[k], y)
     assert torch.equal(losses, again) and losses[0]==found.losses.max()
     found.plot_top_losses(3)
-    assert plt.get_fignums()
+    fig = plt.gcf()
+    assert [o.get_title() for o in fig.axes]==['mask']*3+[f'prediction\nloss {float(o):.3g}' for o in losses]
+    assert [o.get_text() for o in fig.legends[0].get_texts()]==list(tiny.dls.vocab)[1:]
+    np.testing.assert_array_equal(fig.axes[1].images[0].get_array(), inputs[1][0].cpu())
 
 def test_confusion_of_pixels(trained, tiny):
     found = ClassificationInterpretation.from_learner(trained)

@@ -98,9 +98,19 @@ def test_terms_are_shown_in_words():
     log = pd.DataFrame(dict(global_mi=[-.5], local_mi=[-.1], consistency=[.2], made_up=[1.]))
     axs = plot_training(log).axes
     assert [o.get_title() for o in axs[:4]]==[
-        'information between views: images\n(higher is better)', 'information between views: positions\n(higher is better)',
+        'information between views:\nimages (higher is better)', 'information between views:\npositions (higher is better)',
         'disagreement of two views\n(lower is better)', 'made up']
     assert axs[0].lines[0].get_ydata()[0]==.5 and axs[2].lines[0].get_ydata()[0]==.2
+
+def test_nothing_of_the_curves_is_cut():
+    names = ['dice','dice_right ventricle','dice_myocardium of the left ventricle','global_mi','local_mi','mean_teacher']
+    fig = plot_training(pd.DataFrame({k: [.1,.2] for k in ('train_loss','valid_loss',*names)}))
+    fig.canvas.draw()
+    inside = fig.bbox
+    for ax in fig.axes[:5]:
+        for o in (ax.title, ax.yaxis.label, ax.get_legend()):
+            box = o and o.get_window_extent()
+            assert not box or inside.x0<=box.x0<=box.x1<=inside.x1 and inside.y0<=box.y0<=box.y1<=inside.y1, o
 
 def test_every_term_of_the_package_has_words():
     from fastmiseg.methods import methods

@@ -7,6 +7,7 @@ __all__ = ['Meaning', 'training_log', 'meaning_of', 'plot_training', 'TrainingLo
 
 # %% ../../nbs/55_callback.log.ipynb #693da373
 from collections import namedtuple
+from textwrap import fill
 
 import pandas as pd
 from fastai.basics import *
@@ -31,8 +32,8 @@ Meaning = namedtuple('Meaning', 'words better sign unit', defaults=('', 1, ''))
 _meanings = dict(
     train_loss=Meaning('loss of labelled scans, training', 'lower'),
     valid_loss=Meaning('loss of labelled scans, validation', 'lower'),
-    global_mi=Meaning('information between views: images', 'higher', -1, 'nats'),
-    local_mi=Meaning('information between views: positions', 'higher', -1, 'nats'),
+    global_mi=Meaning('information between views: images', 'higher', -1, 'nats, with cluster balance'),
+    local_mi=Meaning('information between views: positions', 'higher', -1, 'nats, with cluster balance'),
     consistency=Meaning('disagreement of two views', 'lower'),
     mean_teacher=Meaning('disagreement with the teacher', 'lower'),
     entropy=Meaning('uncertainty of predictions', 'lower', 1, 'nats'),
@@ -68,10 +69,15 @@ def _lines_of(panel, names):
     of_class = [(o, o.removeprefix(f'{panel}_'), class_color(c)) for c,o in enumerate(classes, 1)]
     return [(o, 'mean of classes', class_color(0)) for o in names if o==panel] + of_class
 
+def _legend_width(panel, names):
+    "Inches beside a panel"
+    labels = [label for _,label,_ in _lines_of(panel, names)]
+    return .6+.09*max(map(len, labels)) if len(labels)>1 else 0.
+
 def _title_of(panel):
     about = Meaning('loss of labelled scans', 'lower') if panel=='loss' else meaning_of(panel)
     of_scans = ' of validation scans' if panel in _metrics else ''
-    return about.words + of_scans + (f'\n({about.better} is better)' if about.better else '')
+    return fill(about.words + of_scans + (f' ({about.better} is better)' if about.better else ''), 28)
 
 def _draw_panel(ax, log, panel, names):
     about,lines = meaning_of(panel),_lines_of(panel, names)
@@ -79,7 +85,7 @@ def _draw_panel(ax, log, panel, names):
         ax.plot(range(1, len(log)+1), about.sign*log[column], marker='o', ms=4, lw=2, color=color, label=label)
     ax.set_title(_title_of(panel), fontsize=12)
     ax.set_xlabel('epoch', fontsize=11)
-    ax.set_ylabel(about.unit, fontsize=11)
+    ax.set_ylabel(fill(about.unit, 16), fontsize=11)
     ax.tick_params(labelsize=11)
     ax.grid(alpha=.3)
     ax.xaxis.get_major_locator().set_params(integer=True, nbins=5)
@@ -97,7 +103,8 @@ def plot_training(
     for o in names: panels.setdefault(_panel_of(o), []).append(o)
     cols = min(3, len(panels))
     rows = -(-len(panels)//cols)
-    fig = new_figure((4.4*cols, 3*rows), out)
+    legends = [_legend_width(*o) for o in panels.items()]
+    fig = new_figure((3.9*cols + sum(max(legends[k::cols]) for k in range(cols)), 3*rows), out)
     axs = fig.subplots(rows, cols, squeeze=False)
     for ax in axs.flat[len(panels):]: ax.axis('off')
     for ax,(panel,mine) in zip(axs.flat, panels.items()): _draw_panel(ax, log, panel, mine)

@@ -293,7 +293,7 @@ def _middle(vol, overlays):
 
 # %% ../nbs/70_viewing.ipynb #a3aca2e8
 _look = dict(is_radiological_convention=True, show_all_orientation_markers=True, font_color=(1.,1.,1.,1.),
-             multiplanar_pad_pixels=14, crosshair_gap=8.,
+             multiplanar_pad_pixels=14, crosshair_width=.7, crosshair_gap=8.,
              # keys that a notebook has uses of its own for
              clip_plane_hot_key='', cycle_clip_plane_hot_key='', view_mode_hot_key='')
 
@@ -314,7 +314,7 @@ def _with_controls(viewer, layers, classes):
     "The viewer above its controls"
     from ipyniivue import SliceType
     import ipywidgets as w
-    wide = w.Layout(width='260px')
+    wide = w.Layout(width='225px')
     sliders = [w.FloatSlider(value=o.opacity, min=0, max=1, step=.05, description=name, layout=wide)
                for o,name in zip(viewer.volumes, ['scan',*layers])]
     for s,o in zip(sliders, viewer.volumes): w.link((s,'value'), (o,'opacity'))

@@ -40,15 +40,18 @@ def show_batch(x:SliceImage, y:SliceMask, samples, ctxs=None, max_n=9, nrows=Non
         show_slice(img, mask, ax, classes=getattr(mask, 'codes', None) if i==0 else None)
     return ctxs
 
-def _show_masks_and_predictions(samples, outs, titles, figsize):
+def _show_masks_and_predictions(samples, outs, titles, figsize, classes=None):
     "The masks above, the predictions below, and what the colours mean"
     figsize = figsize or (2.2*len(titles), 4.8)
     fig,axs = plt.subplots(2, len(titles), figsize=figsize, squeeze=False, layout='constrained')
     for (img,mask,*_),(pred,*_),title,(above,below) in zip(samples, outs, titles, axs.T):
         show_slice(img, mask, above, title='mask')
         show_slice(img, pred, below, title=title)
-    lines = class_lines(getattr(samples[0][1], 'codes', None) or [])
-    if lines: fig.legend(handles=lines, loc='outside lower center', ncols=max(2, len(titles)), frameon=False)
+    names = classes or getattr(samples[0][1], 'codes', None)
+    if names is None: # a mask that went through `get_preds` has lost them
+        n = max(int(o.max()) for pair in zip(samples, outs) for o in (pair[0][1],pair[1][0]))
+        names = ['background', *(f'class {c}' for c in range(1, n+1))]
+    fig.legend(handles=class_lines(names), loc='outside lower center', ncols=max(2, len(titles)), frameon=False)
 
 @dispatch
 def show_results(x:SliceImage, y:SliceMask, samples, outs, ctxs=None, max_n=6, figsize=None, **kwargs):
@@ -56,9 +59,10 @@ def show_results(x:SliceImage, y:SliceMask, samples, outs, ctxs=None, max_n=6, f
     _show_masks_and_predictions(samples, outs, ['prediction']*min(max_n, len(outs)), figsize)
 
 @plot_top_losses.dispatch
-def _slices_with_top_losses(x:SliceImage, y:SliceMask, samples, outs, raws, losses, figsize=None, **kwargs):
-    "The mask above, the prediction and its loss below"
-    _show_masks_and_predictions(samples, outs, [f'prediction\nloss {float(o):.3g}' for o in losses], figsize)
+def _slices_with_top_losses(
+    x:SliceImage, y:SliceMask, samples, outs, raws, losses, figsize=None, classes=None, **kwargs):
+    "The mask above, the prediction and its loss below; `classes`: names, background first"
+    _show_masks_and_predictions(samples, outs, [f'prediction\nloss {float(o):.3g}' for o in losses], figsize, classes)
 
 # %% ../nbs/14_slices.ipynb #b5198685
 @dataclass(frozen=True)

@@ -575,6 +575,9 @@ def test_committed_results_have_their_command(md):
 def test_how_settings_were_chosen_is_written_again():
     assert script('choice').table()==(results/'choice'/'README.md').read_text(encoding='utf-8')
 
+def test_page_beside_nnunet_is_written_again():
+    assert script('nnunet').page()==(results/'nnunet.md').read_text(encoding='utf-8')
+
 def test_nnunet_gets_the_slices_and_the_split_of_the_base(scans, tmp_path, monkeypatch):
     import nibabel as nib
     monkeypatch.setitem(presets, 'acdc-64', replace(tiny, settings=replace(small, epochs=1, n_iters=2)))

@@ -8,6 +8,7 @@ __all__ = ['mean_opinion', 'recipe_of', 'training_scans', 'ScanAnswer', 'ask_net
 # %% ../nbs/66_inference.ipynb #8261bc1d
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Iterable
@@ -164,6 +165,7 @@ class ScanAnswer:
     recipe:Recipe     # of the network
     odd:list=field(default_factory=list) # sentences: what about the scan is far from the training scans
     doubt:np.ndarray=None # (n,H,W) how much several networks disagree, nats
+    path:str|None=None    # of the scan
 
     def classes(self)->np.ndarray: # uint8, on the scan's grid
         "The likeliest class of each voxel"
@@ -183,11 +185,12 @@ class ScanAnswer:
     )->Volume:
         "Decide for classes, and write what has a file; what is returned has stored values, or class indices"
         seg,to_volume = self.classes(),self.where.volume
+        write = partial(write_volume, of=self.path)
         if largest: seg = _largest(seg)
         for values,file in ((self.p, probabilities), (self.doubt, uncertainty)):
-            if file is not None: write_volume(to_volume(self.where.inverse(values).astype(np.float32)), file)
+            if file is not None: write(to_volume(self.where.inverse(values).astype(np.float32)), file)
         values = _as_stored(seg, self.recipe)
-        if out is not None: write_volume(to_volume(values), out)
+        if out is not None: write(to_volume(values), out)
         return to_volume(values if stored else seg)
 
 # %% ../nbs/66_inference.ipynb #f2efff9b
@@ -226,7 +229,7 @@ def ask_network(
     except VolumeError: raise
     except ValueError as e: raise VolumeError(f'{name}: {e}') from None
     _check_answer(p, recipe, name)
-    return ScanAnswer(p, where, recipe, odd, doubt)
+    return ScanAnswer(p, where, recipe, odd, doubt, vol.path)
 
 # %% ../nbs/66_inference.ipynb #fc5c68ec
 def check_free(

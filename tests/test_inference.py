@@ -33,6 +33,52 @@ def test_opens_over_the_scan(heart, scan, tmp_path, ext):
         assert np.array_equal(np.asarray(b.dataobj).T, seg.array)
         assert np.array_equal(np.asarray(p.dataobj).argmax(-1).T, seg.array)
 
+def headers(kind, A, zooms):
+    "A NIfTI header as others write it, for a grid at `A` (RAS) with spacings `zooms`"
+    h = nib.Nifti1Header()
+    h.set_data_shape((8,8,8)) # nibabel then takes that of the voxels
+    moved = A.copy()
+    moved[0,3] += 30
+    scale = 1e-3 if kind=='metres' else 1.
+    h.set_xyzt_units('meter' if kind=='metres' else 'mm')
+    h.set_zooms(np.array(zooms)*scale)
+    unit = np.diag([scale]*3+[1])
+    if kind!='sform without spacings': h.set_qform(unit@A, 1)
+    if kind=='two places': h.set_sform(moved, 2)
+    elif kind=='sform without spacings': h['pixdim'][1:4],h['sform_code'] = zooms,2; h['srow_x'],h['srow_y'],h['srow_z'] = np.diag([-1,-1,1,1.])[:3]
+    elif kind!='qform alone': h.set_sform(unit@A, 1)
+    return h
+
+@pytest.mark.parametrize('ext', ['.nii','.nii.gz'])
+@pytest.mark.parametrize('kind', ['both','qform alone','sform without spacings','two places','metres'])
+def test_viewers_that_trust_either_form_see_both_in_one_place(heart, scan, tmp_path, kind, ext):
+    "ACDC's sform has steps of 1 mm beside other spacings in pixdim; whatever a viewer makes of that, it makes of the mask too"
+    there = nib.load(scan)
+    h = headers(kind, there.affine, there.header.get_zooms()[:3])
+    h.set_data_dtype(np.float32)
+    nib.save(nib.Nifti1Image(np.asarray(there.dataobj, np.float32), None, h), tmp_path/f'scan{ext}')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', VolumeWarning)
+        predict_volume(heart.learn, tmp_path/f'scan{ext}', out=tmp_path/f'seg{ext}', probabilities=tmp_path/'p.nii.gz')
+        a,b = (read_volume(tmp_path/f'{o}{ext}') for o in ('scan','seg'))
+    theirs = nib.load(tmp_path/f'scan{ext}')
+    for o in (f'seg{ext}','p.nii.gz'):
+        ours = nib.load(tmp_path/o)
+        for form in ('get_qform','get_sform'):
+            (A,code),(B,other) = (getattr(i.header, form)(coded=True) for i in (theirs, ours))
+            assert code==other and (A is None and B is None or np.array_equal(A, B)), (o, form)
+        assert np.array_equal(ours.affine, theirs.affine) and ours.header.get_zooms()[:3]==theirs.header.get_zooms()[:3]
+        assert ours.header.get_xyzt_units()[0]==theirs.header.get_xyzt_units()[0]
+    assert np.allclose([*a.spacing,*a.origin,*a.direction], [*b.spacing,*b.origin,*b.direction])
+    seg = np.asarray(nib.load(tmp_path/f'seg{ext}').dataobj)
+    assert seg.dtype==np.uint8 and seg.any() and np.array_equal(seg.T, b.array)
+
+def test_a_volume_that_was_changed_in_memory_keeps_its_own_place(heart, scan, tmp_path):
+    vol = read_volume(scan)
+    vol.spacing,vol.origin = tuple(2*o for o in vol.spacing),(1.,2.,3.)
+    predict_volume(heart.learn, vol, out=tmp_path/'seg.nii.gz')
+    assert np.allclose(read_volume(tmp_path/'seg.nii.gz').spacing, vol.spacing) and np.allclose(read_volume(tmp_path/'seg.nii.gz').origin, vol.origin)
+
 def test_good_enough_to_tell_something(heart): assert evaluate_cohort(heart.learn, heart.df[heart.df.split=='test'], progress=False).dice.mean()>.7
 
 # -- scans unlike those of training ----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 # %% ../../nbs/07_scans.nifti.ipynb #8a355a2d
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import nibabel, numpy as np
@@ -14,7 +15,7 @@ from .grid import Grid, check_channels, scale_values, square_axes
 from .intact import read_whole
 
 # %% auto #0
-__all__ = ['read_nifti']
+__all__ = ['read_nifti', 'take_placement']
 
 # %% ../../nbs/07_scans.nifti.ipynb #ae457259
 def _voxels(h, raw, channels):
@@ -139,6 +140,10 @@ def _place(h, sizes, form):
     return A[:3,:3], A[:3,3], notes
 
 # %% ../../nbs/07_scans.nifti.ipynb #716d0e3d
+def _header(head):
+    order = '<' if head[:4]==b'\x5c\x01\0\0' else '>'
+    return nibabel.Nifti1Header(bytes(head[:348]), endianness=order, check=False)
+
 def read_nifti(
     path:str|Path,       # `.nii` or `.nii.gz`, exactly this file
     channels:bool=False, # Are several channels expected?
@@ -148,11 +153,39 @@ def read_nifti(
     if form not in (None,'qform','sform'):
         raise ValueError(f"form={form!r}: expected 'qform' or 'sform'")
     head,raw = read_whole(path)
-    order = '<' if head[:4]==b'\x5c\x01\0\0' else '>'
-    h = nibabel.Nifti1Header(bytes(head[:348]), endianness=order, check=False)
+    h = _header(head)
     sizes = [int(o) for o in h['dim'][1:h['dim'][0]+1]]
     steps,origin,notes = _place(h, sizes, form)
     spacing,direction,more = square_axes(steps)
     a = _voxels(h, raw, channels)
     if not h.get_data_dtype().names: a = _scaled(h, a) # colours are never scaled
     return Grid(a, spacing, tuple(origin.tolist()), direction, (*notes,*more))
+
+# %% ../../nbs/07_scans.nifti.ipynb #d2575955
+_placement = ('qform_code','sform_code','quatern_b','quatern_c','quatern_d','qoffset_x','qoffset_y','qoffset_z',
+              'srow_x','srow_y','srow_z')
+
+def _where(h, form=None):
+    "Sizes, and what says where the grid is, as numbers"
+    sizes = [int(o) for o in h['dim'][1:h['dim'][0]+1]]
+    steps,origin,_ = _place(h.copy(), sizes, form)
+    spacing,direction,_ = square_axes(steps)
+    return sizes[:3], [*spacing, *origin, *direction]
+
+def take_placement(
+    path:str|Path,      # `.nii` or `.nii.gz`, which is changed
+    other:str|Path,     # `.nii` or `.nii.gz`
+    form:str|None=None  # 'qform' or 'sform', with which `other` was read
+)->bool: # Was it changed? Not if its grid is another one
+    "Give a file the qform, the sform and the unit of another, where both are the same grid in the same place"
+    opened = lambda p: gzip.open if Path(p).suffix=='.gz' else open
+    with opened(other)(other, 'rb') as f: theirs = _header(f.read(348))
+    with opened(path)(path, 'rb') as f: data = f.read()
+    ours = _header(data)
+    (a,at),(b,at_b) = _where(ours),_where(theirs, form)
+    if a!=b or not np.allclose(at, at_b, rtol=1e-4, atol=2e-3): return False
+    for o in _placement: ours[o] = theirs[o]
+    ours['pixdim'][:4] = theirs['pixdim'][:4]
+    ours['xyzt_units'] = int(ours['xyzt_units'])&~7 | int(theirs['xyzt_units'])&7
+    with opened(path)(path, 'wb') as f: f.write(ours.binaryblock+data[348:])
+    return True

@@ -19,7 +19,7 @@ from .grid import Grid, check_channels, scale_values, square_axes
 from .formats import extension, extensions
 from .intact import check_intact, check_regular, data_file, header_size
 from .messages import VolumeError, itk_messages, warn_scan
-from .nifti import read_nifti
+from .nifti import read_nifti, take_placement
 
 # %% auto #0
 __all__ = ['choose_volume', 'split_choice', 'Volume', 'write_volume', 'scan_files', 'read_volume', 'read_size', 'resample']
@@ -105,9 +105,10 @@ def _plain(a):
 
 # %% ../../nbs/12_scans.volume.ipynb #86f82507
 def write_volume(
-    vol:Volume,   # What to write; several channels become a 4D file
-    path:str|Path # `.nii`, `.nii.gz`, `.mha`, `.mhd`, `.nrrd` or `.nhdr`; an existing file is replaced
-)->Path:          # `path`
+    vol:Volume,    # What to write; several channels become a 4D file
+    path:str|Path, # `.nii`, `.nii.gz`, `.mha`, `.mhd`, `.nrrd` or `.nhdr`; an existing file is replaced
+    of:str|Path|None=None # The scan that this belongs to: of NIfTI files both forms are taken over, for viewers
+)->Path:           # `path`
     "Write a scan, compressed: under its name there is the whole file or none"
     path = Path(path)
     if extension(path) is None:
@@ -120,6 +121,7 @@ def write_volume(
         with tempfile.TemporaryDirectory(prefix='.fastmiseg-', dir=path.parent) as tmp:
             tmp = Path(tmp)/path.name
             with itk_messages(path): sitk.WriteImage(im, _utf8(tmp), useCompression=extension(path)!='.nii')
+            _place_as(tmp, of)
             check_intact(tmp)
             for o in sorted(tmp.parent.iterdir(),
                             key=lambda o: o==tmp): os.replace(o, path.parent/o.name)
@@ -130,6 +132,10 @@ def write_volume(
         raise VolumeError(f'{path}: could not be written whole, is the disk full? (what was '
                           f'written {e})') from None
     return path
+
+def _place_as(path, of):
+    of,choice = split_choice(of) if of else (None,{})
+    if of and {extension(path),extension(of)}<={'.nii','.nii.gz'}: take_placement(path, of, choice.get('form'))
 
 def _with_axis(im, vol):
     "Channels as a fourth axis, which every format can hold"

@@ -87,6 +87,8 @@ def _axis_name(metric):
     unit,sense = about.unit and f' ({about.unit})',about.better and f'\n{about.better} is better'
     return about.words + unit + sense
 
+_distances = ('hd95','assd')
+
 def plot_scores(
     scores:pd.DataFrame,          # from `evaluate_cohort`; with another column, such as `training`, to compare
     metric:str='dice',            # column of `scores`
@@ -94,7 +96,7 @@ def plot_scores(
     classes:list|tuple|None=None, # all names, background first, where `scores` has only some of them
     out:str|Path|None=None        # file to write
 )->Figure:
-    "Box plots of a score per class, with a point for each scan and their number"
+    "Box plots of a score per class, with a point for each scan, and how many; a missed class has no distance"
     if metric not in scores:
         raise ValueError(f"metric: {metric!r} is not a column of the scores; there are {', '.join(scores.columns)}")
     names = list(dict.fromkeys(scores['class']))
@@ -105,11 +107,14 @@ def plot_scores(
     ax = fig.subplots()
     for g,group in enumerate(groups):
         for c,name in enumerate(names):
-            values = scores.loc[(scores['class']==name) & (scores[by]==group if by else True), metric].dropna()
+            rows = scores[(scores['class']==name) & (scores[by]==group if by else True)]
+            values = rows[metric].dropna()
             at = c+(g-(len(groups)-1)/2)*width
             color = _group_colors[g%len(_group_colors)] if by else class_color(number[name])
             if len(values): _box(ax, at, width, values, color, rng)
-            ax.text(at, 1.02, f'n={len(values)}', transform=ax.get_xaxis_transform(), ha='center', fontsize=10)
+            missed = int((rows[metric].isna() & rows['dice'].eq(0)).sum()) if metric in _distances else 0
+            n = f'n={len(values)}' + (f'\n{missed} missed' if missed else '')
+            ax.text(at, 1.02, n, transform=ax.get_xaxis_transform(), ha='center', fontsize=10)
     ax.set(xlim=(-.6, len(names)-.4))
     ax.set_ylabel(_axis_name(metric), fontsize=12)
     ax.set_xticks(range(len(names)), names)

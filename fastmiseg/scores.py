@@ -58,6 +58,10 @@ def _missed_rule(missed):
     if missed=='nan': return 'is left out of HD95 and ASSD'
     return f"counts in HD95 and ASSD as {'the diagonal of the scan' if missed=='diagonal' else f'{missed:g} mm'}"
 
+def _count(n, what):
+    "As in '3 labeled scans'; other words stay as they are"
+    return f'{n} {what}' + ('' if ' ' in what else ' scan' if n==1 else ' scans')
+
 def scores_text(
     scores:pd.DataFrame,        # as from `evaluate_cohort`, or its file
     missed:float|str='diagonal' # as for `score_table`
@@ -76,5 +80,5 @@ def scores_text(
     if table[['missed','invented']].any(axis=None):
         lines.append(f'A class that was missed, or found where there is none, {_missed_rule(missed)}.')
     left = scores.attrs.get('left_out') or {}
-    if left: lines.append(f"Not scored: {', '.join(f'{n} {k}' for k,n in left.items())}.")
+    if left: lines.append(f"Not scored: {', '.join(_count(n, k) for k,n in left.items())}.")
     return '\n'.join(lines)

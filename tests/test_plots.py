@@ -230,3 +230,9 @@ def test_weights_and_biases_have_every_term_and_the_dice(tmp_path, monkeypatch):
         assert [o[k] for o in sent if k in o]==pytest.approx(log[k].tolist())
         assert summary[k]==pytest.approx(log[k].iloc[-1])
     assert list(tmp_path.rglob('*.wandb'))
+
+def test_a_missed_class_is_counted_beside_the_distances():
+    from fastmiseg.plots import plot_scores
+    scores = pd.DataFrame({'class':list('aabb'), 'dice':[.8,.7,0,.6], 'hd95':[3.,4.,np.nan,5.]})
+    said = lambda metric: [o.get_text() for o in plot_scores(scores, metric).axes[0].texts]
+    assert said('hd95')==['n=2','n=1\n1 missed'] and said('dice')==['n=2','n=2']

@@ -159,8 +159,8 @@ def _check_change(self:ResumeCallback, state, file, changed):
 def _pass_over(self:ResumeCallback, file):
     "The fit has been made before"
     self._passed = True
-    print(f"ResumeCallback: this training is finished, {file.name} in {self.path} holds its result; "
-          "another one needs another path")
+    print(f"{self.path}: this training is finished, and {file.name} holds its result; another training needs "
+          "another folder")
     raise CancelFitException()
 
 # %% ../../nbs/59_callback.resume.ipynb #962cdee8

@@ -57,7 +57,7 @@ def summarise_warnings(
     for texts in sorted(kinds.values(), key=len, reverse=True):
         path,text = next(iter(texts.items()))
         n = len(texts)
-        lines.append(f'{n} files: {text} (for example {path})' if n>1 else f'{path}: {text}')
+        lines.append(f'{n} files, for example {path}: {text}' if n>1 else f'{path}: {text}')
     return lines
 
 def tell_warnings(

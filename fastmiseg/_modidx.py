@@ -606,6 +606,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fastmiseg.commands._files': ('commands.html#_files', 'fastmiseg/commands.py'),
                                     'fastmiseg.commands._finish': ('commands.html#_finish', 'fastmiseg/commands.py'),
                                     'fastmiseg.commands._load': ('commands.html#_load', 'fastmiseg/commands.py'),
+                                    'fastmiseg.commands._made': ('commands.html#_made', 'fastmiseg/commands.py'),
                                     'fastmiseg.commands._new_run': ('commands.html#_new_run', 'fastmiseg/commands.py'),
                                     'fastmiseg.commands._prepare': ('commands.html#_prepare', 'fastmiseg/commands.py'),
                                     'fastmiseg.commands._prepared': ('commands.html#_prepared', 'fastmiseg/commands.py'),

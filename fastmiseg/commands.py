@@ -7,7 +7,7 @@ __all__ = ['RunError', 'prepare_run', 'train_run', 'settings_from', 'resume_run'
 
 # %% ../nbs/72_commands.ipynb #760d2ee4
 import hashlib, json, os, re, shutil, sys
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Callable
@@ -392,8 +392,7 @@ def _evaluate(model, data=None, out=None, split=None, overwrite=True, held=nullc
     about = _about_scores(model, df, split, kwargs)
     if (out/'metrics.csv').exists() and not overwrite: return _scores_of_before(out, about)
     trained = load_cohort(run/'split.csv', 'csv') if (run/'split.csv').exists() else None
-    out.mkdir(parents=True, exist_ok=True)
-    with held():
+    with _made(out),held():
         scores = _score(seg, df, out/_notes, overwrite, split=split, trained=trained, **kwargs)
         write_text(out/'metrics.csv', scores.to_csv(index=False))
         kept = {k:scores.attrs.get(k, {}) for k in _kept}
@@ -401,6 +400,17 @@ def _evaluate(model, data=None, out=None, split=None, overwrite=True, held=nullc
         for m in ('dice','hd95'): plot_scores(scores, m, out=out/'figures'/f'{m}.png')
         plot_scans(seg, df[df.scan.isin(scores.scan)], scores, out=out/'figures'/'worst.png')
     return scores
+
+@contextmanager
+def _made(folder):
+    "Inside, the folder is there; where an error leaves a new one empty, it goes again"
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try: yield
+    except BaseException:
+        with suppress(OSError):
+            if new: folder.rmdir()
+        raise
 
 def _with_known_parts(run, df):
     "Scans that the run knows are in the parts in which it saw them, wherever they are listed"

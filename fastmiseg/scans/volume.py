@@ -121,8 +121,8 @@ def write_volume(
         with tempfile.TemporaryDirectory(prefix='.fastmiseg-', dir=path.parent) as tmp:
             tmp = Path(tmp)/path.name
             with itk_messages(path): sitk.WriteImage(im, _utf8(tmp), useCompression=extension(path)!='.nii')
-            _place_as(tmp, of)
             check_intact(tmp)
+            _place_as(tmp, of)
             for o in sorted(tmp.parent.iterdir(),
                             key=lambda o: o==tmp): os.replace(o, path.parent/o.name)
     except OSError as e:

@@ -197,7 +197,10 @@ class _Run:
 
     def note(self, row, **about): self.notes.add(row.scan, looks=self.looks(row), **about)
 
-    def tell(self): tell_warnings(f'{len(self.df)} scans', 'while they were read:', self.odd)
+    def tell(self):
+        n = len(self.df)
+        if n==1: tell_warnings('1 scan', 'while it was read:', self.odd)
+        else: tell_warnings(f'{n} scans', 'while they were read:', self.odd)
 
 # %% ../nbs/67_evaluation.ipynb #021872eb
 def predict_cohort(

@@ -219,12 +219,13 @@ def plot_clusters(
         column[0].set_title(f'image {i+1}', fontsize=12)
         for p,ax in zip(clusters.values(), column[1:]):
             im = _show_clusters(ax, 1+p[i,head].argmax(0), mask, x.shape[2:], look)
-    bar = fig.colorbar(im, ax=axs[1:], ticks=range(1, K+1), shrink=.8)
+    bar = fig.colorbar(im, ax=axs, ticks=range(1, K+1), shrink=.8)
     bar.set_label('cluster (numbers have no order)', fontsize=11)
     names = ['slice', *(f'clusters of {o}\n({"×".join(map(str, p.shape[3:]))} positions)' for o,p in clusters.items())]
     for name,row in zip(names, axs):
-        row[0].text(-.05, .5, name, rotation=90, ha='right', va='center', ma='center', transform=row[0].transAxes,
-                    fontsize=11)
+        row[0].set(frame_on=False, xticks=[], yticks=[])
+        row[0].set_axis_on()
+        row[0].set_ylabel(name, fontsize=11) # for which the layout makes room
     if y is not None:
         fig.legend(handles=class_lines(_class_names(learn, y)), loc='outside lower center', ncols=6, fontsize=11,
                    frameon=False)

@@ -112,6 +112,15 @@ def test_nothing_of_the_curves_is_cut():
             box = o and o.get_window_extent()
             assert not box or inside.x0<=box.x0<=box.x1<=inside.x1 and inside.y0<=box.y0<=box.y1<=inside.y1, o
 
+def test_names_of_the_rows_of_clusters_are_not_cut(tmp_path):
+    learn,reg = quiet(learner(tmp_path)),small_mireg()
+    learn.fit(1, cbs=reg)
+    fig = plot_clusters(learn, reg)
+    fig.canvas.draw()
+    boxes = {o.yaxis.label.get_text(): o.yaxis.label.get_window_extent() for o in fig.axes if o.get_ylabel()}
+    assert 'slice' in boxes and any(o.startswith('clusters of') for o in boxes)
+    for k,o in boxes.items(): assert fig.bbox.x0<=o.x0<o.x1<=fig.bbox.x1, k
+
 def test_every_term_of_the_package_has_words():
     from fastmiseg.methods import methods
     without = {k for m in methods.values() for k in m.weights if not meaning_of(k).better}

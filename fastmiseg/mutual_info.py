@@ -16,13 +16,14 @@ from .pair_sums import at_least_float32, pair_sums, wide
 _TINY = torch.finfo(torch.float32).tiny # where logarithms stop, whatever the dtype
 
 def _log(x): return x.clamp_min(_TINY).log()
-def _entropy(m): return -(m*_log(m)).sum(-1)
 
-def _normalise(
+def _total(
     R: torch.Tensor, # sums (..., K, K)
-): # divided by their total; where that is 0 (no pair of pixels at all) they stay 0
+): # what they are divided by; 1 where there is no pair of pixels at all, so that they stay 0
     total = R.sum((-2, -1), keepdim=True)
-    return R/torch.where(total > 0, total, 1)
+    return torch.where(total > 0, total, 1)
+
+def _normalise(R): return R/_total(R)
 
 def mutual_info(
     P: torch.Tensor, # joint distributions (..., K, K); tables of counts will do, they are divided by their sum
@@ -37,24 +38,48 @@ def mutual_info(
 def _what(x): return f'{x.dtype} of shape {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__
 
 # %% ../nbs/37_mutual_info.ipynb #10208ab9
+def _prior_logs(prior, S, K, device): # -> logarithms of the wanted sizes (S or 1,1,K) times K
+    prior = wide(torch.as_tensor(prior, device=device))
+    if prior.shape not in ((K,), (S, K)):
+        raise ValueError(f'prior: expected the sizes of {K} clusters, or {S} rows of them (one for each head), '
+                         f'got shape {tuple(prior.shape)}')
+    prior = prior.view(-1, 1, K)
+    return _log(K*prior/prior.sum(-1, keepdim=True))
+
+def _information(R, symmetric, prior, marginal): # -> I (S,D,1,1) and its derivative (S,D,K,K)
+    if symmetric: R = (R + R.mT)/2
+    total = _total(R)
+    P = R/total
+    rows = _log(P.sum(-1, keepdim=True))
+    cols = rows.mT if symmetric else _log(P.sum(-2, keepdim=True))
+    A = torch.sub(_log(P), rows + cols, alpha=marginal)
+    if prior is not None: A = A + (prior[..., :, None] + prior[..., None, :])/2
+    I = (P*A).sum((-2, -1), keepdim=True)
+    return I, (A - I)/total
+
+class _MILoss(torch.autograd.Function):
+    "Minus the mean information, and the gradient that falls out of it"
+    @staticmethod
+    def forward(ctx, R, *choices):
+        I, dI = _information(R, *choices)
+        ctx.choices, ctx.scale = choices, -1/I.numel()
+        ctx.save_for_backward(R, dI)
+        return -I.mean()
+
+    @staticmethod
+    def backward(ctx, grad):
+        R, dI = ctx.saved_tensors
+        if torch.is_grad_enabled(): dI = _information(R, *ctx.choices)[1] # somebody may want the second derivative
+        return grad*ctx.scale*dI, None, None, None
+
 def _mi_loss(
     R: torch.Tensor, # sums (S,D,K,K)
     symmetric: bool, # use (P + Pᵀ)/2
     prior, # None, or wanted sizes of the clusters (K,) or (S,K), in any unit
     marginal: float = 1., # weight of the entropies of the clusters' sizes; 1: the information
 ) -> torch.Tensor: # minus the mean information over heads and displacements
-    P, S, K = _normalise(R), len(R), R.shape[-1]
-    if symmetric: P = (P + P.mT)/2
-    I = mutual_info(P)
-    if marginal != 1: I = I + (marginal - 1)*(_entropy(P.sum(-1)) + _entropy(P.sum(-2)))
-    if prior is not None:
-        prior = wide(torch.as_tensor(prior, device=P.device))
-        if prior.shape not in ((K,), (S, K)):
-            raise ValueError(f'prior: expected the sizes of {K} clusters, or {S} rows of them (one for each head), '
-                             f'got shape {tuple(prior.shape)}')
-        prior = prior.view(-1, 1, K)/prior.sum(-1).view(-1, 1, 1)
-        I = I + ((P.sum(-1) + P.sum(-2))/2*_log(K*prior)).sum(-1)
-    return -I.mean()
+    if prior is not None: prior = _prior_logs(prior, len(R), R.shape[-1], R.device)
+    return _MILoss.apply(R, symmetric, prior, marginal)
 
 # %% ../nbs/37_mutual_info.ipynb #13b47e2c
 def _check_pair(p, q, ndims, expected, names=('p', 'q')):
@@ -110,7 +135,7 @@ class JointMemory(nn.Module):
         with torch.no_grad():
             self.steps += 1
             new = (1/self.steps).clamp_min(1 - self.decay)
-            self.joint += new*(P - self.joint)
+            self.joint.lerp_(P, new)
         return self.joint.clone() + (P - P.detach())
 
 # %% ../nbs/37_mutual_info.ipynb #528fcbca

@@ -5,6 +5,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from fastmiseg.mutual_info import *
+from fastmiseg.mutual_info import _mi_loss
 from fastmiseg.pair_sums import PairSums, pair_sums
 from fastmiseg.projectors import GlobalProjector, LocalProjector
 
@@ -123,6 +124,28 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *a: PairSums.apply(*a, (3, 1, 3)), (f, g, w, b))
     P = torch.rand(2, 4, 4, dtype=f64, requires_grad=True)
     assert torch.autograd.gradcheck(mutual_info, P) and torch.autograd.gradgradcheck(mutual_info, P)
+
+@pytest.mark.parametrize('symmetric', [True, False])
+@pytest.mark.parametrize('marginal', [1., 1.5])
+@pytest.mark.parametrize('prior', [None, torch.tensor([1., 2, 3]), torch.tensor([[1., 2, 3], [1, 1, 5]])])
+def test_gradient_that_falls_out_of_the_loss(symmetric, marginal, prior):
+    "is that of the same loss left to autograd, and so is the second derivative"
+    torch.manual_seed(0)
+    R = (50*torch.rand(2, 4, 3, 3, dtype=f64)).requires_grad_()
+    def loss(R): return _mi_loss(R, symmetric, prior, marginal)
+    def plain(R):
+        P = R/R.sum((-2, -1), keepdim=True)
+        if symmetric: P = (P + P.mT)/2
+        sizes = P.sum(-1), P.sum(-2)
+        res = mutual_info(P) - (marginal - 1)*sum((o*o.log()).sum(-1) for o in sizes)
+        if prior is not None:
+            wanted = prior.double().view(-1, 1, 3)
+            res = res + (sum(sizes)/2*(3*wanted/wanted.sum(-1, keepdim=True)).log()).sum(-1)
+        return -res.mean()
+    assert torch.allclose(loss(R), plain(R), rtol=1e-14)
+    a, b = (torch.autograd.grad(f(R), R)[0] for f in (loss, plain))
+    assert (a - b).abs().max() < 1e-15
+    assert torch.autograd.gradgradcheck(loss, R)
 
 @pytest.mark.parametrize('K', [1, 7, 16, 20])
 @pytest.mark.parametrize('S', [1, 20])

@@ -18,10 +18,10 @@ first = '''scans.cohort scans.split scans.recipe scans.volume scans.masks scans.
 scans.phantom scans.store
 data augment transforms warps
 callback.mireg callback.baselines callback.teacher callback.pseudo callback.copypaste
-learner training metrics surface models inference evaluation scores segmenter plots commands cli demo
+learner training metrics surface models inference evaluation scores segmenter plots commands run_model cli demo
 callback.resume callback.log callback.method callback.step mutual_info losses projectors'''.split()
 plumbing = '''scans.prepared scans.workers callback.stream callback.heads callback.guard callback.paired
-callback.install callback.state callback.plan callback.place'''.split()
+callback.install callback.state callback.plan callback.place run_folder'''.split()
 
 inherited = 'args', 'kwargs' # what a class passes on to the one that it is made of
 

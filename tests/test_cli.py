@@ -9,7 +9,8 @@ import fastmiseg.commands as C
 from fastmiseg import cli
 from fastmiseg.files import WriteError
 from fastmiseg.scans.cohort import load_cohort, save_cohort
-from fastmiseg.commands import evaluate_run, predict_scans, prepare_run, resume_run, train_run
+from fastmiseg.commands import prepare_run, resume_run, train_run
+from fastmiseg.run_model import evaluate_run, predict_scans
 from fastmiseg.segmenter import SegmenterError, load_segmenter
 from fastmiseg.scans.messages import VolumeError
 
@@ -115,15 +116,15 @@ def test_folder_moves(run, prepared, tmp_path):
 def test_other_format(run, tmp_path):
     (tmp_path/'config.json').write_text(json.dumps({**json.loads((run/'config.json').read_text()), 'format':7, 'fastmiseg':'3.1'}))
     for f in (resume_run, evaluate_run, lambda o: predict_scans(o, o, o)):
-        with pytest.raises(C.RunError, match=r'config.json: has format 7 and was written by fastmiseg 3.1, this is fastmiseg .* knows format 1'): f(tmp_path)
+        with pytest.raises(RunError, match=r'config.json: has format 7 and was written by fastmiseg 3.1, this is fastmiseg .* knows format 1'): f(tmp_path)
     (tmp_path/'config.json').write_text('{')
-    with pytest.raises(C.RunError, match='config.json: is not JSON'): resume_run(tmp_path)
+    with pytest.raises(RunError, match='config.json: is not JSON'): resume_run(tmp_path)
 
 def test_overwrite(run, prepared, tmp_path):
     (tmp_path/'mine').mkdir(); (tmp_path/'mine'/'thesis.txt').write_text('x')
-    with pytest.raises(C.RunError, match='is not a run folder, but holds thesis.txt'): train_run(prepared, tmp_path/'mine', overwrite=True)
+    with pytest.raises(RunError, match='is not a run folder, but holds thesis.txt'): train_run(prepared, tmp_path/'mine', overwrite=True)
     with pytest.raises(FileExistsError, match='there is a run already'): train_run(prepared, run)
-    with pytest.raises(C.RunError, match='is the folder with the prepared slices'): train_run(prepared, prepared, overwrite=True)
+    with pytest.raises(RunError, match='is the folder with the prepared slices'): train_run(prepared, prepared, overwrite=True)
     with pytest.raises(FileExistsError, match='metrics.csv: exists, with other scores'): evaluate_run(run, split='valid', overwrite=False)
     assert os.listdir(tmp_path/'mine')==['thesis.txt'] and (run/'model.safetensors').exists()
     out = tmp_path/'again'

@@ -10,7 +10,9 @@ import fastmiseg.commands as C
 import fastmiseg.evaluation as evaluation
 import fastmiseg.preparing as P
 from fastmiseg import cli
-from fastmiseg.commands import RunError, evaluate_run, predict_scans, prepare_run, resume_run, train_run
+from fastmiseg.commands import prepare_run, resume_run, train_run
+from fastmiseg.run_folder import RunError, read_config
+from fastmiseg.run_model import evaluate_run, predict_scans
 from fastmiseg.preparing import Preparation, Reading
 from fastmiseg.scans.cohort import load_cohort, save_cohort
 from fastmiseg.scans.messages import VolumeError
@@ -84,7 +86,7 @@ def test_subject_pattern(hearts, tmp_path):
     prepare_run(tmp_path, tmp_path/'out', subject=r'^(p\d+)_', classes=['background','RV','Myo','LV'], labeled=1, valid=1, test=1, spacing=4., size=[32], workers=0)
     df = load_cohort(tmp_path/'out'/'split.csv', 'csv')
     assert df.groupby('subject').split.nunique().eq(1).all() and df.subject.nunique()==4
-    assert C._config(tmp_path/'out')['recipe'].size==(32,32)
+    assert read_config(tmp_path/'out')['recipe'].size==(32,32)
 
 def test_prediction_of_a_folder_in_no_order_says_what_is_wrong_with_one_in_order(run, hearts, tmp_path):
     os.link(hearts.df.image[0], tmp_path/'a.nii.gz')
@@ -181,7 +183,7 @@ def test_notes_of_another_evaluation_are_no_obstacle(run, tmp_path):
 def test_repeated_evaluation_shows_the_table_again(run, capsys, tmp_path, monkeypatch):
     "Not 'exists': the scores are there. Those of something else are not replaced"
     train_table = evaluate_run(run, progress=False)
-    monkeypatch.setattr(C, 'evaluate_cohort', None)
+    monkeypatch.setattr('fastmiseg.run_model.evaluate_cohort', None)
     again = evaluate_run(run, overwrite=False)
     pd.testing.assert_frame_equal(again, train_table, check_dtype=False)
     cli.evaluate(str(run))

@@ -4,7 +4,8 @@ from contextlib import contextmanager
 
 import pandas as pd, pytest
 
-from fastmiseg.commands import evaluate_run, predict_scans, prepare_run, resume_run, train_run
+from fastmiseg.commands import prepare_run, resume_run, train_run
+from fastmiseg.run_model import evaluate_run, predict_scans
 from fastmiseg.lock import FolderInUse
 from fastmiseg.scans.cohort import load_cohort, save_cohort
 from fastmiseg.scans.recipe import Recipe
@@ -18,7 +19,8 @@ import sys
 from pathlib import Path
 from fastai.basics import Callback
 import fastmiseg.evaluation as evaluation, fastmiseg.scans.store as store
-from fastmiseg.commands import evaluate_run, predict_scans, prepare_run, train_run
+from fastmiseg.commands import prepare_run, train_run
+from fastmiseg.run_model import evaluate_run, predict_scans
 from fastmiseg.scans.recipe import Recipe
 def pause(what): print(f'\\nin {what}', flush=True); sys.stdin.readline()
 def pausing(f, what):

@@ -34,7 +34,7 @@ def _entries(out):
     return there
 
 def check_unused(
-    folder:str|Path
+    folder:str|Path # of a run
 ):
     "A `FolderInUse` where somebody works in a folder right now"
     if (Path(folder)/in_use).exists():

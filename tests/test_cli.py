@@ -10,6 +10,7 @@ from fastmiseg import cli
 from fastmiseg.files import WriteError
 from fastmiseg.scans.cohort import load_cohort, save_cohort
 from fastmiseg.commands import prepare_run, resume_run, train_run
+from fastmiseg.run_folder import RunError
 from fastmiseg.run_model import evaluate_run, predict_scans
 from fastmiseg.segmenter import SegmenterError, load_segmenter
 from fastmiseg.scans.messages import VolumeError

@@ -5,16 +5,18 @@
 # %% ../../nbs/13_scans.masks.ipynb #cb562c40
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
-from .messages import VolumeError, warn_scan
+from .messages import VolumeError, listed, warn_scan
 from .volume import Volume, read_volume
 
 # %% auto #0
-__all__ = ['check_same_geometry', 'read_labels', 'class_indices', 'read_mask', 'read_scan']
+__all__ = ['check_same_geometry', 'read_labels', 'class_indices', 'read_mask', 'read_scan', 'propose_classes']
 
 # %% ../../nbs/13_scans.masks.ipynb #e62e165e
 def check_same_geometry(
@@ -125,3 +127,73 @@ def read_scan(
     y = read_mask(mask, image=x, classes=classes, labels=labels)
     if not y.array.any(): warn_scan(mask, 'is empty: background only')
     return x,y
+
+# %% ../../nbs/13_scans.masks.ipynb #eab6f173
+def _check_values(seen, values):
+    "Refuse what is hardly a mask, and say where masks seem to be stored in different ways"
+    most = max(seen, key=lambda o: len(o['values']))
+    if len(values)>256:
+        raise ValueError(f'Recipe.auto: the masks hold {len(values)} values, at most 256 classes can be told apart; '
+                         f'the most, {len(most["values"])}, are in {most["mask"]}: is it an image?')
+    if len(values)>32:
+        warnings.warn(f'Recipe.auto: each of {len(values)} values in the masks becomes a class; the most, '
+                      f'{len(most["values"])}, are in {most["mask"]}: is it a mask?', stacklevel=4)
+    kinds = [] # values that no mask holds together
+    for o in seen:
+        v = {int(i) for i in o['values']}-{0}
+        if not v: continue
+        kinds = [k for k in kinds if not k&v] + [v.union(*[k for k in kinds if k&v])]
+    if len(kinds)>1:
+        said = ', '.join(' and '.join(map(str, sorted(k)[:3])) for k in sorted(kinds, key=min)[:4])
+        one = {i:1 for i in sorted(set().union(*kinds))[:4]}
+        warnings.warn(f'Recipe.auto: no mask holds these values together: {said}; each becomes a class of its own. If '
+                      f'they are one structure that is stored in several ways, give Recipe(labels={one})', stacklevel=4)
+
+def _check_lossy(seen, values):
+    "Refuse masks of 0 and 255 that were blurred by lossy compression: not every value is a class"
+    near = [v for v in values if v>238]
+    if len(near)<2 or max(values)>255 or not all(0<=v<=16 or v>238 for v in values): return
+    both = [o for o in seen if len(set(near)&o['values'])>1]
+    if not both: return
+    raise ValueError(f'Recipe.auto: the masks hold values near 0 and near 255 ({listed(values[:12])}'
+                     f'{", ..." if len(values)>12 else ""}), as lossy compression (JPEG) makes them of 0 and 255, for '
+                     f'example {both[0]["mask"]}: save them anew, as 0 and 1, with a threshold between; or, if each is '
+                     'a class, name all of them (classes)')
+
+def _say_background(seen, values):
+    "Warn where 0 does not seem to be the background, or a value to mean something else than a class"
+    masks = [o for o in seen if o['mask']]
+    if not masks: return
+    share = [o['background'] for o in masks]
+    if not max(share):
+        fit = {v:i for i,v in enumerate(v for v in values if v)}
+        warnings.warn(f'Recipe.auto: no mask holds 0, which is the background; they hold {listed(list(fit)[:9])}. If '
+                      f'the first of these is, give Recipe(labels={fit})', stacklevel=4)
+    elif np.median(share)<.2:
+        warnings.warn(f'Recipe.auto: {1-np.median(share):.0%} of the voxels of the masks are not 0, the background, '
+                      f'for example in {masks[0]["mask"]}: are they inverted?', stacklevel=4)
+    odd = [v for v in values if v<0 or v==255 and 1 in values and len(values)<32]
+    if odd:
+        warnings.warn(f'Recipe.auto: the masks hold {listed(odd)}, which often marks voxels that nobody annotated; it '
+                      'becomes a class like any other. Annotate these voxels, or make them background with '
+                      'Recipe(labels=...)', stacklevel=4)
+
+def propose_classes(
+    df:pd.DataFrame,       # cohort, which may know its classes
+    seen:list,             # of each scan that was looked at: `mask` (path), `values`, and the share of `background`
+    names:list|tuple|None  # of the classes, where somebody gives them
+)->tuple: # names, and {value: class} where the values are not the positions
+    "Which classes the masks of a cohort hold"
+    found = {int(v) for v in set().union(*[o['values'] for o in seen])}
+    values = [0, *sorted(found-{0})]
+    known = df.attrs.get('classes')
+    if not (names or known): _check_lossy(seen, values)
+    _say_background(seen, values)
+    if known: return names or known, df.attrs.get('labels')
+    _check_values(seen, values)
+    if names and len(names)<len(values):
+        raise ValueError(f'Recipe.auto: classes: {len(names)} names ({listed(names)}) for {len(values)} values in the '
+                         f'masks ({listed(values)}); name each, background first, or join some with '
+                         'Recipe(labels=...)')
+    if not names: names = ('background', *(f'class{i}' for i in range(1, max(2, len(values)))))
+    return names, None if values==list(range(len(values))) else {v:i for i,v in enumerate(values)}

@@ -12,9 +12,16 @@ from pathlib import Path
 import SimpleITK as sitk
 
 # %% auto #0
-__all__ = ['VolumeError', 'VolumeWarning', 'collect_warnings', 'warn_scan', 'summarise_warnings', 'tell_warnings', 'itk_messages']
+__all__ = ['listed', 'VolumeError', 'VolumeWarning', 'collect_warnings', 'warn_scan', 'summarise_warnings', 'tell_warnings',
+           'itk_messages']
 
 # %% ../../nbs/11_scans.messages.ipynb #52bfa8f3
+def listed(
+    found:list # anything
+)->str:
+    "Its members between commas"
+    return ', '.join(map(str, found))
+
 class VolumeError(ValueError): "A scan that cannot be used"
 
 class VolumeWarning(UserWarning):

@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ['Recipe']
 
 # %% ../../nbs/23_scans.recipe.ipynb #28d12c08
-import json, warnings
+import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -20,8 +20,8 @@ from fastcore.basics import patch
 from ..files import read_json
 from .placement import Placement, along, orient, slice_axis, world_axes
 from .profile import common_grid, ct_window, look_at
-from .masks import check_same_geometry, class_indices
-from .messages import VolumeError
+from .masks import check_same_geometry, class_indices, propose_classes
+from .messages import VolumeError, listed
 from .volume import Volume
 
 # %% ../../nbs/23_scans.recipe.ipynb #619d9719
@@ -297,8 +297,6 @@ def slices(self:Recipe,
     return out.clip(0, 1, out=out), where # interpolation may overshoot by a rounding error
 
 # %% ../../nbs/23_scans.recipe.ipynb #87c7f66d
-def _listed(o): return ', '.join(map(str, o))
-
 def _undeclared(a, path, recipe):
     "The error for a mask with other values than are declared: what there is, and both cures"
     if a.dtype.kind=='f' and np.abs(a-np.rint(a)).max()>.05: return None
@@ -310,7 +308,7 @@ def _undeclared(a, path, recipe):
     names = recipe.classes if len(recipe.classes)>=len(classes) else numbered
     values = '' if classes==list(range(len(classes))) else f', labels={({v:i for i,v in enumerate(classes)})}'
     return VolumeError(
-        f'{path}: holds the value{"s"*(len(found)>1)} {_listed(found)}, declared are {_listed(declared)}. '
+        f'{path}: holds the value{"s"*(len(found)>1)} {listed(found)}, declared are {listed(declared)}. '
         f'A class for each: Recipe(classes={names}{values}). '
         f'All as one: Recipe(labels={({v:1 for v in found if v})}). Or correct the mask')
 
@@ -362,72 +360,6 @@ def hippocampus(cls:Recipe)->Recipe:
     return cls(spacing=1, size=(64,48), crop=(48,32), axis=0, classes=('background','Anterior','Posterior'), rotate=10.,
                flip='h', jitter=.3)
 
-# %% ../../nbs/23_scans.recipe.ipynb #5b2f6096
-def _check_values(seen, values):
-    "Refuse what is hardly a mask, and say where masks seem to be stored in different ways"
-    most = max(seen, key=lambda o: len(o['values']))
-    if len(values)>256:
-        raise ValueError(f'Recipe.auto: the masks hold {len(values)} values, at most 256 classes can be told apart; '
-                         f'the most, {len(most["values"])}, are in {most["mask"]}: is it an image?')
-    if len(values)>32:
-        warnings.warn(f'Recipe.auto: each of {len(values)} values in the masks becomes a class; the most, '
-                      f'{len(most["values"])}, are in {most["mask"]}: is it a mask?', stacklevel=4)
-    kinds = [] # values that no mask holds together
-    for o in seen:
-        v = {int(i) for i in o['values']}-{0}
-        if not v: continue
-        kinds = [k for k in kinds if not k&v] + [v.union(*[k for k in kinds if k&v])]
-    if len(kinds)>1:
-        said = ', '.join(' and '.join(map(str, sorted(k)[:3])) for k in sorted(kinds, key=min)[:4])
-        one = {i:1 for i in sorted(set().union(*kinds))[:4]}
-        warnings.warn(f'Recipe.auto: no mask holds these values together: {said}; each becomes a class of its own. If '
-                      f'they are one structure that is stored in several ways, give Recipe(labels={one})', stacklevel=4)
-
-def _check_lossy(seen, values):
-    "Refuse masks of 0 and 255 that were blurred by lossy compression: not every value is a class"
-    near = [v for v in values if v>238]
-    if len(near)<2 or max(values)>255 or not all(0<=v<=16 or v>238 for v in values): return
-    both = [o for o in seen if len(set(near)&o['values'])>1]
-    if not both: return
-    raise ValueError(f'Recipe.auto: the masks hold values near 0 and near 255 ({_listed(values[:12])}'
-                     f'{", ..." if len(values)>12 else ""}), as lossy compression (JPEG) makes them of 0 and 255, for '
-                     f'example {both[0]["mask"]}: save them anew, as 0 and 1, with a threshold between; or, if each is '
-                     'a class, name all of them (classes)')
-
-def _say_background(seen, values):
-    "Warn where 0 does not seem to be the background, or a value to mean something else than a class"
-    masks = [o for o in seen if o['mask']]
-    if not masks: return
-    share = [o['background'] for o in masks]
-    if not max(share):
-        fit = {v:i for i,v in enumerate(v for v in values if v)}
-        warnings.warn(f'Recipe.auto: no mask holds 0, which is the background; they hold {_listed(list(fit)[:9])}. If '
-                      f'the first of these is, give Recipe(labels={fit})', stacklevel=4)
-    elif np.median(share)<.2:
-        warnings.warn(f'Recipe.auto: {1-np.median(share):.0%} of the voxels of the masks are not 0, the background, '
-                      f'for example in {masks[0]["mask"]}: are they inverted?', stacklevel=4)
-    odd = [v for v in values if v<0 or v==255 and 1 in values and len(values)<32]
-    if odd:
-        warnings.warn(f'Recipe.auto: the masks hold {_listed(odd)}, which often marks voxels that nobody annotated; it '
-                      'becomes a class like any other. Annotate these voxels, or make them background with '
-                      'Recipe(labels=...)', stacklevel=4)
-
-def _classes(df, seen, names):
-    "Names of the classes, and the values that they have where these are not their positions"
-    found = {int(v) for v in set().union(*[o['values'] for o in seen])}
-    values = [0, *sorted(found-{0})]
-    known = df.attrs.get('classes')
-    if not (names or known): _check_lossy(seen, values)
-    _say_background(seen, values)
-    if known: return names or known, df.attrs.get('labels')
-    _check_values(seen, values)
-    if names and len(names)<len(values):
-        raise ValueError(f'Recipe.auto: classes: {len(names)} names ({_listed(names)}) for {len(values)} values in the '
-                         f'masks ({_listed(values)}); name each, background first, or join some with '
-                         'Recipe(labels=...)')
-    if not names: names = ('background', *(f'class{i}' for i in range(1, max(2, len(values)))))
-    return names, None if values==list(range(len(values))) else {v:i for i,v in enumerate(values)}
-
 # %% ../../nbs/23_scans.recipe.ipynb #bf73dac5
 @patch(cls_method=True)
 def auto(cls:Recipe,
@@ -449,7 +381,7 @@ def auto(cls:Recipe,
     spacing,size = common_grid(seen, given.spacing, given.size)
     axes = {o['axis'] for o in seen}
     axis = axes.pop() if len(axes)==1 else 'auto'
-    classes,labels = _classes(df, seen, classes)
+    classes,labels = propose_classes(df, seen, classes)
     flip = '' if axis==2 else 'h' # along the columns of any but sagittal slices runs left to right
     return cls(spacing=spacing, size=size, window=ct_window(seen), axis=axis, channels=max(o['channels'] for o in seen),
                classes=classes, labels=labels, rotate=10., flip=flip, jitter=.3, augment=augment)

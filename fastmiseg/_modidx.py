@@ -1339,6 +1339,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fastmiseg.scans.nifti._rigid': ('scans.nifti.html#_rigid', 'fastmiseg/scans/nifti.py'),
                                        'fastmiseg.scans.nifti._round': ('scans.nifti.html#_round', 'fastmiseg/scans/nifti.py'),
                                        'fastmiseg.scans.nifti._scaled': ('scans.nifti.html#_scaled', 'fastmiseg/scans/nifti.py'),
+                                       'fastmiseg.scans.nifti._unit': ('scans.nifti.html#_unit', 'fastmiseg/scans/nifti.py'),
                                        'fastmiseg.scans.nifti._voxels': ('scans.nifti.html#_voxels', 'fastmiseg/scans/nifti.py'),
                                        'fastmiseg.scans.nifti._where': ('scans.nifti.html#_where', 'fastmiseg/scans/nifti.py'),
                                        'fastmiseg.scans.nifti.read_nifti': ('scans.nifti.html#read_nifti', 'fastmiseg/scans/nifti.py'),

@@ -23,6 +23,7 @@ class Grid(NamedTuple):
     # 3x3, row by row; its columns are the directions of x, y and z of the array
     direction: tuple
     notes: tuple = ()       # Sentences for a warning
+    unit: float = 1.        # Of the file's geometry, mm
 
 # %% ../../nbs/06_scans.grid.ipynb #87da244d
 _rounding,_small_shear = 2e-5,1.5e-3

@@ -45,6 +45,8 @@ def _scaled(h, a):
 # %% ../../nbs/07_scans.nifti.ipynb #af74631a
 _units = {0:1., 1:1e3, 2:1., 3:1e-3}
 
+def _unit(h): return _units[int(h['xyzt_units'])&7]
+
 _lps = np.diag([-1.,-1.,1.,1.]) # NIfTI's world is RAS
 
 def _forms(h, ndim):
@@ -71,7 +73,7 @@ def _forms(h, ndim):
                              'correct it')
         if not np.linalg.norm(o[:3,:3], axis=0).all():
             raise ValueError(f'has a damaged header: its {k} has a spacing of 0 mm; correct it')
-    scale = np.diag([_units[int(h['xyzt_units'])&7]]*3+[1])
+    scale = np.diag([_unit(h)]*3+[1])
     return {k:_lps@scale@o for k,o in found.items()}, np.array(h['pixdim'][1:4], float)*scale[0,0]
 
 # %% ../../nbs/07_scans.nifti.ipynb #17cc2b28
@@ -112,7 +114,7 @@ def _place(h, sizes, form):
     forms,zooms = _forms(h, len(sizes))
     sizes = [*sizes[:3],1,1][:3]
     notes = []
-    if (unit := _units[int(h['xyzt_units'])&7])!=1:
+    if (unit := _unit(h))!=1:
         notes.append(f'has its geometry in {"metres" if unit>1 else "micrometres"}, which was '
                      'converted to mm')
     if flat: notes.append('is a 2D image: it is taken to be 1 mm thick')
@@ -159,7 +161,7 @@ def read_nifti(
     spacing,direction,more = square_axes(steps)
     a = _voxels(h, raw, channels)
     if not h.get_data_dtype().names: a = _scaled(h, a) # colours are never scaled
-    return Grid(a, spacing, tuple(origin.tolist()), direction, (*notes,*more))
+    return Grid(a, spacing, tuple(origin.tolist()), direction, (*notes,*more), _unit(h))
 
 # %% ../../nbs/07_scans.nifti.ipynb #d2575955
 _placement = ('qform_code','sform_code','quatern_b','quatern_c','quatern_d','qoffset_x','qoffset_y','qoffset_z',

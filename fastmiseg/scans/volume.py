@@ -211,7 +211,7 @@ def _read_itk(path, channels):
     a = scale_values(vol.array, *claim.scale)
     if im.GetDimension()==2: notes = (*notes, 'is a 2D image: it is taken to be 1 mm thick')
     return Grid(a, spacing, tuple(o*claim.unit for o in vol.origin), direction,
-                (*notes,*claim.notes))
+                (*notes,*claim.notes), claim.unit)
 
 def _check_choice(folder, ext, series, phase, form):
     "Raise if something is chosen between that this kind of file does not have"
@@ -245,7 +245,7 @@ def _read(path, channels, series=None, phase=None, form=None):
 def _mm(o):
     return f'({", ".join(f"{i:g}" for i in o)}) mm'
 
-def _check_geometry(vol, converted):
+def _check_geometry(vol, unit):
     "Raise if it cannot be true, and warn if it hardly can"
     if not all(1e-4<=o<=1e4 for o in vol.spacing):
         raise VolumeError(f'{vol.path}: the spacing is {_mm(vol.spacing)}; expected 0.0001 to '
@@ -253,7 +253,7 @@ def _check_geometry(vol, converted):
     if not np.isfinite(vol.origin).all():
         raise VolumeError(f'{vol.path}: the origin is {_mm(vol.origin)}; correct the header')
     size = np.multiply(vol.shape, vol.spacing)
-    if not converted and not 1<=size.max()<=5000:
+    if unit==1 and not 1<=size.max()<=5000:
         warn_scan(vol.path, f'is {" x ".join(f"{o:.3g}" for o in size)} mm large, by its spacing: is that in another '
                   'unit than mm? If so, correct its header')
 
@@ -293,7 +293,7 @@ def read_volume(
     vol = Volume(*grid[:4], path)
     if vol.array.ndim==4 and not channels: vol.array = vol.array[0]
     if vol.array.ndim==3 and channels: vol.array = vol.array[None]
-    _check_geometry(vol, any('converted to mm' in o for o in grid.notes))
+    _check_geometry(vol, grid.unit)
     _check_values(vol, nan_to_zero)
     for o in grid.notes: warn_scan(path, o)
     return vol

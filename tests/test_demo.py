@@ -10,9 +10,9 @@ def demo(*args):
 def check(out, res, n_scans, n_classes):
     assert res.returncode==0, res.stderr
     scores = pd.read_csv(out/'scores.csv')
-    assert scores.training.unique().tolist()==['labelled only', 'MIRegCallback + teacher']
+    assert scores.training.unique().tolist()==['labelled only', 'recommended']
     assert len(scores)==2*n_scans*n_classes and scores.dice.between(0, 1).all()
-    assert 'MIRegCallback' in res.stdout and f'Dice on {n_scans} unseen scan' in res.stdout
+    assert 'recommended' in res.stdout and f'Dice on {n_scans} unseen scan' in res.stdout
     assert (out/'demo_0.png').stat().st_size>10_000
     return scores
 
@@ -27,10 +27,10 @@ def test_phantom(run):
 
 def test_geometry_of_a_predicted_scan(run):
     out,_ = run
-    preds = sorted(out.glob('*MIRegCallback_teacher.nii.gz'))
+    preds = sorted(out.glob('*_recommended.nii.gz'))
     assert len(preds)==1
     seg = nib.load(preds[0])
-    scan = nib.load(out/'scans'/'images'/preds[0].name.replace('_MIRegCallback_teacher', ''))
+    scan = nib.load(out/'scans'/'images'/preds[0].name.replace('_recommended', ''))
     assert seg.shape==scan.shape and seg.get_data_dtype()==np.uint8
     np.testing.assert_allclose(seg.affine, scan.affine, atol=1e-4)
     assert np.abs(scan.affine[0,1])>1e-3 # oblique

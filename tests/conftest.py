@@ -1,10 +1,13 @@
 """What several tests share"""
-import locale, os
+import locale, os, signal
 from types import SimpleNamespace
 
 import pytest, torch
 
 if not torch.cuda.is_available(): os.environ.setdefault('TRITON_INTERPRET', '1') # kernels run in Python; read at import
+
+# A shell's background jobs ignore Ctrl-C, and so would the processes that tests start and interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(autouse=True)
 def same_locale():

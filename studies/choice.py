@@ -16,8 +16,8 @@ about = '''# How the recommended settings were chosen
 
 Mean Dice (and HD95) of 20 validation subjects after 1,000 steps; final checkpoint, of the teacher where there is one. Cross-entropy and Dice
 unless said otherwise; labelled images in a pass of their own unless said otherwise; U-Net of width 16, 8 + 8 slices, ACDC at 64×64,
-Hippocampus at 64×48 and 1 mm. Made by `python studies/choice.py`; every setting is in `runs.jsonl`. What is empty was not run. **One training
-to a number**, and one seed differs from the next by .02 to .1 where each has annotated subjects of its own, so that differences of .02 mean little.
+Hippocampus at 64×48 and 1 mm. Made by `python studies/choice.py`; every setting is in `runs.jsonl`. What is empty was not run. In the rounds **one
+training to a number**, and one seed differs from the next by .02 to .1 where each has annotated subjects of its own, so that differences of .02 mean little.
 '''
 rounds = {2: '''
 ## Second round

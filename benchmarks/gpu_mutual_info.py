@@ -26,7 +26,7 @@ if args.device == 'cpu': os.environ['TRITON_INTERPRET'] = '1' # before triton is
 
 import torch
 import torch.nn.functional as F
-from fastmiseg import pair_kernels, pair_products, pair_sums
+from fastmiseg import mutual_info, pair_kernels, pair_products, pair_sums
 from fastmiseg.projectors import LocalProjector
 
 DEVICE, CUDA = args.device, args.device == 'cuda'
@@ -235,8 +235,20 @@ def sweep():
         t = one_kernel(stage, exact, kernel, opts, 3 if not CUDA else 15)
         say(f"  {stage} {'both halves' if exact else 'one half'} {kernel:8} " + ' '.join(f'{k}={v}' for k, v in opts.items()) + (f': {t:.3f}' if isinstance(t, float) else f': {t}'))
 
+def tables():
+    "Information of the tables of joints, from their sums: its gradient as a closed form, and as autograd finds it"
+    say('Tables of joints, 5 heads, forward and backward: ms (launches)')
+    ways = {'closed form': mutual_info._MILoss.apply, 'autograd': lambda *o: -mutual_info._information(*o)[0].mean()}
+    for name, D in {'global': 1, '3×3': 9, '7×7': 49}.items():
+        R = torch.rand(S, D, K, K, device=DEVICE).requires_grad_()
+        steps = {k: (lambda way=way: torch.autograd.grad(way(R, True, None, 1.), R)) for k, way in ways.items()}
+        times = {k: [] for k in steps}
+        for _ in range(3 if CUDA else 1):
+            for k, step in steps.items(): times[k] += events(step, 20 if CUDA else 2)[CUDA:]
+        say(f'  {name}: ' + ', '.join(f'{k} {median(times[k]):.3f} ({launches(step)[0]})' for k, step in steps.items()))
+
 def launches(step):
-    if not CUDA: return '', 0, []
+    if not CUDA: return 0, 0, []
     from torch.profiler import profile, ProfilerActivity
     with profile(activities=[ProfilerActivity.CUDA]) as prof: step(); torch.cuda.synchronize()
     found = [e for e in prof.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.name.startswith(('Memset', 'Memcpy'))]
@@ -300,7 +312,7 @@ def table():
 if args.compile is not None:
     for job in sweep_list()[args.compile::args.processes]: one_kernel(*job, 1)
     sys.exit()
-for part in [errors, steps, *([] if args.skip_sweep else [sweep, table])]:
+for part in [tables, errors, steps, *([] if args.skip_sweep else [sweep, table])]:
     start = time.time()
     try: part()
     except Exception as e: # the other parts are worth having

@@ -89,7 +89,7 @@ def __getattr__(name):
 def stand_ins(folder, names):
     "Modules that can be imported but not used, for those of `names` that are not installed"
     import importlib.util
-    parts = dict(pydicom=('datadict','encaps','errors','pixels'), nibabel=('spatialimages',))
+    parts = dict(pydicom=('datadict','encaps','errors','pixels'), nibabel=('spatialimages','orientations'))
     for name in names:
         if importlib.util.find_spec(name): continue
         (Path(folder)/name).mkdir(parents=True, exist_ok=True)

@@ -287,7 +287,7 @@ def test_nobody_waits(tmp_path, method, precision):
 
 def resident_loaders(**kw):
     from test_resident import Store, loaders
-    dls = loaders(Store(size=24), device=DEVICE, **kw)
+    dls = loaders(Store(size=32), device=DEVICE, **kw)
     dls.c = 2
     dls.train.after_batch.fs[0].crop = (16,16)
     return dls

@@ -27,6 +27,18 @@ def test_dry(tmp_path):
     again = run(tmp_path)
     assert all(f'== {part}: done before' in again for part in notes)
 
+def test_where_nothing_reads_scans(tmp_path, monkeypatch):
+    "What the device's machine may lack is stood in for, whatever the package imports of it"
+    import importlib.util
+    monkeypatch.syspath_prepend(ROOT/'benchmarks')
+    import gpu
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    gpu.stand_ins(tmp_path, ['SimpleITK','pydicom','nibabel'])
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, (tmp_path, ROOT)))}
+    code = 'import nibabel, fastmiseg.all, fastmiseg.study.run; assert nibabel.Absent'
+    res = subprocess.run([sys.executable, '-c', code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert res.returncode==0, res.stderr[-2000:]
+
 # -- studies, without the scans ----------------------------------------------------------------------------------------------
 @pytest.fixture
 def gpu_studies(monkeypatch):

@@ -24,9 +24,8 @@ def light_from(
     jitter:float=.8 # brightness up to ±jitter/2, contrast and gamma up to a factor of 1+jitter
 )->Light:
     "Another light for some of the images"
-    on,spread = u[:,:1]<p,(2*u[:,1:]-1)*u.new_tensor([jitter/2, math.log1p(jitter), math.log1p(jitter)])
-    amounts = torch.cat([spread[:,:1], spread[:,1:].exp()], 1)
-    return Light(torch.where(on, amounts, u.new_tensor([0.,1.,1.])))
+    spread = (2*u[:,1:]-1)*(u[:,:1]<p) # 0: the same light
+    return Light(torch.cat([spread[:,:1]*(jitter/2), (spread[:,1:]*math.log1p(jitter)).exp()], 1))
 
 def blur(
     x:Tensor,      # (N,C,H,W)

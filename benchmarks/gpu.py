@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py about OUT    # the machine
     python benchmarks/gpu.py report OUT   # the page, to stdout
+    python benchmarks/gpu.py curves OUT   # the figure of the trainings, from OUT/curves.jsonl
 """
 import importlib.metadata, json, os, platform, sys, time
 from pathlib import Path
@@ -120,6 +121,17 @@ def report(out):
             text += [table(keys, [[_said(o.get(k, '')) for k in keys] for o in some]), '']
     return '\n'.join(text)
 
+def curves(file):
+    "Validation Dice over the steps of each training, beside the file"
+    import matplotlib.pyplot as plt, pandas as pd
+    d = pd.read_json(file, lines=True)
+    ax = d.pivot_table(index='step', columns='method', values='dice', sort=False).plot(figsize=(7,4), lw=2)
+    ax.set(xlabel='steps', ylabel='Dice of the validation scans', ylim=(0,1))
+    ax.legend(title=None, frameon=False, loc='lower right')
+    ax.spines[['top','right']].set_visible(False)
+    plt.tight_layout()
+    plt.savefig(Path(file).with_suffix('.png'), dpi=120)
+
 _SECTIONS = dict(waiting='Without waiting', step='Milliseconds to a step', mutual_info='The local information loss', loading='Reading', network='What makes the step fast', train="At the paper's size")
 
 def _said(v): return f'{v:.3g}' if isinstance(v, float) and abs(v)<100 else f'{v:.0f}' if isinstance(v, float) else str(v).replace('|', '\\|')
@@ -130,5 +142,6 @@ if __name__=='__main__':
     if what=='about': about()
     elif what=='stand_ins': stand_ins(out, more)
     elif what=='report': print(report(out))
+    elif what=='curves': curves(Path(out)/'curves.jsonl')
     elif what=='note': add('note', of=more[0], status=int(more[1]), seconds=int(more[2]))
     elif what=='done': sys.exit(not any(o['of']==more[0] and o['status']==0 for o in rows(out, 'note')))

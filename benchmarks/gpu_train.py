@@ -1,12 +1,13 @@
 """Trainings at the paper's size, several in processes of their own on the one device; curves and scores as they go (a part of `gpu.sh`).
 
 Slices from FASTMISEG_SLICES (see gpu_slices.py), else discs on noise. SECONDS_TO_TRAIN (none): a short run of each method says how many steps are
-made in that time, the same for all; a training that is still not done then stops, and is scored as it is. A training that the machine lost goes on from its checkpoint in another call.
+made in that time, the same for all; a training that is still not done then stops, and is scored as it is. It goes on from its last epoch in another call with the same OUT and STEPS, as one does that the machine lost.
 STEPS (6000, or what SECONDS_TO_TRAIN allows), METHODS (names, separated by commas; all), PROCESSES (4), SEED (0).
 """
 import json, os, subprocess, sys, time, traceback
+from contextlib import suppress
 import pandas as pd, torch
-from fastai.basics import Callback, CancelFitException, set_seed
+from fastai.basics import Callback, set_seed
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
 from fastmiseg.callback.method import sigmoid_rampup
 from fastmiseg.callback.mireg import MIRegCallback
@@ -51,6 +52,8 @@ class Log(Callback):
         row = dict(method=self.method, seed=SEED, step=(self.epoch+1)*EPOCH, seconds=round(time.perf_counter()-self.begun, 1), **{k:round(float(v), 5) for k,v in row.items() if k!='time'})
         with open(OUT/'curves.jsonl', 'a') as f: f.write(json.dumps(row)+'\n')
 
+class TimeIsUp(Exception): "For `ResumeCallback` a training that was interrupted, not one that is finished"
+
 class Deadline(Callback):
     "Stops when the time is over"
     order = ResumeCallback.order-1
@@ -58,7 +61,7 @@ class Deadline(Callback):
     def after_batch(self):
         if not self.training: return
         self.steps = self.train_iter
-        if time.time()>UNTIL: raise CancelFitException()
+        if time.time()>UNTIL: raise TimeIsUp('UNTIL')
 
 def learner(name, work, store):
     make = METHODS[name]
@@ -83,7 +86,7 @@ def train(name):
     work.mkdir(parents=True, exist_ok=True)
     learn,cbs = learner(name, work, store)
     begun = time.perf_counter()
-    with learn.no_bar(), learn.no_logging():
+    with learn.no_bar(), learn.no_logging(), suppress(TimeIsUp):
         learn.fit(STEPS//EPOCH, 1e-3 if not DRY else 1e-2, cbs=[schedule(1e-3), *cbs, ResumeCallback(work/'run', every=10**6), Log(name), until:=Deadline()])
     if DEVICE=='cuda': torch.cuda.synchronize()
     seconds = time.perf_counter()-begun

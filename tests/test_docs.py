@@ -214,10 +214,10 @@ def test_the_example_of_a_transformation_changes_images(contributing):
     assert torch.equal(both[2:5].images(x[2:5]), both.images(x)[2:5])
 
 def test_the_example_of_a_reader_reads(contributing, tmp_path, monkeypatch):
-    from fastmiseg.scans import readers
+    from fastmiseg.scans import layout
     from fastmiseg.scans.cohort import load_cohort
-    monkeypatch.setattr(readers, 'layouts', readers.layouts.copy())
-    monkeypatch.setattr('fastmiseg.scans.cohort.layouts', readers.layouts)
+    monkeypatch.setattr(layout, 'layouts', layout.layouts.copy())
+    monkeypatch.setattr('fastmiseg.scans.cohort.layouts', layout.layouts)
     (tmp_path/'scans').mkdir()
     for o in ('anna','anna_seg','bert'): (tmp_path/'scans'/f'{o}.nii.gz').touch()
     contributing('Adding a reader')

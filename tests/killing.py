@@ -1,4 +1,5 @@
-"Trains each method whole, and again in processes that are killed with SIGKILL at random steps and called again; both results are written. KILL_SEED=number draws the steps of an earlier run"
+"""Trains each method whole, and again in processes that are killed with SIGKILL at random steps and started again;
+both results are written. KILL_SEED=number draws the steps of an earlier run"""
 import os, random, signal, sys, time, traceback, warnings; warnings.filterwarnings('ignore')
 from pathlib import Path
 import numpy as np, torch
@@ -25,7 +26,9 @@ class Noise(nn.Module):
 
 def plain_loaders():
     "fastai's own shuffled loader, with random numbers in its items"
-    ds = Datasets(list(range(14)), tfms=[[lambda i: TensorImage(disc(i)[0]+random.random()*.1)], [lambda i: TensorMask(disc(i)[1])]], splits=[range(10),range(10,14)])
+    ds = Datasets(list(range(14)),
+                  tfms=[[lambda i: TensorImage(disc(i)[0]+random.random()*.1)], [lambda i: TensorMask(disc(i)[1])]],
+                  splits=[range(10),range(10,14)])
     return ds.dataloaders(bs=2, num_workers=0)
 
 METHODS = dict(
@@ -54,7 +57,8 @@ def train(method, folder, log):
     learn = quiet(learner(folder, net=Noise, seed=seed, dls=plain_loaders() if method in ('files','torch_loader') else loaders(n_iters=steps(method)//EPOCHS)))
     cbs = METHODS[method]()
     learn.fit_one_cycle(EPOCHS, 1e-2, cbs=[*cbs, Tick(), ResumeCallback(folder/'ckpt', every={'partial':3, 'accumulated_across':100}.get(method, 1))])
-    res = dict(model=learn.model.state_dict(), losses=torch.stack(list(learn.recorder.losses)), lrs=tensor(learn.recorder.lrs), values=tensor(learn.recorder.values))
+    res = dict(model=learn.model.state_dict(), losses=torch.stack(list(learn.recorder.losses)),
+               lrs=tensor(learn.recorder.lrs), values=tensor(learn.recorder.values))
     for i,cb in enumerate(cbs):
         if isinstance(cb, SemiSupCallback): res[f'cb{i}'] = cb.state_dict()
     torch.save(res, folder/'result.tmp'); os.replace(folder/'result.tmp', folder/'result.pt')

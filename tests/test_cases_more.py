@@ -63,15 +63,21 @@ def test_series_without_their_uid(tmp_path):
         assert vol.spacing[0]==8
         check_places(vol, tmp_path.glob(f'{name}*'))
 
-@pytest.mark.parametrize('tags, ok', [(dict(SpacingBetweenSlices=3, SliceThickness=3), False), (dict(SpacingBetweenSlices=-3, SliceThickness=2), False),
-                                      (dict(SpacingBetweenSlices=1, SliceThickness=5), True), (dict(SpacingBetweenSlices=6, SliceThickness=3), True), (dict(SliceThickness=2), True)])
+@pytest.mark.parametrize('tags, ok', [
+    (dict(SpacingBetweenSlices=3, SliceThickness=3), False),
+    (dict(SpacingBetweenSlices=-3, SliceThickness=2), False),
+    (dict(SpacingBetweenSlices=1, SliceThickness=5), True),
+    (dict(SpacingBetweenSlices=6, SliceThickness=3), True),
+    (dict(SliceThickness=2), True)])
 def test_slices_further_apart_than_they_say(tmp_path, tags, ok):
     vol,said = read(series(tmp_path, 4, step=6, **tags))
     assert vol.spacing[0]==6
     check_places(vol, tmp_path.iterdir())
     assert not said if ok else said==['has slices 6 mm apart, though SpacingBetweenSlices (0018,0088) is 3: were some left out? Their positions were taken']
 
-@pytest.mark.parametrize('tag, values', [('FlipAngle',[2,10,15]), ('InversionTime',[100,180,260]), ('KVP',[80,140,100]), ('DiffusionGradientOrientation',[[1.,0.,0.],[0.,1.,0.],[0.,0.,1.]])])
+@pytest.mark.parametrize('tag, values', [
+    ('FlipAngle',[2,10,15]), ('InversionTime',[100,180,260]), ('KVP',[80,140,100]),
+    ('DiffusionGradientOrientation',[[1.,0.,0.],[0.,1.,0.],[0.,0.,1.]])])
 def test_what_tells_volumes_apart_is_named(tmp_path, tag, values):
     for p,v in enumerate(values):
         for i in range(3): put(tmp_path/f'{p}{i}.dcm', pixels(10*p+i), ImagePositionPatient=[0,0,4*i], InstanceNumber=3*p+i+1, **{tag:v})
@@ -130,7 +136,8 @@ def test_signed_among_unsigned_slices(tmp_path):
     assert vol.array.min()==-50
 
 def test_planar_colours(tmp_path):
-    series(tmp_path, 3, PhotometricInterpretation='RGB', SamplesPerPixel=3, PlanarConfiguration=1, BitsAllocated=8, BitsStored=8, HighBit=7, PixelData=bytes(60))
+    series(tmp_path, 3, PhotometricInterpretation='RGB', SamplesPerPixel=3, PlanarConfiguration=1,
+           BitsAllocated=8, BitsStored=8, HighBit=7, PixelData=bytes(60))
     refused(tmp_path, 'is RGB, expected MONOCHROME1 or MONOCHROME2: colour images are not read')
 
 # ---- DICOM: what is no image, and whose it is
@@ -138,7 +145,10 @@ def test_planar_colours(tmp_path):
 seg,rtstruct,parametric = '1.2.840.10008.5.1.4.1.1.66.4','1.2.840.10008.5.1.4.1.1.481.3','1.2.840.10008.5.1.4.1.1.30'
 bare = dict.fromkeys(('Rows','Columns','PixelData','ImagePositionPatient'))
 
-@pytest.mark.parametrize('uid, kind, tags', [(seg,'Segmentation Storage',{}), (rtstruct,'RT Structure Set Storage',bare), (parametric,'Parametric Map Storage',bare)])
+@pytest.mark.parametrize('uid, kind, tags', [
+    (seg,'Segmentation Storage',{}),
+    (rtstruct,'RT Structure Set Storage',bare),
+    (parametric,'Parametric Map Storage',bare)])
 def test_a_folder_of_other_objects_is_named(tmp_path, uid, kind, tags):
     put(tmp_path/'x.dcm', pixels(), SOPClassUID=uid, **tags)
     refused(tmp_path, f'is a folder without DICOM files of images: it holds 1 other object, for example x.dcm, {kind}; give the folder of the series')
@@ -159,7 +169,8 @@ def test_a_segmentation_among_the_slices_is_named_at_once(tmp_path, uid, kind, t
     for p in ('anna','bert'): series(tmp_path/p)
     put(tmp_path/'bert'/'z.dcm', pixels(), SOPClassUID=uid, SeriesInstanceUID='1.2.9', syntax=syntax, **tags)
     df,said = told(lambda: load_cohort(tmp_path, 'dicom'))
-    assert df['mask'].isna().all() and f'1 DICOM segmentation cannot be read as a mask and was left out, for example {tmp_path}/bert/z.dcm ({kind}); convert' in said
+    assert (df['mask'].isna().all() and '1 DICOM segmentation cannot be read as a mask and was left out, '
+            f'for example {tmp_path}/bert/z.dcm ({kind}); convert' in said)
     assert read(tmp_path/'bert')[1]==[f'has 1 object beside its slices that was left out, for example z.dcm, {kind}']
 
 @pytest.mark.parametrize('layout', ['{}', '{}/series'])
@@ -184,7 +195,8 @@ def test_slices_that_are_a_little_off_their_places(tmp_path, orientation, jitter
     off = jitter*np.array([0,1,-1,.5,-.5,1,-1,0])
     series(tmp_path, 8, ImageOrientationPatient=orientation, each=lambda i: {'ImagePositionPatient':[round(float(o),6) for o in across*3*(i+off[i])]})
     if not ok:
-        assert 'or resample it first, for example with `dcm2niix`, whose file ends in _Eq' in refused(tmp_path, r'slices are 3(\.\d+)? mm apart, but \d.\d+ mm between s\d\d.dcm and s\d\d.dcm')
+        assert ('or resample it first, for example with `dcm2niix`, whose file ends in _Eq' in
+                refused(tmp_path, r'slices are 3(\.\d+)? mm apart, but \d.\d+ mm between s\d\d.dcm and s\d\d.dcm'))
         return
     vol,said = read(tmp_path)
     assert len(said)==1 and 'mm apart, which were taken to be' in said[0] and 'no slice is moved by more than' in said[0]
@@ -288,7 +300,9 @@ def test_a_mask_that_is_stored_mirrored(tmp_path):
     image = read_volume(nii(tmp_path/'x.nii.gz', np.ones((6,5,4),'i2')))
     A = np.diag([1.2,1.5,4,1])@np.array([[-1,0,0,5],[0,1,0,0],[0,0,1,0],[0,0,0,1]])
     nii(tmp_path/'m.nii.gz', m[::-1].copy(), A)
-    with pytest.raises(VolumeError, match=r'they must lie on one grid: resample the mask onto the image \(`resample\(mask'): read_mask(tmp_path/'m.nii.gz', image)
+    with pytest.raises(VolumeError, match=r'they must lie on one grid: '
+                                          r'resample the mask onto the image \(`resample\(mask'):
+        read_mask(tmp_path/'m.nii.gz', image)
     from fastmiseg.scans.volume import resample
     assert np.array_equal(resample(read_volume(tmp_path/'m.nii.gz'), to=image, nearest=True).array.T, m)
 
@@ -362,10 +376,15 @@ def test_masks_that_are_none(tmp_path, nothing):
         assert load_cohort(tmp_path/'c.csv')['mask'][1]==str(tmp_path/'NA')
 
 @pytest.mark.parametrize('names, first, other', [
-    (['visit1_anna','visit1_bert','visit2_anna','visit2_bert'], 'visit1_anna', 'visit2_anna'), (['left_anna','right_anna','left_bert'], 'left_anna', 'right_anna'),
-    (['TCGA-02-0003_1996.06.08','TCGA-02-0003_1997.06.08','TCGA-02-0006_1996.08.23','TCGA-04-0009_1997.06.14'], 'TCGA-02-0003_1996.06.08', 'TCGA-02-0003_1997.06.08'),
-    (['site-2_anna_2020-01-02','site-2_anna_2021-05-03','site-2_bert_2020-01-09'], 'site-2_anna_2020-01-02', 'site-2_anna_2021-05-03'),
-    (['v01_pre','v01_post','v02_pre','v02_post'], 'v01_post', 'v01_pre'), (['BraTS-GLI-00005-000','BraTS-GLI-00005-001','BraTS-GLI-00008-000'], 'BraTS-GLI-00005-000', 'BraTS-GLI-00005-001'),
+    (['visit1_anna','visit1_bert','visit2_anna','visit2_bert'], 'visit1_anna', 'visit2_anna'),
+    (['left_anna','right_anna','left_bert'], 'left_anna', 'right_anna'),
+    (['TCGA-02-0003_1996.06.08','TCGA-02-0003_1997.06.08','TCGA-02-0006_1996.08.23','TCGA-04-0009_1997.06.14'],
+     'TCGA-02-0003_1996.06.08', 'TCGA-02-0003_1997.06.08'),
+    (['site-2_anna_2020-01-02','site-2_anna_2021-05-03','site-2_bert_2020-01-09'],
+     'site-2_anna_2020-01-02', 'site-2_anna_2021-05-03'),
+    (['v01_pre','v01_post','v02_pre','v02_post'], 'v01_post', 'v01_pre'),
+    (['BraTS-GLI-00005-000','BraTS-GLI-00005-001','BraTS-GLI-00008-000'],
+     'BraTS-GLI-00005-000', 'BraTS-GLI-00005-001'),
     (['20200101_P01','20210304_P01','20200109_P02'], '20200101_P01', '20210304_P01')])
 def test_what_names_share_is_the_person(names, first, other):
     pattern,pair,_ = related(names)
@@ -386,7 +405,9 @@ def test_a_duplicate_that_was_stored_in_another_order(tmp_path, ext):
     nibabel.save(mirrored, df.image[3])
     assert find_duplicates(df)==[('a','c')]
     with pytest.raises(CohortError, match='1 image is there under several names, in several parts'):
-        SliceStore(tmp_path/'s', Recipe(spacing=2., size=48)).prepare(df.assign(split=['labeled','valid','test','labeled'], mask=[*df['mask'][:2],None,None]), workers=0, progress=False)
+        SliceStore(tmp_path/'s', Recipe(spacing=2., size=48)).prepare(
+            df.assign(split=['labeled','valid','test','labeled'], mask=[*df['mask'][:2],None,None]),
+            workers=0, progress=False)
 
 # ---- layouts
 
@@ -407,7 +428,8 @@ def test_bids_masks_of_other_images(tmp_path, mask):
     else: assert load_cohort(tmp_path, suffix='FLAIR', mask='brain')['mask'].isna().all()
 
 def test_bids_runs_and_acquisitions(tmp_path):
-    bids(tmp_path, *[f'sub-{{s}}/anat/sub-{{s}}_run-{r}_T1w.nii.gz' for r in (1,2)], *[f'derivatives/m/sub-{{s}}/anat/sub-{{s}}_run-{r}_dseg.nii.gz' for r in (1,2)])
+    bids(tmp_path, *[f'sub-{{s}}/anat/sub-{{s}}_run-{r}_T1w.nii.gz' for r in (1,2)],
+         *[f'derivatives/m/sub-{{s}}/anat/sub-{{s}}_run-{r}_dseg.nii.gz' for r in (1,2)])
     df = load_cohort(tmp_path)
     assert df.subject.tolist()==['sub-01']*2+['sub-02']*2
     assert all(f'run-{r}' in i and f'run-{r}' in m for i,m,r in zip(df.image, df['mask'], (1,2,1,2)))
@@ -425,7 +447,10 @@ def test_nnunet_names_that_are_there_twice(tmp_path):
     write_volume(Volume(np.ones((3,4,5),'u1')), tmp_path/'labelsTr'/'a.mha'); (tmp_path/'imagesTr'/'a_0000.nrrd').unlink()
     with pytest.raises(CohortError, match='labelsTr.*has the same name as'): load_cohort(nnunet(tmp_path, labels))
 
-@pytest.mark.parametrize('labels, classes', [({'0':0,'1':2,'2':1}, ('0','2','1')), ({'background':'0','tumour':'1'}, ('background','tumour')), ({'0':'background','1':'1'}, ('background','1'))])
+@pytest.mark.parametrize('labels, classes', [
+    ({'0':0,'1':2,'2':1}, ('0','2','1')),
+    ({'background':'0','tumour':'1'}, ('background','tumour')),
+    ({'0':'background','1':'1'}, ('background','1'))])
 def test_nnunet_names_made_of_digits(tmp_path, labels, classes):
     write_volume(Volume(np.ones((3,4,5),'u1')), tmp_path/'imagesTr'/'a_0000.nii.gz')
     assert load_cohort(nnunet(tmp_path, labels)).attrs['classes']==classes
@@ -442,7 +467,8 @@ def test_one_series_in_two_folders(tmp_path, a, b):
     "Halves, every second slice, or a copy: each would be a scan of its own"
     parted(tmp_path, dict(DISK1=a, DISK2=b))
     _,said = told(lambda: load_cohort(tmp_path, 'dicom'))
-    assert '2 folders hold files of the same series as another folder, for example anna/DISK1 and anna/DISK2' in said and 'put the parts of one scan into one folder' in said
+    assert ('2 folders hold files of the same series as another folder, for example anna/DISK1 and anna/DISK2' in said
+            and 'put the parts of one scan into one folder' in said)
 
 @pytest.mark.parametrize('which', [[4], [0,1,2,3,4]])
 def test_dicom_files_that_are_compressed_one_by_one(tmp_path, which):
@@ -476,9 +502,12 @@ def test_sizes_that_no_patient_has(tmp_path, spacing, ok, ext):
 
 @pytest.mark.parametrize('ext', ['.nii.gz','.nii','.mha','.nrrd'])
 @pytest.mark.parametrize('content, says', [
-    (b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n', 'is a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`'),
-    (b'../../.git/annex/objects/MD5E-s1.nii.gz', 'is a pointer of git-annex'), (b'<!DOCTYPE html><html>Sign in</html>', 'its download failed'),
-    (b'\n<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', 'its download failed'), (b'PK\3\4'+bytes(100), 'is a ZIP archive: unpack it')])
+    (b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n',
+     'is a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`'),
+    (b'../../.git/annex/objects/MD5E-s1.nii.gz', 'is a pointer of git-annex'),
+    (b'<!DOCTYPE html><html>Sign in</html>', 'its download failed'),
+    (b'\n<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', 'its download failed'),
+    (b'PK\3\4'+bytes(100), 'is a ZIP archive: unpack it')])
 def test_files_that_stand_where_a_scan_should(tmp_path, ext, content, says):
     (tmp_path/f'a{ext}').write_bytes(content)
     refused(tmp_path/f'a{ext}', says)
@@ -503,12 +532,15 @@ def auto_of(tmp_path, *masks, **kw):
 @pytest.mark.parametrize('values', [(254,255), (253,254,255,1), (*range(1,8),*range(248,256)), (4,239,255)])
 def test_masks_after_lossy_compression(tmp_path, values):
     "Values beside 0 and 255, together in one mask, are no classes"
-    with pytest.raises(ValueError, match=rf'the masks hold values near 0 and near 255 \(0, {min(values)}, .*\), as lossy compression .*0m.nii.gz: save them anew'):
+    with pytest.raises(ValueError, match=rf'the masks hold values near 0 and near 255 \(0, {min(values)}, .*\), '
+                                         'as lossy compression .*0m.nii.gz: save them anew'):
         auto_of(tmp_path, drawn(*values), drawn(*values))
     r,_ = auto_of(tmp_path, drawn(*values), drawn(*values), classes=['background', *map(str, values)]) # on purpose
     assert len(r.classes)==1+len(values)
 
-@pytest.mark.parametrize('mask, labels', [(drawn(255),{0:0, 255:1}), (drawn(254.97, dtype='f4'),{0:0, 255:1}), (drawn(.999, dtype='f4'),None), (drawn(1.0001, 2, dtype='f4'),None)])
+@pytest.mark.parametrize('mask, labels', [
+    (drawn(255),{0:0, 255:1}), (drawn(254.97, dtype='f4'),{0:0, 255:1}),
+    (drawn(.999, dtype='f4'),None), (drawn(1.0001, 2, dtype='f4'),None)])
 def test_masks_of_two_values_are_read_as_meant(tmp_path, mask, labels):
     r,said = auto_of(tmp_path, mask, mask)
     assert r.labels==labels and not said
@@ -534,7 +566,8 @@ def test_masks_of_every_few_slices(tmp_path, step, said):
     x,m = square(0)
     x,m = x[:1].repeat(21, 0)+np.arange(21, dtype='f4')[:,None,None],np.zeros((21,48,48),'u1')
     m[2:20:step,18:30,18:30] = 1
-    df = pd.DataFrame([dict(subject=s, scan=s, image=put_nifti(tmp_path/f'{s}.nii.gz', x+i), mask=put_nifti(tmp_path/f'{s}_mask.nii.gz', m)) for i,s in enumerate('ab')], dtype=object)
+    df = pd.DataFrame([dict(subject=s, scan=s, image=put_nifti(tmp_path/f'{s}.nii.gz', x+i),
+                            mask=put_nifti(tmp_path/f'{s}_mask.nii.gz', m)) for i,s in enumerate('ab')], dtype=object)
     text = told(lambda: SliceStore(tmp_path/'s', Recipe(spacing=2., size=48)).prepare(df, workers=0, progress=False))[1]
     assert (f'slices, one in {step}: were only these annotated?' in text)==said, text
 
@@ -544,7 +577,8 @@ def test_a_column_that_was_sorted_alone(tmp_path):
     shifted = df.assign(mask=df['mask'].tolist()[1:]+df['mask'].tolist()[:1])
     shifted.to_csv(tmp_path/'c.csv', index=False)
     _,said = told(lambda: load_cohort(tmp_path/'c.csv'))
-    assert f'3 masks are called like the image of another scan, for example {df["mask"][1]}, which is given for a, like that of b: was a column sorted or shifted alone?' in said
+    assert (f'3 masks are called like the image of another scan, for example {df["mask"][1]}, '
+            'which is given for a, like that of b: was a column sorted or shifted alone?' in said)
     assert not told(lambda: load_cohort(shifted.assign(subject='one')))[1] and not told(lambda: load_cohort(df))[1]
 
 def test_a_data_set_with_a_byte_order_mark(tmp_path):

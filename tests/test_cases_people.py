@@ -51,7 +51,9 @@ class Threshold(torch.nn.Module):
         z = self.w*(x[:,:1]-.55)
         return torch.cat([-z, z, *[-z-50]*(self.n-2)], 1)
 
-def bright(recipe, training=None): return Segmenter(Threshold(len(recipe.classes)), recipe, dict(arch=dict(arch='threshold'), training=training or {}, provenance={}))
+def bright(recipe, training=None):
+    return Segmenter(Threshold(len(recipe.classes)), recipe,
+                     dict(arch=dict(arch='threshold'), training=training or {}, provenance={}))
 recipe = Recipe(spacing=2., size=48)
 
 # -- people ----------------------------------------------------------------------------------------------------------------
@@ -89,12 +91,17 @@ def test_duplicates_in_several_parts(tmp_path, how):
 @pytest.mark.parametrize('value', ['train', '', None, 'Validation'])
 def test_values_of_a_split(tmp_path, value):
     df = cohort(tmp_path, 'ab')
-    with pytest.raises(CohortError, match=r"split: that of the scan 'b' is .* expected one of labeled, unlabeled, valid, test"): load_cohort(df.assign(split=['labeled',value]))
+    with pytest.raises(CohortError, match=r"split: that of the scan 'b' is .* "
+                                          'expected one of labeled, unlabeled, valid, test'):
+        load_cohort(df.assign(split=['labeled',value]))
     assert load_cohort(df.assign(split=[' Labeled','VALID '])).split.tolist()==['labeled','valid']
 
 @pytest.mark.parametrize('names,groups', [
-    (['anna_ct1','anna_ct2','bert_ct1'], ['anna','anna','bert']), (['subj00_a','subj00_b','subj01_a'], ['subj00','subj00','subj01']),
-    (['anna/visit1','anna/visit2','bert/visit1'], ['anna','anna','bert']), (['Jörg-2020','Jörg-2021','Åsa-2020'], ['Jörg','Jörg','Åsa']), (['p1a','p1b','p2a'], ['p1','p1','p2'])])
+    (['anna_ct1','anna_ct2','bert_ct1'], ['anna','anna','bert']),
+    (['subj00_a','subj00_b','subj01_a'], ['subj00','subj00','subj01']),
+    (['anna/visit1','anna/visit2','bert/visit1'], ['anna','anna','bert']),
+    (['Jörg-2020','Jörg-2021','Åsa-2020'], ['Jörg','Jörg','Åsa']),
+    (['p1a','p1b','p2a'], ['p1','p1','p2'])])
 def test_names_that_share_a_stem(tmp_path, names, groups):
     for i,s in enumerate(names): put(tmp_path/'images'/f'{s}.nii.gz', square(i)[0])
     with pytest.warns(CohortWarning, match='may belong to fewer subjects.*give subject=') as said: df = load_cohort(tmp_path, 'folder')
@@ -154,10 +161,13 @@ def test_a_larger_field_of_view(tmp_path, n, at):
     known = SliceStore(tmp_path/'s', recipe).prepare(df, workers=0, progress=False).summary
     x,m = square(9, n=n, at=at)
     seg = bright(recipe, known)
-    with pytest.warns(VolumeWarning, match=f'its field of view is {2*n} x {2*n} mm, that of the training scans at most 96 x 96 mm'): got = predict_volume(seg, put(tmp_path/'big.nii.gz', x), bs=2)
+    with pytest.warns(VolumeWarning, match=f'its field of view is {2*n} x {2*n} mm, '
+                                           'that of the training scans at most 96 x 96 mm'):
+        got = predict_volume(seg, put(tmp_path/'big.nii.gz', x), bs=2)
     assert (got.array>0).sum()>0 and ((got.array>0)==(m>0)).mean()>.999
     assert max(o[0] for o in seg.model.seen)<=2 and {o[2:] for o in seg.model.seen}=={(48,48)} # memory is bounded
-    scores = evaluate_cohort(seg, pd.DataFrame([dict(subject='b', scan='b', image=str(tmp_path/'big.nii.gz'), mask=put(tmp_path/'m.nii.gz', m))]), progress=False)
+    scores = evaluate_cohort(seg, pd.DataFrame([dict(subject='b', scan='b', image=str(tmp_path/'big.nii.gz'),
+                                                     mask=put(tmp_path/'m.nii.gz', m))]), progress=False)
     assert scores.dice[0]>.97 and scores.outside[0]==1
 
 def test_tiles_do_not_depend_on_the_batch_and_one_tile_is_as_before(tmp_path):
@@ -205,7 +215,8 @@ if __name__=='__main__':
     mp.set_start_method('spawn')
     df = pd.read_pickle(sys.argv[1])
     def batches(n):
-        dls = MISegDataLoaders.from_cohort(df, Recipe(spacing=2., size=48), store=sys.argv[2], workers=0, num_workers=n, n_iters=2, bs=2, unlabeled_bs=2, augment=None, device='cpu')
+        dls = MISegDataLoaders.from_cohort(df, Recipe(spacing=2., size=48), store=sys.argv[2], workers=0,
+            num_workers=n, n_iters=2, bs=2, unlabeled_bs=2, augment=None, device='cpu')
         return list(dls.train)+[b for b in dls.valid]
     for a,b in zip(batches(0), batches(1)):
         assert len(a)==len(b) and all(torch.equal(x.as_subclass(torch.Tensor), y.as_subclass(torch.Tensor)) for x,y in zip(a, b))
@@ -215,7 +226,8 @@ if __name__=='__main__':
 def test_spawned_workers(tmp_path):
     cohort(tmp_path, 'abcd', ['labeled','labeled','unlabeled','valid']).to_pickle(tmp_path/'df.pkl')
     (tmp_path/'go.py').write_text(spawned)
-    res = subprocess.run([sys.executable, '-W', 'ignore', tmp_path/'go.py', tmp_path/'df.pkl', tmp_path/'s'], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    res = subprocess.run([sys.executable, '-W', 'ignore', tmp_path/'go.py', tmp_path/'df.pkl', tmp_path/'s'],
+                         capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert res.stdout.endswith('same\n'), res.stderr[-3000:]
 
 def test_a_loader_can_be_pickled_while_it_runs(tmp_path):
@@ -237,10 +249,16 @@ def test_tables_as_spreadsheets_write_them(tmp_path, text, encoding):
     assert df.scan.tolist()==['ä'] and all(Path(o).is_file() for o in (df.image[0], df['mask'][0]))
 
 @pytest.mark.parametrize('raw,say', [
-    (b'PK\x03\x04more', 'is a workbook, not a text file; save it as CSV'), (b'image,mask\na,b,c,d\n', 'line 2 has 4 fields, but there are 2 columns'),
-    (b'image,image\na,b\n', 'has 2 columns `image`; keep one'), (b'im\0age\n', 'holds zero bytes'), (b'file,mask\na,b\n', 'has no column `image`, only file, mask'),
-    (b'image\nC:\\data\\a.nii.gz\n', 'is a path of a Windows computer'), (b'image\n\\\\server\\a.nii.gz\n', 'is a path of a Windows computer'), (b'image,mask\n', 'has no rows'),
-    (b'# fastmiseg [1]\nimage\na\n', 'has a first line that is not what was written'), (b'# fastmiseg {"labels": 3}\nimage\na\n', 'its first line is not what was written')])
+    (b'PK\x03\x04more', 'is a workbook, not a text file; save it as CSV'),
+    (b'image,mask\na,b,c,d\n', 'line 2 has 4 fields, but there are 2 columns'),
+    (b'image,image\na,b\n', 'has 2 columns `image`; keep one'),
+    (b'im\0age\n', 'holds zero bytes'),
+    (b'file,mask\na,b\n', 'has no column `image`, only file, mask'),
+    (b'image\nC:\\data\\a.nii.gz\n', 'is a path of a Windows computer'),
+    (b'image\n\\\\server\\a.nii.gz\n', 'is a path of a Windows computer'),
+    (b'image,mask\n', 'has no rows'),
+    (b'# fastmiseg [1]\nimage\na\n', 'has a first line that is not what was written'),
+    (b'# fastmiseg {"labels": 3}\nimage\na\n', 'its first line is not what was written')])
 def test_tables_that_cannot_be_read(tmp_path, raw, say):
     (tmp_path/'c.csv').write_bytes(raw)
     with pytest.raises(CohortError, match=f'c.csv: .*{say}'): load_cohort(tmp_path/'c.csv')
@@ -266,7 +284,8 @@ def test_nnunet(tmp_path, version):
         for c in range(2): put(tmp_path/'imagesTr'/f'a_{i:03d}_{c:04d}.nii.gz', x+c)
         put(tmp_path/'labelsTr'/f'a_{i:03d}.nii.gz', m)
     labels = {'background':0, 'vessel':1, 'liver':3} if version==2 else {'0':'background', '1':'vessel', '3':'liver'}
-    (tmp_path/'dataset.json').write_text(json.dumps({('channel_names' if version==2 else 'modality'):{'0':'T1','1':'T2'}, 'labels':labels, 'file_ending':'.nii.gz'}))
+    (tmp_path/'dataset.json').write_text(json.dumps({
+        ('channel_names' if version==2 else 'modality'):{'0':'T1','1':'T2'}, 'labels':labels, 'file_ending':'.nii.gz'}))
     with pytest.raises(CohortError, match=r'each scan has 2 channels .* 0 \(T1\), 1 \(T2\)'): load_cohort(tmp_path)
     df = load_cohort(tmp_path, channel='T2')
     assert df.attrs['layout']=='nnunet' and df.scan.tolist()==['a_000','a_001'] and all('_0001' in o for o in df.image) and df['mask'].notna().all()
@@ -275,9 +294,14 @@ def test_nnunet(tmp_path, version):
     assert set(np.unique(store.mask('a_000', slice(None))))=={0,2}
 
 @pytest.mark.parametrize('change,say', [
-    (dict(labels={'background':0, 'all':[1,2]}), "the label 'all' is a region"), (dict(labels={'background':0, 'ignore':2}), 'a label `ignore`'),
-    (dict(labels={'a':1}), 'has no background'), (dict(labels={'background':0, 'a':1, 'b':1}), 'gives one value to several names'), (dict(labels={'background':0, 'a':'x'}), 'expected a whole number'),
-    (dict(file_ending='.png'), "its scans end in '.png'"), (dict(dataset={}), 'lists its files in `dataset`'), (dict(channel_names=[1]), 'its channels are')])
+    (dict(labels={'background':0, 'all':[1,2]}), "the label 'all' is a region"),
+    (dict(labels={'background':0, 'ignore':2}), 'a label `ignore`'),
+    (dict(labels={'a':1}), 'has no background'),
+    (dict(labels={'background':0, 'a':1, 'b':1}), 'gives one value to several names'),
+    (dict(labels={'background':0, 'a':'x'}), 'expected a whole number'),
+    (dict(file_ending='.png'), "its scans end in '.png'"),
+    (dict(dataset={}), 'lists its files in `dataset`'),
+    (dict(channel_names=[1]), 'its channels are')])
 def test_nnunet_refused(tmp_path, change, say):
     put(tmp_path/'imagesTr'/'a_0000.nii.gz', square()[0])
     (tmp_path/'dataset.json').write_text(json.dumps(dict(channel_names={'0':'CT'}, labels={'background':0,'a':1}) | change))
@@ -302,7 +326,8 @@ def test_bids(tmp_path):
     assert df['mask'].notna().all() and df.attrs['classes']==('air','lesion') and df.attrs['labels']=={0:0, 2:1}
     put(tmp_path/'derivatives/auto/sub-01/ses-1/sub-01_ses-1_mask.nii.gz', square()[1])
     with pytest.raises(CohortError, match='sub-01_ses-1_T1w.nii.gz: has 2 masks: .*choose with derivative='): load_cohort(tmp_path, suffix='T1w')
-    assert load_cohort(tmp_path, suffix='T1w', derivative='manual')['mask'].notna().all() and load_cohort(tmp_path, suffix='T1w', mask='desc-x')['mask'].notna().all()
+    assert (load_cohort(tmp_path, suffix='T1w', derivative='manual')['mask'].notna().all()
+            and load_cohort(tmp_path, suffix='T1w', mask='desc-x')['mask'].notna().all())
     with pytest.raises(CohortError, match="suffix='T2w': no image ends in it"): load_cohort(tmp_path, suffix='T2w')
     with pytest.raises(CohortError, match='derivatives/none: is not a folder; there are auto, manual'): load_cohort(tmp_path, suffix='T1w', derivative='none')
 
@@ -343,7 +368,9 @@ def test_a_store_for_reading(tmp_path, monkeypatch, lost):
     def refuse(path, **kw): raise WriteError(f'{path}: cannot be written (Read-only file system; 0 MB are free there)')
     monkeypatch.setattr(P, 'whole_file', refuse); monkeypatch.setattr(os, 'access', lambda path, mode: mode!=os.W_OK)
     assert np.array_equal(SliceStore(tmp_path/'s', recipe).prepare(df, workers=0, progress=False).verify().image('a', 1), want)
-    with pytest.raises(OSError, match='the slice store cannot be written .*Read-only'): SliceStore(tmp_path/'s', recipe).prepare(pd.concat([df, cohort(tmp_path, 'z', ['test'], n=50)]), workers=0, progress=False)
+    with pytest.raises(OSError, match='the slice store cannot be written .*Read-only'):
+        SliceStore(tmp_path/'s', recipe).prepare(pd.concat([df, cohort(tmp_path, 'z', ['test'], n=50)]),
+                                                 workers=0, progress=False)
 
 def untrained(**kw):
     class Learn: model,arch,recipe,cbs,dls = create_unet(n_in=1, n_out=2, size=(48,48), **kw),dict(n_in=1, n_out=2, size=(48,48), **kw),recipe,[],None
@@ -368,8 +395,10 @@ except Exception as e: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-
     assert int(out.split()[0])<200_000 and 'SegmenterError' in out and 'network needs' in out.replace('of its network', 'network needs'), out
 
 @pytest.mark.parametrize('change,say', [
-    (lambda a: a['recipe'].update(size=[10**6]*2), 'its recipe cannot be used .*size='), (lambda a: a['recipe'].update(percentiles='ab'), 'its recipe cannot be used'),
-    (lambda a: a['arch'].update(size=[4096]*3), 'size=.* is not an argument'), (lambda a: a.update(training={'spacing':'x'}), 'what it says of the training scans'),
+    (lambda a: a['recipe'].update(size=[10**6]*2), 'its recipe cannot be used .*size='),
+    (lambda a: a['recipe'].update(percentiles='ab'), 'its recipe cannot be used'),
+    (lambda a: a['arch'].update(size=[4096]*3), 'size=.* is not an argument'),
+    (lambda a: a.update(training={'spacing':'x'}), 'what it says of the training scans'),
     (lambda a: a.update(provenance=eval('['*30+']'*30)), 'is nested more than 20 levels deep')])
 def test_headers_of_models(tmp_path, change, say):
     file = export_segmenter(untrained(arch='unet', width=2), tmp_path/'a.safetensors')
@@ -387,13 +416,17 @@ def test_every_damaged_model_is_seen(tmp_path):
         file.write_bytes(bad)
         with pytest.raises(SegmenterError): load_segmenter(file, 'cpu')
 
-@pytest.mark.parametrize('text,say', [('['*10**5, 'too deeply|levels deep'), ('{"a":NaN}', 'holds NaN'), ('{"a":1,"a":2}', 'names one entry twice'), ('{', 'is not JSON'), (b'\xff\xfe\xff', 'is not UTF-8')])
+@pytest.mark.parametrize('text,say', [
+    ('['*10**5, 'too deeply|levels deep'), ('{"a":NaN}', 'holds NaN'), ('{"a":1,"a":2}', 'names one entry twice'),
+    ('{', 'is not JSON'), (b'\xff\xfe\xff', 'is not UTF-8')])
 def test_settings_files(tmp_path, text, say):
     (tmp_path/'r.json').write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=f'r.json: .*({say})'): read_json(tmp_path/'r.json')
     with pytest.raises(ValueError, match=say): Recipe.named(tmp_path/'r.json', None)
 
-@pytest.mark.parametrize('text', ['[]', '3', '{"size": "abc"}', '{"size": [1e12, 5]}', '{"classes": "heart"}', '{"sizes": 3}', '{"spacing": [1, -1]}', '{"channels": true}', '{"labels": [1]}'])
+@pytest.mark.parametrize('text', [
+    '[]', '3', '{"size": "abc"}', '{"size": [1e12, 5]}', '{"classes": "heart"}', '{"sizes": 3}',
+    '{"spacing": [1, -1]}', '{"channels": true}', '{"labels": [1]}'])
 def test_recipes_from_files(tmp_path, text):
     (tmp_path/'r.json').write_text(text)
     with pytest.raises(ValueError, match='r.json cannot be used .*(Recipe: |expected)'): Recipe.named(tmp_path/'r.json', None)
@@ -459,8 +492,10 @@ def test_a_scan_too_large_for_memory_does_not_end_the_others(tmp_path, monkeypat
     assert list(scores.attrs['problems'])==['b'] and len(scores)==2
 
 @pytest.mark.parametrize('names,say', [
-    (['a','a_probabilities'], "'a' and 'a_probabilities' would both be written to"), (['Anna','anna'], "'Anna' and 'anna' would both be written"),
-    ([unicodedata.normalize('NFC','é'), unicodedata.normalize('NFD','é')], 'would both be written'), (['a','../b'], 'name the scans without slashes'), (['a','c\\b'], 'without slashes'),
+    (['a','a_probabilities'], "'a' and 'a_probabilities' would both be written to"),
+    (['Anna','anna'], "'Anna' and 'anna' would both be written"),
+    ([unicodedata.normalize('NFC','é'), unicodedata.normalize('NFD','é')], 'would both be written'),
+    (['a','../b'], 'name the scans without slashes'), (['a','c\\b'], 'without slashes'),
     (['a','b\nc'], 'without line breaks'), (['a','b'*250], 'too long'), (['a','b\udcff'], 'not valid UTF-8')])
 def test_names_that_cannot_be_files(tmp_path, names, say):
     df = cohort(tmp_path, 'xy', ['valid']*2).assign(scan=names)
@@ -472,11 +507,15 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
     df,_ = prepared(tmp_path)
     write_text(tmp_path/'t.txt', 'old')
     monkeypatch.setattr(os, 'replace', full)
-    with pytest.raises(WriteError, match=r't.txt: cannot be written \(No space left on device; \d+ MB are free there\)') as e: write_text(tmp_path/'t.txt', 'new')
+    with pytest.raises(WriteError, match=r't.txt: cannot be written '
+                                         r'\(No space left on device; \d+ MB are free there\)') as e:
+        write_text(tmp_path/'t.txt', 'new')
     assert e.value.errno==errno.ENOSPC and (tmp_path/'t.txt').read_text()=='old'
     with pytest.raises(OSError, match='d.csv: cannot be written .No space'): save_cohort(df, tmp_path/'d.csv')
-    with pytest.raises(SegmenterError, match='a.safetensors: cannot be written .No space'): export_segmenter(untrained(arch='unet', width=2), tmp_path/'a.safetensors')
-    with pytest.raises(OSError, match='store cannot be written .*[.](txt|npy): cannot be written .No space'): SliceStore(tmp_path/'other', recipe).prepare(df, workers=0, progress=False)
+    with pytest.raises(SegmenterError, match='a.safetensors: cannot be written .No space'):
+        export_segmenter(untrained(arch='unet', width=2), tmp_path/'a.safetensors')
+    with pytest.raises(OSError, match='store cannot be written .*[.](txt|npy): cannot be written .No space'):
+        SliceStore(tmp_path/'other', recipe).prepare(df, workers=0, progress=False)
     assert not [o for o in tmp_path.rglob('.*')]
 
 def test_temporary_names_are_unique_and_fit(tmp_path):

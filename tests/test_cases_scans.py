@@ -391,7 +391,8 @@ def test_jpeg(tmp_path, how, syntax, signed):
     w.KeepOriginalImageUIDOn(); w.UseCompressionOn(); w.SetCompressor(how)
     for i,s in enumerate(a):
         im = sitk.GetImageFromArray(s)
-        for k,v in {'0008|0060':'MR', '0020|000e':'1.2.3', '0008|0018':f'1.2.3.{i}', '0020|0032':f'0\\0\\{5*i}', '0020|0037':'1\\0\\0\\0\\1\\0'}.items(): im.SetMetaData(k,v)
+        for k,v in {'0008|0060':'MR', '0020|000e':'1.2.3', '0008|0018':f'1.2.3.{i}', '0020|0032':f'0\\0\\{5*i}',
+                    '0020|0037':'1\\0\\0\\0\\1\\0'}.items(): im.SetMetaData(k,v)
         w.SetFileName(str(tmp_path/f'{i}.dcm')); w.Execute(im)
         ds = pydicom.dcmread(tmp_path/f'{i}.dcm')
         ds.RescaleSlope,ds.RescaleIntercept = (2,-100) if i==2 else (1,0)
@@ -484,8 +485,10 @@ def test_frames_with_gaps_or_without_places(tmp_path):
     refused(tmp_path/'few', r'NumberOfFrames \(0028,0008\) is 4, but 3 frames are described')
 
 @pytest.mark.parametrize('group', [
-    lambda p: dict(FrameContentSequence=[item(TemporalPositionIndex=p+1)]), lambda p: dict(MREchoSequence=[item(EffectiveEchoTime=2.5*(p+1))]),
-    lambda p: dict(MRDiffusionSequence=[item(DiffusionBValue=400.*p)]), lambda p: dict(CardiacSynchronizationSequence=[item(NominalCardiacTriggerDelayTime=35.*p)]),
+    lambda p: dict(FrameContentSequence=[item(TemporalPositionIndex=p+1)]),
+    lambda p: dict(MREchoSequence=[item(EffectiveEchoTime=2.5*(p+1))]),
+    lambda p: dict(MRDiffusionSequence=[item(DiffusionBValue=400.*p)]),
+    lambda p: dict(CardiacSynchronizationSequence=[item(NominalCardiacTriggerDelayTime=35.*p)]),
     lambda p: {}])
 @pytest.mark.parametrize('by_phase', [True,False])
 def test_frames_of_several_phases(tmp_path, group, by_phase):
@@ -615,7 +618,9 @@ def test_nifti_spacings(tmp_path, value, axis, forms):
     p = nibabel.load(f).header['pixdim'].copy(); p[axis] = value
     refused(patch(f, pixdim=p, qform_code=forms[0], sform_code=forms[1]), r'pixdim is .*, expected positive spacings; correct it')
 
-@pytest.mark.parametrize('field, value', [('srow_x',[0,0,0,5]), ('srow_y',[0,np.nan,0,0]), ('srow_z',[0,0,4,np.inf]), ('qoffset_x',np.nan), ('quatern_b',np.nan), ('qoffset_z',-np.inf), ('quatern_c',5.)])
+@pytest.mark.parametrize('field, value', [
+    ('srow_x',[0,0,0,5]), ('srow_y',[0,np.nan,0,0]), ('srow_z',[0,0,4,np.inf]), ('qoffset_x',np.nan),
+    ('quatern_b',np.nan), ('qoffset_z',-np.inf), ('quatern_c',5.)])
 def test_nifti_placements_are_numbers(tmp_path, field, value):
     f = nii(tmp_path/'a.nii.gz', np.ones((3,4,5),'u1'), header=lambda h: h.set_qform(np.diag([1.2,1.5,4,1]),1))
     refused(patch(f, **{field:value}), 'has a damaged header: its [qs]form')
@@ -762,7 +767,9 @@ def test_soft_masks_are_none(tmp_path, values, ext):
 # ---- MetaImage and NRRD headers
 
 @pytest.mark.parametrize('ext', ['.mha','.mhd'])
-@pytest.mark.parametrize('line, bad', [(line, bad) for line in ('ElementSpacing','Offset','TransformMatrix') for bad in ('nan','inf','-inf')]+[('ElementSpacing','0'),('ElementSpacing','-2')])
+@pytest.mark.parametrize('line, bad', [
+    (line, bad) for line in ('ElementSpacing','Offset','TransformMatrix') for bad in ('nan','inf','-inf')
+]+[('ElementSpacing','0'),('ElementSpacing','-2')])
 def test_meta_geometry(tmp_path, ext, line, bad):
     f = write_volume(Volume(np.ones((3,4,5),'i2')), tmp_path/f'a{ext}')
     n = 9 if line=='TransformMatrix' else 3
@@ -771,14 +778,18 @@ def test_meta_geometry(tmp_path, ext, line, bad):
     refused(f, f'has a damaged header: {line} is .*, expected (positive|finite) numbers')
 
 @pytest.mark.parametrize('ext', ['.nrrd','.nhdr'])
-@pytest.mark.parametrize('old, new', [(b'(0,0,1)','(0,0,0)'), (b'(0,0,1)','(nan,nan,nan)'), (b'(0,0,1)','(0,0,inf)'), (b'origin: (0,0,0)','origin: (0,nan,0)'), (b'origin: (0,0,0)','origin: (inf,0,0)')])
+@pytest.mark.parametrize('old, new', [
+    (b'(0,0,1)','(0,0,0)'), (b'(0,0,1)','(nan,nan,nan)'), (b'(0,0,1)','(0,0,inf)'),
+    (b'origin: (0,0,0)','origin: (0,nan,0)'), (b'origin: (0,0,0)','origin: (inf,0,0)')])
 def test_nrrd_geometry(tmp_path, ext, old, new):
     refused(edit(write_volume(Volume(np.ones((3,4,5),'i2')), tmp_path/f'a{ext}'), old, new), r'has a damaged header: space (directions|origin)')
 
 @pytest.mark.parametrize('spacings', ['1 1 0','1 nan 1','-1 1 1','inf 1 1','1 1'])
 def test_nrrd_spacings(tmp_path, spacings):
     f = write_volume(Volume(np.ones((3,4,5),'i2')), tmp_path/'a.nrrd')
-    edit(f, b'space: left-posterior-superior\n', ''); edit(f, b'space directions: (1,0,0) (0,1,0) (0,0,1)', f'spacings: {spacings}'); edit(f, b'space origin: (0,0,0)\n', '')
+    edit(f, b'space: left-posterior-superior\n', '')
+    edit(f, b'space directions: (1,0,0) (0,1,0) (0,0,1)', f'spacings: {spacings}')
+    edit(f, b'space origin: (0,0,0)\n', '')
     refused(f, 'has a damaged header: .*spacings')
     edit(f, f'spacings: {spacings}'.encode(), 'spacings: 1 2 3')
     vol,said = read(f)
@@ -799,7 +810,8 @@ def test_nrrd_axes_without_a_direction(tmp_path):
     space = ('dimension: 3','space: left-posterior-superior','sizes: 5 4 3')
     refused(raw_nrrd(tmp_path/'a.nrrd', *space, 'space directions: (1,0,0) (0,1,0) none'), '3 sizes, but space directions are')
     refused(raw_nrrd(tmp_path/'b.nrrd', *space, 'space directions: (1,0,0) (0,1,0)'), '3 sizes, but space directions are')
-    assert read(raw_nrrd(tmp_path/'c.nrrd', *space, 'space directions: (1,0,0) (0,1,0) (0,0,1)'))[1]==['does not say where it lies (`space origin`): it is taken to begin at 0']
+    assert (read(raw_nrrd(tmp_path/'c.nrrd', *space, 'space directions: (1,0,0) (0,1,0) (0,0,1)'))[1]
+            ==['does not say where it lies (`space origin`): it is taken to begin at 0'])
     vector = ('dimension: 4','space: left-posterior-superior','sizes: 3 5 4 1','kinds: vector domain domain domain','space origin: (1,2,3)')
     vol,said = read(raw_nrrd(tmp_path/'d.nrrd', *vector, 'space directions: none (1,0,0) (0,1,0) (0,0,2)'), channels=True)
     assert vol.array.shape==(3,1,4,5) and vol.spacing==(2,1,1) and not said
@@ -811,7 +823,9 @@ def test_nrrd_spaces_with_time(tmp_path, space, ok):
     if ok: assert read(f)[0].origin==(1,2,3) and not read(f)[1]
     else: refused(f, 'has a space that cannot be read')
 
-@pytest.mark.parametrize('line, new', [('TransformMatrix','0 0 0 0 0 0 0 0 0'), ('TransformMatrix','2 0 0 0 1 0 0 0 1'), ('TransformMatrix','1 0 0 0 1 0'), ('Offset','0 0')])
+@pytest.mark.parametrize('line, new', [
+    ('TransformMatrix','0 0 0 0 0 0 0 0 0'), ('TransformMatrix','2 0 0 0 1 0 0 0 1'),
+    ('TransformMatrix','1 0 0 0 1 0'), ('Offset','0 0')])
 def test_meta_axes(tmp_path, line, new):
     f = write_volume(Volume(np.ones((3,4,5),'i2')), tmp_path/'a.mha')
     old = re.search(rb'^'+line.encode()+rb' = [^\n]*', f.read_bytes(), re.M)[0]
@@ -828,9 +842,11 @@ def test_meta_without_a_place(tmp_path):
 def test_byte_orders_of_other_files(tmp_path, ext):
     a = np.arange(60,dtype='i2').reshape(3,4,5)
     f = write_volume(Volume(a), tmp_path/f'a{ext}')
-    head = (b'ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = True\nOffset = 0 0 0\nTransformMatrix = 1 0 0 0 1 0 0 0 1\n'
-            b'DimSize = 5 4 3\nElementSpacing = 1 1 2\nElementType = MET_SHORT\nElementDataFile = LOCAL\n' if ext=='.mha' else
-            b'NRRD0004\ntype: short\ndimension: 3\nspace: LPS\nsizes: 5 4 3\nspace directions: (1,0,0) (0,1,0) (0,0,2)\nspace origin: (0,0,0)\nendian: big\nencoding: raw\n\n')
+    head = (b'ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = True\nOffset = 0 0 0\n'
+            b'TransformMatrix = 1 0 0 0 1 0 0 0 1\nDimSize = 5 4 3\nElementSpacing = 1 1 2\nElementType = MET_SHORT\n'
+            b'ElementDataFile = LOCAL\n' if ext=='.mha' else
+            b'NRRD0004\ntype: short\ndimension: 3\nspace: LPS\nsizes: 5 4 3\n'
+            b'space directions: (1,0,0) (0,1,0) (0,0,2)\nspace origin: (0,0,0)\nendian: big\nencoding: raw\n\n')
     f.write_bytes(head+a.astype('>i2').tobytes())
     vol,said = read(f)
     assert np.array_equal(vol.array, a) and vol.spacing==(2,1,1) and not said
@@ -843,7 +859,8 @@ def test_images_of_two_dimensions(tmp_path):
 
 def test_intensity_functions(tmp_path):
     a = np.arange(60,dtype='i2').reshape(3,4,5)
-    f = edit(write_volume(Volume(a), tmp_path/'a.mha'), b'ElementType', 'ElementToIntensityFunctionSlope = 0.5\nElementToIntensityFunctionOffset = -3\nElementType')
+    f = edit(write_volume(Volume(a), tmp_path/'a.mha'), b'ElementType',
+             'ElementToIntensityFunctionSlope = 0.5\nElementToIntensityFunctionOffset = -3\nElementType')
     assert np.allclose(read(f)[0].array, a*.5-3)
     refused(edit(f, b'Slope = 0.5', 'Slope = nan'), 'Slope is .nan., expected finite')
     g = edit(write_volume(Volume(a), tmp_path/'a.nrrd'), b'kinds', 'old min: 0\nold max: 9\nkinds')
@@ -939,7 +956,8 @@ def test_ranges_that_float32_cannot_hold(tmp_path, ext, lo, hi):
 
 def test_ranges_by_scale(tmp_path):
     refused(patch(nii(tmp_path/'a.nii.gz', np.arange(60,dtype='i2').reshape(3,4,5)), scl_slope=3e37), 'float32 cannot hold')
-    f = edit(write_volume(Volume(np.arange(60,dtype='i2').reshape(3,4,5)), tmp_path/'a.mha'), b'ElementType', 'ElementToIntensityFunctionSlope = 1e38\nElementType')
+    f = edit(write_volume(Volume(np.arange(60,dtype='i2').reshape(3,4,5)), tmp_path/'a.mha'),
+             b'ElementType', 'ElementToIntensityFunctionSlope = 1e38\nElementType')
     refused(f, 'float32 cannot hold')
 
 @pytest.mark.parametrize('ext', ['.nii.gz','.mha','.nrrd'])
@@ -975,7 +993,9 @@ def test_memory_under_a_limit(tmp_path):
     p = subprocess.run([sys.executable, '-c', textwrap.dedent(code), str(f)], capture_output=True, text=True)
     assert 'needs about 0.9 GB of memory, but 0.2 GB are free' in p.stdout, (p.stdout, p.stderr)
 
-@pytest.mark.parametrize('name, sform', [('steps of 1 mm', np.diag([-1,-1,1,1.])), ('turned, and half', np.array([[0,.75,0,5],[-.75,0,0,6],[0,0,5,7],[0,0,0,1.]]))])
+@pytest.mark.parametrize('name, sform', [
+    ('steps of 1 mm', np.diag([-1,-1,1,1.])),
+    ('turned, and half', np.array([[0,.75,0,5],[-.75,0,0,6],[0,0,5,7],[0,0,0,1.]]))])
 def test_an_sform_without_the_spacings(tmp_path, name, sform):
     "As in the public ACDC hearts: pixdim has the spacings, the sform only the axes"
     im = nibabel.Nifti1Image(np.zeros((6,5,4), np.int16), None)

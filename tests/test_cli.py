@@ -23,7 +23,8 @@ def command(name, *args, start=False, **kw):
     script.write_text(f'import sys\nfrom fastmiseg.cli import {name}\nif __name__=="__main__": sys.exit({name}())\n')
     cmd = [sys.executable, script, *map(str, args)]
     env = {**os.environ, 'OMP_NUM_THREADS':'1'}
-    return (subprocess.Popen if start else subprocess.run)(cmd, text=True, env=env, **(dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) if start else dict(capture_output=True)), **kw)
+    return (subprocess.Popen if start else subprocess.run)(cmd, text=True, env=env,
+        **(dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) if start else dict(capture_output=True)), **kw)
 
 @pytest.fixture(scope='module')
 def prepared(hearts, tmp_path_factory):
@@ -73,7 +74,9 @@ def test_predict_goes_on_after_a_bad_scan(run, hearts, tmp_path):
     assert r.returncode==1 and '2 segmentations in' in r.stdout and 'a_broken.nii.gz' in r.stderr and '1 of 3 scans could not be used' in r.stderr
     assert sorted(os.listdir(tmp_path/'segs'))==['heart000.nii.gz','heart001.nii.gz']
     r = command('predict', run, tmp_path/'scans', '--out', tmp_path/'segs')
-    assert r.returncode==2 and 'heart000.nii.gz exists, and 1 more; choose another place, or replace with --overwrite' in r.stderr and 'Traceback' not in r.stderr
+    assert (r.returncode==2
+            and 'heart000.nii.gz exists, and 1 more; choose another place, or replace with --overwrite' in r.stderr
+            and 'Traceback' not in r.stderr)
 
 @pytest.mark.parametrize('name', ['prepare','train','predict','evaluate'])
 def test_help(name):
@@ -134,7 +137,9 @@ def test_overwrite(run, prepared, tmp_path):
 
 def test_model_for_other_classes(run, hearts, tmp_path):
     df = hearts.df[:2].drop(columns='split'); df.attrs.update(hearts.df.attrs, classes=('background','prostate'))
-    with pytest.raises(ValueError, match='masks hold the classes background, prostate, but the model predicts background, RV, Myo, LV'): evaluate_run(run, save_cohort(df, tmp_path/'c.csv'), tmp_path/'out')
+    with pytest.raises(ValueError, match='masks hold the classes background, prostate, '
+                                         'but the model predicts background, RV, Myo, LV'):
+        evaluate_run(run, save_cohort(df, tmp_path/'c.csv'), tmp_path/'out')
     assert not (tmp_path/'out').exists()
 
 def test_full_disk(run, prepared, tmp_path, monkeypatch):
@@ -146,7 +151,9 @@ def test_full_disk(run, prepared, tmp_path, monkeypatch):
             return replace(a, b)
         with monkeypatch.context() as m:
             m.setattr(os, 'replace', full)
-            with pytest.raises((WriteError, SegmenterError), match=rf'{name}: cannot be written .No space left on device'): train_run(prepared, tmp_path/name, workers=0, **{**tiny, 'epochs':1, 'n_iters':2})
+            with pytest.raises((WriteError, SegmenterError),
+                               match=rf'{name}: cannot be written .No space left on device'):
+                train_run(prepared, tmp_path/name, workers=0, **{**tiny, 'epochs':1, 'n_iters':2})
         left = [o.name for o in (tmp_path/name).iterdir()]
         assert name not in left and not [o for o in left if o.startswith('.')]
 
@@ -158,7 +165,9 @@ def test_full_disk_for_a_checkpoint(prepared, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(os, 'fsync', full)
         m.setattr(shutil, 'disk_usage', lambda o: namedtuple('usage', 'total used free')(9,9,0))
-        with pytest.raises(OSError, match=r'checkpoints/\d+\.pt: cannot be written \(No space left on device; 0 MB are free there\).*make room'): train_run(prepared, tmp_path/'run', workers=0, **kw)
+        with pytest.raises(OSError, match=r'checkpoints/\d+\.pt: cannot be written '
+                                          r'\(No space left on device; 0 MB are free there\).*make room'):
+            train_run(prepared, tmp_path/'run', workers=0, **kw)
     assert not list((tmp_path/'run'/'checkpoints').iterdir())
     resume_run(tmp_path/'run', 0)
 
@@ -193,7 +202,9 @@ def test_bad_scan_while_training(hearts, tmp_path):
     scores = train_run(csv, tmp_path/'a', skip_bad=True, global_mi=.001, consistency=[1.,.5], shift=.5, jitter=.5, **kw)
     assert set(scores.scan)=={'heart004'} and list(scores.attrs['problems'])==['heart005']
     about = load_segmenter(tmp_path/'a'/'model.safetensors', 'cpu').about['provenance']
-    assert about['weights']['MIRegCallback']==dict(global_mi=.001, local_mi=.1, consistency='sigmoid_rampup(1.0, 0.5)') and {k:about['training'][k] for k in ('flips','shift','jitter','consistency')}==dict(flips=None, shift=.5, jitter=.5, consistency=[1.,.5])
+    assert (about['weights']['MIRegCallback']==dict(global_mi=.001, local_mi=.1, consistency='sigmoid_rampup(1.0, 0.5)')
+            and {k:about['training'][k] for k in ('flips','shift','jitter','consistency')}
+                ==dict(flips=None, shift=.5, jitter=.5, consistency=[1.,.5]))
 
 # -- real scans ------------------------------------------------------------------------------------------------------------
 def test_hippocampus(tmp_path):
@@ -203,7 +214,8 @@ def test_hippocampus(tmp_path):
     df = load_cohort(data, 'msd')
     df = df[df['mask'].notna()][:14]
     save_cohort(df, tmp_path/'cohort.csv')
-    r = command('prepare', tmp_path/'cohort.csv', '--out', tmp_path/'prepared', '--recipe', 'hippocampus', '--labeled', 2, '--valid', 2, '--test', 2, '--workers', 0)
+    r = command('prepare', tmp_path/'cohort.csv', '--out', tmp_path/'prepared', '--recipe', 'hippocampus',
+                '--labeled', 2, '--valid', 2, '--test', 2, '--workers', 0)
     assert r.returncode==0, r.stderr
     r = command('train', tmp_path/'prepared', '--out', tmp_path/'run', *_tiny, '--lr', .01)
     assert r.returncode==0 and 'Anterior' in r.stdout, r.stderr

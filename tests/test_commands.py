@@ -83,7 +83,8 @@ def test_subject_pattern(hearts, tmp_path):
     (tmp_path/'masks').mkdir()
     for i,r in enumerate(hearts.df[:8].itertuples()):
         for o,d in ((r.image,'images'), (r.mask,'masks')): os.link(o, tmp_path/d/f'p{i//2}_ct{i%2}.nii.gz')
-    prepare_run(tmp_path, tmp_path/'out', subject=r'^(p\d+)_', classes=['background','RV','Myo','LV'], labeled=1, valid=1, test=1, spacing=4., size=[32], workers=0)
+    prepare_run(tmp_path, tmp_path/'out', subject=r'^(p\d+)_', classes=['background','RV','Myo','LV'],
+                labeled=1, valid=1, test=1, spacing=4., size=[32], workers=0)
     df = load_cohort(tmp_path/'out'/'split.csv', 'csv')
     assert df.groupby('subject').split.nunique().eq(1).all() and df.subject.nunique()==4
     assert read_config(tmp_path/'out')['recipe'].size==(32,32)
@@ -123,11 +124,21 @@ def test_in_the_words_of_the_command_line(hearts, tmp_path, capsys):
 
 # -- config.json -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('changes,said', [
-    (dict(store=5), "config.json: is damaged .store: expected str, got '5'"), (dict(store=None), 'store: expected str'), (dict(seed='x'), 'seed: expected int'),
-    (dict(recipe=[1]), 'is damaged .Recipe: expected names and values'), (dict(recipe={'size':[1e99,1]}), 'Recipe: size='), (dict(recipe={'sise':3}), "there is no 'sise'"),
-    (dict(train={'lr':'1'}), "lr: expected float, got '1'"), (dict(train={'width':10**9}), 'width: 1000000000 is not at most 4096'), (dict(train={'x':1}), "there is no 'x'"),
-    (dict(train={'method':'mine'}), "config.json: was trained with the method 'mine', which is not known here; install the package"), (dict(train={'method':[]}), 'method: expected str'),
-    (dict(train=[[]]), 'settings: expected names and values'), (dict(train={'mireg':{'a':[[[[]]]]}}), "mireg: MIRegCallback takes no 'a' here"), (dict(format=True, x=1), None)])
+    (dict(store=5), "config.json: is damaged .store: expected str, got '5'"),
+    (dict(store=None), 'store: expected str'),
+    (dict(seed='x'), 'seed: expected int'),
+    (dict(recipe=[1]), 'is damaged .Recipe: expected names and values'),
+    (dict(recipe={'size':[1e99,1]}), 'Recipe: size='),
+    (dict(recipe={'sise':3}), "there is no 'sise'"),
+    (dict(train={'lr':'1'}), "lr: expected float, got '1'"),
+    (dict(train={'width':10**9}), 'width: 1000000000 is not at most 4096'),
+    (dict(train={'x':1}), "there is no 'x'"),
+    (dict(train={'method':'mine'}),
+     "config.json: was trained with the method 'mine', which is not known here; install the package"),
+    (dict(train={'method':[]}), 'method: expected str'),
+    (dict(train=[[]]), 'settings: expected names and values'),
+    (dict(train={'mireg':{'a':[[[[]]]]}}), "mireg: MIRegCallback takes no 'a' here"),
+    (dict(format=True, x=1), None)])
 def test_damaged_config(run, tmp_path, changes, said):
     config = json.loads((run/'config.json').read_text())
     shutil.copy(run/'split.csv', tmp_path)
@@ -137,7 +148,8 @@ def test_damaged_config(run, tmp_path, changes, said):
     assert sorted(os.listdir(tmp_path))==['config.json','split.csv']
 
 def test_config_that_is_no_json(run, tmp_path):
-    for text,said in (('{', 'is not JSON'), ('['*10**5, 'is nested too deeply'), ('[]', 'has format None'), ('{"format": NaN}', 'holds NaN'), ('{"format": 1}', "is damaged .there is no 'store'")):
+    for text,said in (('{', 'is not JSON'), ('['*10**5, 'is nested too deeply'), ('[]', 'has format None'),
+                      ('{"format": NaN}', 'holds NaN'), ('{"format": 1}', "is damaged .there is no 'store'")):
         (tmp_path/'config.json').write_text(text)
         with pytest.raises(RunError, match=f'config.json: {said}'): resume_run(tmp_path)
     (tmp_path/'config.json').unlink()
@@ -177,7 +189,8 @@ def test_evaluation_goes_on_where_it_was_killed(run, tmp_path, monkeypatch):
 
 def test_notes_of_another_evaluation_are_no_obstacle(run, tmp_path):
     (tmp_path/'.evaluating.jsonl').write_text('{"of": "another"}\n')
-    with pytest.raises(FileExistsError, match='unfinished run with another network or other settings'): evaluate_run(run, out=tmp_path, overwrite=False, progress=False)
+    with pytest.raises(FileExistsError, match='unfinished run with another network or other settings'):
+        evaluate_run(run, out=tmp_path, overwrite=False, progress=False)
     assert evaluate_run(run, out=tmp_path, progress=False).scan.nunique()==2
 
 def test_repeated_evaluation_shows_the_table_again(run, capsys, tmp_path, monkeypatch):
@@ -188,7 +201,9 @@ def test_repeated_evaluation_shows_the_table_again(run, capsys, tmp_path, monkey
     pd.testing.assert_frame_equal(again, train_table, check_dtype=False)
     cli.evaluate(str(run))
     assert 'RV' in (said := capsys.readouterr().out) and f'{run}/metrics.csv' in said
-    with pytest.raises(FileExistsError, match='metrics.csv: exists, with other scores; choose another folder, or overwrite it'): evaluate_run(run, overwrite=False, flips=True)
+    with pytest.raises(FileExistsError, match='metrics.csv: exists, with other scores; '
+                                              'choose another folder, or overwrite it'):
+        evaluate_run(run, overwrite=False, flips=True)
     with pytest.raises(FileExistsError, match='exists, with other scores'): evaluate_run(run, split='valid', overwrite=False)
 
 # -- ten scans, four of them annotated -------------------------------------------------------------------------------
@@ -301,7 +316,9 @@ def test_copies_of_training_scans_are_known_by_their_voxels(run, prepared, heart
     cli.predict(str(run/'model.safetensors'), str(tmp_path/'scans.csv'), str(tmp_path/'segs'))
     assert '2 of 3 scans were in the training of the model (x, y): how well these came out says little about others' in capsys.readouterr().out
     both = load_segmenter([run/'model.safetensors', shutil.copy(run/'model.safetensors', tmp_path/'twin.safetensors')])
-    assert len(both.about['training']['voxels'])==len(load_segmenter(run/'model.safetensors').about['training']['voxels'])==(df.split.isin(['labeled','unlabeled'])).sum()
+    assert (len(both.about['training']['voxels'])
+            ==len(load_segmenter(run/'model.safetensors').about['training']['voxels'])
+            ==(df.split.isin(['labeled','unlabeled'])).sum())
 
 # -- files that change between two commands --------------------------------------------------------------------------
 @pytest.fixture
@@ -342,7 +359,8 @@ def test_files_that_change_between_preparing_and_training(files, tmp_path):
     write_volume(vol.like(vol.array[:,:-1].copy()), df['mask'][0])
     with pytest.raises(VolumeError, match=f'{df["mask"][0]}: has .* voxels .*but {df.image[0]} has'): train_run(tmp_path/'prepared', tmp_path/'cut', **kw)
     Path(df.image[3]).unlink()
-    with pytest.raises(VolumeError, match=f'(?s)2 of 5 scans cannot be used.*{df.image[3]}: does not exist'): train_run(tmp_path/'prepared', tmp_path/'gone', **kw)
+    with pytest.raises(VolumeError, match=f'(?s)2 of 5 scans cannot be used.*{df.image[3]}: does not exist'):
+        train_run(tmp_path/'prepared', tmp_path/'gone', **kw)
 
 def test_files_that_change_before_a_training_goes_on(files, tmp_path):
     "Labelled, unlabelled or for validation: named; and with the files of before the training goes on"

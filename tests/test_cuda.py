@@ -57,16 +57,25 @@ def function(loss, *shapes):
 def head(kind, loss_args, C=24, size=(20,20)):
     def make():
         module = kind(C, n_clusters=10, n_heads=3).double()
-        return (lambda f,g: module.to(f.device, torch.float64 if f.dtype==torch.float64 else torch.float32).loss(f, g, **loss_args)), [torch.randn(5,C,*size, dtype=torch.float64) for _ in range(2)]
+        return ((lambda f,g: module.to(f.device, torch.float64 if f.dtype==torch.float64 else torch.float32)
+                                   .loss(f, g, **loss_args)),
+                [torch.randn(5,C,*size, dtype=torch.float64) for _ in range(2)])
     return make
 
-LOSSES = {'global_mi_loss': function(global_mi_loss, (9,3,10), (9,3,10)), 'local_mi_loss 3': function(partial(local_mi_loss, size=3), (5,2,10,24,24), (5,2,10,24,24)),
-          'local_mi_loss 7': function(partial(local_mi_loss, size=7), (5,2,10,24,24), (5,2,10,24,24)), 'local_mi_loss in 3D': function(partial(local_mi_loss, size=3), (2,2,6,8,12,12), (2,2,6,8,12,12)),
-          'consistency_loss': lambda: (lambda p,q: consistency_loss(p, q), [torch.randn(5,4,24,24, dtype=torch.float64).softmax(1) for _ in range(2)]),
-          'entropy_loss': lambda: (lambda p: entropy_loss(p), [torch.randn(5,4,24,24, dtype=torch.float64).softmax(1)]),
-          'GlobalProjector': head(GlobalProjector, {}), 'LocalProjector 3': head(LocalProjector, dict(size=3)), 'LocalProjector 7': head(LocalProjector, dict(size=7))}
+LOSSES = {
+    'global_mi_loss': function(global_mi_loss, (9,3,10), (9,3,10)),
+    'local_mi_loss 3': function(partial(local_mi_loss, size=3), (5,2,10,24,24), (5,2,10,24,24)),
+    'local_mi_loss 7': function(partial(local_mi_loss, size=7), (5,2,10,24,24), (5,2,10,24,24)),
+    'local_mi_loss in 3D': function(partial(local_mi_loss, size=3), (2,2,6,8,12,12), (2,2,6,8,12,12)),
+    'consistency_loss': lambda: (lambda p,q: consistency_loss(p, q),
+                                 [torch.randn(5,4,24,24, dtype=torch.float64).softmax(1) for _ in range(2)]),
+    'entropy_loss': lambda: (lambda p: entropy_loss(p), [torch.randn(5,4,24,24, dtype=torch.float64).softmax(1)]),
+    'GlobalProjector': head(GlobalProjector, {}),
+    'LocalProjector 3': head(LocalProjector, dict(size=3)),
+    'LocalProjector 7': head(LocalProjector, dict(size=7))}
 
-WAYS = dict(plain=(torch.float32,False,False), last=(torch.float32,False,True), tf32=(torch.float32,True,True), fp16=(torch.float16,True,False), bf16=(torch.bfloat16,True,True))
+WAYS = dict(plain=(torch.float32,False,False), last=(torch.float32,False,True), tf32=(torch.float32,True,True),
+            fp16=(torch.float16,True,False), bf16=(torch.bfloat16,True,True))
 
 @pytest.mark.parametrize('how', WAYS)
 @pytest.mark.parametrize('name', LOSSES)
@@ -272,7 +281,8 @@ class NobodyWaits(Callback):
 @methods
 @pytest.mark.parametrize('precision', ['fp32','bf16'])
 def test_nobody_waits(tmp_path, method, precision):
-    "Not in the loader with its augmentation, not in the step, not in what is recorded of it; the guard alone waits for a copy that began before the backward pass"
+    """Not in the loader with its augmentation, not in the step, not in what is recorded of it; the guard alone waits
+    for a copy that began before the backward pass"""
     dls = resident_loaders(n_iters=8)
     assert dls.train.one_batch()[0].is_cuda and dls.train._here
     learn = quiet(miseg_learner(dls, width=4, path=tmp_path))

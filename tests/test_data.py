@@ -50,10 +50,12 @@ def test_a_datablock_as_fastai_has_them(tmp_path):
     def parts(items):
         n = [int(o.stem) for o in items]
         return tuple([k for k,i in enumerate(n) if i in r] for r in (range(3), range(3,5), range(5,9)))
-    block = SemiSupDataBlock(blocks=(ImageBlock(PILImageBW), MaskBlock(codes=['background','square'])), get_items=get_image_files, get_y=lambda o: tmp_path/'masks'/o.name,
+    block = SemiSupDataBlock(blocks=(ImageBlock(PILImageBW), MaskBlock(codes=['background','square'])),
+                             get_items=get_image_files, get_y=lambda o: tmp_path/'masks'/o.name,
                              splitter=parts, item_tfms=Resize(32), batch_tfms=aug_transforms(max_lighting=0.))
     dls = block.dataloaders(tmp_path/'images', bs=2, unlabeled_bs=3, n_iters=2)
-    assert [tuple(o.shape) for o in dls.train.one_batch()]==[(2,1,32,32),(3,1,32,32),(2,32,32)] and [tuple(o.shape) for o in dls.valid.one_batch()]==[(2,1,32,32),(2,32,32)]
+    assert ([tuple(o.shape) for o in dls.train.one_batch()]==[(2,1,32,32),(3,1,32,32),(2,32,32)]
+            and [tuple(o.shape) for o in dls.valid.one_batch()]==[(2,1,32,32),(2,32,32)])
     assert [len(o) for o in dls.train.new(bs=1, unlabeled_bs=2).one_batch()]==[1,2,1]
 
 def shown(dls, drawn):
@@ -133,7 +135,8 @@ def test_loaders_say_what_they_are(cohort, tmp_path):
     n = {k:len(cohort[cohort['split']==k]) for k in ('labeled','unlabeled','valid')}
     dls = loaders(cohort, tmp_path/'store')
     first_line,second,third = repr(dls).splitlines()
-    assert first_line.startswith(f"MISegDataLoaders: {n['labeled']} scans (") and f"{n['unlabeled']} scans (" in first_line and f"; {n['valid']} scans (" in first_line
+    assert (first_line.startswith(f"MISegDataLoaders: {n['labeled']} scans (")
+            and f"{n['unlabeled']} scans (" in first_line and f"; {n['valid']} scans (" in first_line)
     assert second.startswith('batches of 2+3, 2 to an epoch, on ') and eval(third)==recipe
     assert repr(discs()).splitlines()[0]=='MISegDataLoaders: 4 items with masks, 11 items without masks; 5 items for validation'
     assert repr(dls.new_empty())=='MISegDataLoaders without data'

@@ -9,9 +9,12 @@ pytest.importorskip('accelerate', reason="needs accelerate, as fastai's distrib_
 def results(tmp_path_factory):
     path = tmp_path_factory.mktemp('distributed')
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    launch = ['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_machines', '1', '--num_processes', '2', '--main_process_port', str(port), '--mixed_precision', 'no', '--dynamo_backend', 'no']
+    launch = ['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_machines', '1', '--num_processes', '2',
+              '--main_process_port', str(port), '--mixed_precision', 'no', '--dynamo_backend', 'no']
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'CUDA_VISIBLE_DEVICES':''}
-    started = [subprocess.Popen([sys.executable, *how, str(Path(__file__).with_name('two_processes.py')), str(path)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for how in (launch, [])]
+    started = [subprocess.Popen([sys.executable, *how, str(Path(__file__).with_name('two_processes.py')), str(path)],
+                                env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+               for how in (launch, [])]
     for p in started:
         out,_ = p.communicate(timeout=600)
         assert p.returncode==0, out[-4000:]

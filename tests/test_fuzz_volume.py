@@ -9,7 +9,8 @@ from fastmiseg.scans.messages import VolumeError, collect_warnings
 from fastmiseg.scans.volume import Volume, read_volume, write_volume
 
 CASES = 150 # for each of the kinds of file below
-KINDS = {'dcm':('',''), 'nii.gz':('.nii.gz','.nii.gz'), 'nii':('.nii','.nii'), 'mha':('.mha','.mha'), 'mhd':('.mhd','.mhd'), 'zraw':('.mhd','.zraw'), 'nrrd':('.nrrd','.nrrd'), 'raw nrrd':('.nrrd','.nrrd')}
+KINDS = {'dcm':('',''), 'nii.gz':('.nii.gz','.nii.gz'), 'nii':('.nii','.nii'), 'mha':('.mha','.mha'),
+         'mhd':('.mhd','.mhd'), 'zraw':('.mhd','.zraw'), 'nrrd':('.nrrd','.nrrd'), 'raw nrrd':('.nrrd','.nrrd')}
 
 def _whole():
     z,y,x = np.ogrid[-1:1:6j, -1:1:16j, -1:1:20j]
@@ -75,7 +76,8 @@ def _batch(kind, seed):
                 with collect_warnings(): vol = read_volume(f)
                 same = vol.array.shape==whole.array.shape and np.array_equal(vol.array, whole.array)
                 ok = vol.array.ndim==3 and np.isfinite(vol.array).all() and all(1e-4<=o<=1e4 for o in vol.spacing)
-                print(json.dumps(dict(i=i, end='volume', sum=kind=='zraw' or kind=='nii.gz' and not inner, same=bool(same), ok=bool(ok), vox=int(vol.array.size))), flush=True)
+                print(json.dumps(dict(i=i, end='volume', sum=kind=='zraw' or kind=='nii.gz' and not inner,
+                                      same=bool(same), ok=bool(ok), vox=int(vol.array.size))), flush=True)
             except VolumeError as e: print(json.dumps(dict(i=i, end='error', text=str(e))), flush=True)
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -172,7 +172,8 @@ def test_full_disk(heart, tmp_path, monkeypatch):
         if n[0]>3: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return replace(a, b)
     monkeypatch.setattr(V.os, 'replace', full)
-    with pytest.raises(VolumeError, match=r'heart002.nii.gz: cannot be written \(No space left on device\)'): predict_cohort(heart.learn, heart.df, tmp_path/'out', progress=False)
+    with pytest.raises(VolumeError, match=r'heart002.nii.gz: cannot be written \(No space left on device\)'):
+        predict_cohort(heart.learn, heart.df, tmp_path/'out', progress=False)
     assert sorted(os.listdir(tmp_path/'out'))==['.unfinished.jsonl','heart000.nii.gz','heart001.nii.gz'] # a note of what is done
 
 def test_cut_while_writing(heart, scan, tmp_path, monkeypatch):

@@ -40,7 +40,8 @@ def rgb(tmp_path_factory):
 
 def unet(rgb, arch=None, batch_tfms=None, **kw):
     from fastai.vision.all import SegmentationDataLoaders, get_image_files, resnet18, unet_learner
-    dls = SegmentationDataLoaders.from_label_func(rgb, get_image_files(rgb/'images'), lambda o: rgb/'masks'/o.name, codes=['background','square'], bs=2, valid_pct=.34, seed=0, num_workers=0, batch_tfms=batch_tfms)
+    dls = SegmentationDataLoaders.from_label_func(rgb, get_image_files(rgb/'images'), lambda o: rgb/'masks'/o.name,
+        codes=['background','square'], bs=2, valid_pct=.34, seed=0, num_workers=0, batch_tfms=batch_tfms)
     return quiet(unet_learner(dls, arch or resnet18, pretrained=False, n_out=2, **kw))
 
 def files(rgb, d="more"):
@@ -116,14 +117,16 @@ def test_encoder_that_keeps_its_layers_in_one(tmp_path):
 def test_foreign_network_by_module_paths(tmp_path):
     monai = pytest.importorskip('monai.networks.nets', reason='needs MONAI')
     net = monai.UNet(spatial_dims=2, in_channels=1, out_channels=2, channels=(4,8,16), strides=(2,2))
-    cb = MIRegCallback(n_clusters=3, n_heads=2, global_layers='model.1.submodule.1.submodule', local_layers=('model.1.submodule.0','model.2'), neighborhood={'model.2':3})
+    cb = MIRegCallback(n_clusters=3, n_heads=2, global_layers='model.1.submodule.1.submodule',
+                       local_layers=('model.1.submodule.0','model.2'), neighborhood={'model.2':3})
     learn = quiet(learner(tmp_path, net=net)); learn.fit(1, 1e-3, cbs=cb)
     assert set(cb.projectors)=={'model/1/submodule/1/submodule','model/1/submodule/0','model/2'} and hooks(net)==0
 
 def test_dictionary_output_is_explained(tmp_path):
     class Dict(UNet):
         def forward(self, x): return {'out': super().forward(x)}
-    with pytest.raises(ValueError, match='Dict returns a dict, not a tensor of logits'): quiet(learner(tmp_path, net=Dict(1,2,width=2))).fit(1, cbs=small_mireg())
+    with pytest.raises(ValueError, match='Dict returns a dict, not a tensor of logits'):
+        quiet(learner(tmp_path, net=Dict(1,2,width=2))).fit(1, cbs=small_mireg())
 
 @pytest.mark.parametrize('channels', [1,2,3,4])
 def test_channels_and_classes(tmp_path, channels):
@@ -294,12 +297,15 @@ def test_no_number_names_the_scans(tmp_path):
     from fastmiseg.scans.phantom import make_phantom
     from fastmiseg.scans.recipe import Recipe
     df = split_cohort(make_phantom(tmp_path/'scans', n_subjects=5, size=(32,40)), labeled=2, valid=1)
-    dls = MISegDataLoaders.from_cohort(df, Recipe(size=(32,32), classes=df.attrs['classes'], flip='h'), store=tmp_path/'slices', bs=2, unlabeled_bs=2, n_iters=4, augment=None, workers=0)
+    dls = MISegDataLoaders.from_cohort(df, Recipe(size=(32,32), classes=df.attrs['classes'], flip='h'),
+        store=tmp_path/'slices', bs=2, unlabeled_bs=2, n_iters=4, augment=None, workers=0)
     class Keep(Callback):
         order = PairedBatchCallback.order-1
         def before_batch(self): self.batch = [self.xb[0], self.yb[0]]
     learn = quiet(miseg_learner(dls, width=2, path=tmp_path))
-    with pytest.raises(FloatingPointError, match=r'odd is nan at step 2 \(epoch 0, batch 2\).*The batch came from labelled: (.*); unlabelled: (.*)') as e: learn.fit(1, 1e-3, cbs=[Odd(), o:=Keep()])
+    with pytest.raises(FloatingPointError, match=r'odd is nan at step 2 \(epoch 0, batch 2\).*'
+                                                 r'The batch came from labelled: (.*); unlabelled: (.*)') as e:
+        learn.fit(1, 1e-3, cbs=[Odd(), o:=Keep()])
     n = dls.store.scans.set_index('scan').n
     holds = lambda x: next(s for s in n.index for i in range(n[s]) if np.array_equal(dls.store.image(s, i), x.numpy()))
     want = '; '.join(f"{k}: {', '.join(dict.fromkeys(map(holds, xs)))}" for k,xs in zip(('labelled','unlabelled'), o.batch))
@@ -321,7 +327,8 @@ def test_networks_of_monai_find_their_stages():
              monai.SegResNet(2, 8, 1, 3), monai.DynUNet(2, 1, 3, [3]*5, [1,2,2,2,2], [2]*4, filters=[4,8,16,32,64])]
     for net in nets:
         found = list(find_stages(net, ['Conv5','Upconv3','Upconv2']).values())
-        assert [o.scale for o in found]==sorted((o.scale for o in found), reverse=True) and found[0].scale>found[1].scale>found[2].scale, (type(net).__name__, found)
+        assert ([o.scale for o in found]==sorted((o.scale for o in found), reverse=True)
+                and found[0].scale>found[1].scale>found[2].scale), (type(net).__name__, found)
         assert all(net.get_submodule(o.module) is not None for o in found) and found[0].scale==max(o.scale for o in stages(net).values())
 
 def test_networks_of_segmentation_models_find_their_stages():
@@ -342,7 +349,9 @@ def test_networks_of_others_train(tmp_path):
 
 @pytest.mark.parametrize('arch', ['unet','residual_unet','dynamic_unet'])
 def test_weights_that_do_not_exist(arch):
-    with pytest.raises(ValueError, match=f"pretrained: there are no pretrained weights of arch='{arch}'; leave pretrained out"): create_unet(arch, pretrained=True)
+    with pytest.raises(ValueError, match=f"pretrained: there are no pretrained weights of arch='{arch}'; "
+                                         'leave pretrained out'):
+        create_unet(arch, pretrained=True)
 
 def test_a_residual_network_trains(tmp_path):
     cb = MIRegCallback(n_clusters=3, n_heads=2)

@@ -30,8 +30,9 @@ def _cases():
     one, far, full = put(0,0,0), put(7,8,9), ~z()
     box, inner, line, plane = (put(*o) for o in ((slice(2,6),)*3, (slice(3,5),)*3, (3,4,slice(0,10)), (4,slice(None),slice(None))))
     hollow = box & ~inner
-    pairs = dict(single_voxels=(one,far), equal_voxel=(one,one), full_voxel=(full,one), full_full=(full,full), nested=(box,inner), hollow=(hollow,box), line_plane=(line,plane),
-                 corner_box=(one,box), equal_box=(box,box), far_box=(far,box), plane_box=(plane,box), line_voxel=(line,far))
+    pairs = dict(single_voxels=(one,far), equal_voxel=(one,one), full_voxel=(full,one), full_full=(full,full),
+                 nested=(box,inner), hollow=(hollow,box), line_plane=(line,plane), corner_box=(one,box),
+                 equal_box=(box,box), far_box=(far,box), plane_box=(plane,box), line_voxel=(line,far))
     return out + [(k,a,b,(7.,1.4,1.25)) for k,(a,b) in pairs.items()]
 
 cases = _cases()
@@ -158,7 +159,8 @@ def test_processes_agree(tmp_path):
     p, y = torch.randint(0, 3, (2,11,6,7), generator=g)
     scan = torch.tensor([0]*5 + [1]*4 + [2]*2)
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'CUDA_VISIBLE_DEVICES':''}
-    ps = [subprocess.Popen([sys.executable, '-c', _worker, str(r), '2', f'file://{tmp_path}/init'], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    ps = [subprocess.Popen([sys.executable, '-c', _worker, str(r), '2', f'file://{tmp_path}/init'], env=env,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
     for o in ps:
         out, err = o.communicate(timeout=300)
         lines = [l for l in out.splitlines() if l.startswith('RESULT')]

@@ -205,7 +205,8 @@ def test_modes_do_not_change_the_value(mode):
     a, b = modes()[mode](p, q), local_mi_loss(p, q, 3)
     assert a.dtype == f32 and abs(a - b) < 1e-7
     if mode not in ('no_grad', 'inference'):
-        for a, b in zip(gradients(modes()[mode], p, q), gradients(lambda p, q: local_mi_loss(p, q, 3), p, q)): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-9)
+        for a, b in zip(gradients(modes()[mode], p, q), gradients(lambda p, q: local_mi_loss(p, q, 3), p, q)):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-9)
 
 def test_features_in_any_memory_format_and_precision():
     torch.manual_seed(0)

@@ -1,7 +1,8 @@
 "After a fit, however it ended, the learner is as it was; what is exported needs no fastmiseg"
 import subprocess, sys
 import pytest, torch
-from fastai.basics import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException)
+from fastai.basics import (Callback, CancelBatchException, CancelEpochException, CancelFitException,
+                           CancelStepException, CancelTrainException, CancelValidException)
 from fastmiseg.callback.baselines import ConsistencyCallback, EntropyMinCallback
 from fastmiseg.callback.copypaste import CopyPasteCallback
 from fastmiseg.callback.pseudo import PseudoLabelCallback
@@ -9,7 +10,11 @@ from fastmiseg.callback.teacher import EMATeacherCallback
 from toy import SemiSupCallback, UNet, hooks, learner, quiet, small_mireg
 from fastmiseg.models import create_unet
 
-METHODS = [lambda: [ConsistencyCallback()], lambda: [EntropyMinCallback(.1), CopyPasteCallback()], lambda: [PseudoLabelCallback(threshold=.5), EMATeacherCallback()], lambda: [small_mireg(), EMATeacherCallback()]]
+METHODS = [
+    lambda: [ConsistencyCallback()],
+    lambda: [EntropyMinCallback(.1), CopyPasteCallback()],
+    lambda: [PseudoLabelCallback(threshold=.5), EMATeacherCallback()],
+    lambda: [small_mireg(), EMATeacherCallback()]]
 
 class Bomb(Callback):
     order = 70
@@ -30,8 +35,11 @@ def test_any_end(tmp_path, net):
     learn.fit(1)
     before = state(learn)
     ends = [(e,w,t) for e in (ValueError('boom'), KeyboardInterrupt(), CancelFitException(), CancelEpochException())
-                    for w,t in (('before_batch',True), ('after_pred',True), ('after_loss',True), ('after_backward',True), ('before_step',True), ('after_step',True), ('after_batch',False), ('after_epoch',False))]
-    ends += [(CancelBatchException(),'after_pred',True), (CancelStepException(),'before_step',True), (CancelTrainException(),'after_loss',True), (CancelValidException(),'after_batch',False)]
+                    for w,t in (('before_batch',True), ('after_pred',True), ('after_loss',True),
+                                ('after_backward',True), ('before_step',True), ('after_step',True),
+                                ('after_batch',False), ('after_epoch',False))]
+    ends += [(CancelBatchException(),'after_pred',True), (CancelStepException(),'before_step',True),
+             (CancelTrainException(),'after_loss',True), (CancelValidException(),'after_batch',False)]
     for i,(exc,when,training) in enumerate(ends):
         cbs = METHODS[i%4]() if i%8<4 else METHODS[3]()
         try: learn.fit(1, 1e-3, cbs=[*cbs, Bomb(exc, when, training)])
@@ -75,13 +83,16 @@ def test_export_needs_only_fastai(tmp_path):
         Image.fromarray((rng.integers(0,80,(32,32,3))+120*y[...,None]).astype(np.uint8)).save(tmp_path/('images' if i<5 else 'more')/f'{i}.png')
         if i<5: Image.fromarray(y).save(tmp_path/'masks'/f'{i}.png')
     masks = tmp_path/'masks'
-    dls = SegmentationDataLoaders.from_label_func(tmp_path, get_image_files(tmp_path/'images'), lambda o: masks/o.name, codes=['background','square'], bs=2, valid_pct=.4, seed=0, num_workers=0)
+    dls = SegmentationDataLoaders.from_label_func(tmp_path, get_image_files(tmp_path/'images'), lambda o: masks/o.name,
+        codes=['background','square'], bs=2, valid_pct=.4, seed=0, num_workers=0)
     learn = quiet(unet_learner(dls, resnet18, pretrained=False, n_out=2))
     learn.fit(1, cbs=[small_mireg(unlabeled=get_image_files(tmp_path/'more')), EMATeacherCallback()])
     want = learn.predict(get_image_files(tmp_path/'images')[0])[2]
     learn.export(tmp_path/'net.pkl')
     assert b'fastmiseg' not in (tmp_path/'net.pkl').read_bytes()
     script = tmp_path/'load.py'; script.write_text(EXPORT)
-    res = subprocess.run([sys.executable, str(script), str(tmp_path/'net.pkl'), str(get_image_files(tmp_path/'images')[0]), str(tmp_path/'probs.pt')], capture_output=True, text=True, env={'PATH':'/usr/bin','OMP_NUM_THREADS':'1'}, cwd=tmp_path)
+    res = subprocess.run([sys.executable, str(script), str(tmp_path/'net.pkl'),
+                          str(get_image_files(tmp_path/'images')[0]), str(tmp_path/'probs.pt')],
+                         capture_output=True, text=True, env={'PATH':'/usr/bin','OMP_NUM_THREADS':'1'}, cwd=tmp_path)
     assert res.returncode==0, res.stderr
     torch.testing.assert_close(torch.Tensor(torch.load(tmp_path/'probs.pt', weights_only=False)), torch.Tensor(want), rtol=1e-3, atol=1e-4)

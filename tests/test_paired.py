@@ -93,7 +93,8 @@ def test_who_answers(tmp_path):
         assert seen.calls==([3,5] if early else [5,3]) # the teacher runs the network's modules, with its own weights
         if not early: kept = targets
         assert torch.equal(targets[0], kept[0]) and not targets[0].requires_grad
-    with pytest.raises(ValueError, match="the network has not answered for 'x'; ask for it in `views`"): train(tmp_path, [type('Early', (Nothing,), dict(views=lambda self, step: step.target))()])
+    with pytest.raises(ValueError, match="the network has not answered for 'x'; ask for it in `views`"):
+        train(tmp_path, [type('Early', (Nothing,), dict(views=lambda self, step: step.target))()])
 
 def bad(tmp_path, cbs, dls=None, **kw): quiet(learner(tmp_path, dls=dls, **kw)).fit(1, cbs=cbs)
 def supervised(): return loaders(n=9, n_iters=3)
@@ -102,14 +103,17 @@ def test_wrong_uses_have_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="no stage 'Conv7' in UNet; there are Conv1"):
         bad(tmp_path, type('Unknown', (Nothing,), dict(layers=('Conv7',)))())
     with pytest.raises(ValueError, match='Nothing: there are no unlabelled images. Either train on paired batches'): bad(tmp_path, Nothing(), supervised())
-    with pytest.raises(ValueError, match=r'unlabelled images are \(1, 8, 8\)'): bad(tmp_path, Nothing(unlabeled=DataLoader([torch.randn(1,8,8)]*4, bs=2)), supervised())
+    with pytest.raises(ValueError, match=r'unlabelled images are \(1, 8, 8\)'):
+        bad(tmp_path, Nothing(unlabeled=DataLoader([torch.randn(1,8,8)]*4, bs=2)), supervised())
     with pytest.raises(ValueError, match='the DataLoader gave no batch'): bad(tmp_path, Nothing(unlabeled=DataLoader([], bs=2)), supervised())
     with pytest.raises(ValueError, match='the list of unlabelled images is empty'): bad(tmp_path, Nothing(unlabeled=[]), supervised())
     with pytest.raises(ValueError, match='unlabeled: 2 methods were given images of their own, but one forward pass serves them all'):
         bad(tmp_path, [Nothing(unlabeled=[4]), Nothing(unlabeled=[5])], supervised())
     with pytest.raises(ValueError, match='T: 2 methods were given a T of their own'):
         bad(tmp_path, [ConsistencyCallback(T=RandomFlips()), Nothing(T=RandomShifts(.5))])
-    with pytest.raises(ValueError, match='T: .*RandomFlips.* is not a pool to draw transformations from; give one, as RandomFlips'): bad(tmp_path, ConsistencyCallback(T=RandomFlips))
+    with pytest.raises(ValueError, match='T: .*RandomFlips.* is not a pool to draw transformations from; '
+                                         'give one, as RandomFlips'):
+        bad(tmp_path, ConsistencyCallback(T=RandomFlips))
     with pytest.raises(ValueError, match=r'T: RandomFlips\(axes=\(\), p=0.5\) does nothing'): bad(tmp_path, ConsistencyCallback(T=RandomFlips(())))
     with pytest.raises(ValueError, match="give the loss reduction='mean'"):
         bad(tmp_path, Nothing(), loss_func=CrossEntropyLossFlat(axis=1, reduction='none'))

@@ -13,7 +13,9 @@ small = dict(size=(24,32), n_slices=(4,5))
 
 def _digest(*scans): return hashlib.sha256(b''.join(o.array.tobytes() for s in scans for o in s)).hexdigest()
 
-def _python(code, **kw): return subprocess.Popen([sys.executable, '-c', 'from fastmiseg.scans.phantom import *\n'+code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+def _python(code, **kw):
+    return subprocess.Popen([sys.executable, '-c', 'from fastmiseg.scans.phantom import *\n'+code],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
 
 def test_same_in_another_process():
     code = 'import hashlib\nprint(hashlib.sha256(b"".join(o.array.tobytes() for i in range(3) for o in phantom_scan(i, 7))).hexdigest())'
@@ -78,7 +80,9 @@ def test_two_processes_at_once(tmp_path):
 
 def test_messages(tmp_path):
     make_phantom(tmp_path/'p', 1, **small)
-    with pytest.raises(CohortError, match=r"holds another phantom: .*'n_subjects': 1.* found, .*'n_subjects': 2.* asked for. Use another folder"): make_phantom(tmp_path/'p', 2, **small)
+    with pytest.raises(CohortError, match=r"holds another phantom: .*'n_subjects': 1.* found, "
+                                          r".*'n_subjects': 2.* asked for. Use another folder"):
+        make_phantom(tmp_path/'p', 2, **small)
     (tmp_path/'file').write_text('')
     with pytest.raises(CohortError, match='file is a file, but the phantom needs a folder'): make_phantom(tmp_path/'file', 1)
     (tmp_path/'p'/'phantom.json').write_text('{"format"')

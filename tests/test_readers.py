@@ -14,7 +14,9 @@ from fastmiseg.scans.masks import read_mask, read_scan
 from fastmiseg.scans.volume import Volume, read_volume, write_volume
 
 def image(seed=0, shape=(4,10,12)): return Volume(np.random.default_rng(seed).integers(1, 900, shape).astype(np.int16), (5.,1.5,1.25))
-def mask_of(vol, values=(0,1)): return vol.like(np.choose((vol.array[-1] if vol.array.ndim==4 else vol.array)%len(values), values).astype(np.uint16 if max(values)>255 else np.uint8))
+def mask_of(vol, values=(0,1)):
+    return vol.like(np.choose((vol.array[-1] if vol.array.ndim==4 else vol.array)%len(values), values)
+                      .astype(np.uint16 if max(values)>255 else np.uint8))
 def put(folder, name, mask_name=None, seed=0, values=(0,1), shape=(4,10,12)):
     vol = image(seed, shape)
     write_volume(vol, folder/name)
@@ -69,7 +71,9 @@ def msd(root, name, ids, test=(), shape=(4,10,12), modality=None, labels=None, s
     for i in test: put(root, f'imagesTs/{stem}_{i:03d}.nii.gz', seed=i, shape=shape)
     for d in ('imagesTr','labelsTr'): (root/d/f'._{stem}_{ids[0]:03d}.nii.gz').write_bytes(b'Mac OS X        ')
     (root/'dataset.json').write_text(json.dumps(dict(name=name, modality=modality, labels=labels, numTraining=len(ids),
-        training=[dict(image=f'./imagesTr/{stem}_{i:03d}.nii.gz', label=f'./labelsTr/{stem}_{i:03d}.nii.gz') for i in ids], test=['./imagesTs/gone_999.nii.gz'])))
+        training=[dict(image=f'./imagesTr/{stem}_{i:03d}.nii.gz', label=f'./labelsTr/{stem}_{i:03d}.nii.gz')
+                  for i in ids],
+        test=['./imagesTs/gone_999.nii.gz'])))
     return root
 
 def test_msd_hippocampus(tmp_path):
@@ -122,13 +126,15 @@ def test_folder_with_suffixes_and_subfolders(tmp_path, capsys):
     for p in ('anna','bert'): put(tmp_path/p, 'scan_image.nii.gz', 'scan_label.nii.gz', seed=len(p))
     put(tmp_path/'carl', 'scan_image.nii.gz')
     df = load_cohort(tmp_path, subject=r'^[a-z]+')
-    assert df.attrs['layout']=='folder' and df.scan.tolist()==['anna_scan','bert_scan','carl_scan'] and df.subject.tolist()==['anna','bert','carl'] and all_read(df)
+    assert (df.attrs['layout']=='folder' and df.scan.tolist()==['anna_scan','bert_scan','carl_scan']
+            and df.subject.tolist()==['anna','bert','carl'] and all_read(df))
 
 def test_folder_names(tmp_path):
     put(tmp_path, 'mr/a_t1.mha', 'truth/a_roi.mha'); put(tmp_path, 'mr/a_t2.mha', seed=1); put(tmp_path, 'mr/b_t1.mha', seed=2)
     df = load_cohort(tmp_path, 'folder', images='mr', masks='truth', image_suffix='_t1', mask_suffix='_roi')
     assert df.scan.tolist()==['a','b'] and df['mask'].notna().tolist()==[True,False]
-    with pytest.raises(CohortError, match='wahrheit: is not a folder; expected the one with the masks'): load_cohort(tmp_path, 'folder', images='mr', masks='wahrheit')
+    with pytest.raises(CohortError, match='wahrheit: is not a folder; expected the one with the masks'):
+        load_cohort(tmp_path, 'folder', images='mr', masks='wahrheit')
 
 def test_dicom(tmp_path, capsys):
     vols = {p:image(i) for i,p in enumerate(['anna','bert','carl'])}
@@ -160,7 +166,9 @@ def test_csv_and_frame(tmp_path, monkeypatch):
     (tmp_path/'bad.csv').write_text('')
     with pytest.raises(CohortError, match='bad.csv: '): load_cohort(tmp_path/'bad.csv')
     (tmp_path/'twice.csv').write_text('image,scan\nsub/a.nii.gz,x\nsub/b.nii.gz,x\n')
-    with pytest.raises(CohortError, match="1 scan name is given to several scans, for example 'x': .*a.nii.gz and .*b.nii.gz; give each"): load_cohort(tmp_path/'twice.csv')
+    with pytest.raises(CohortError, match="1 scan name is given to several scans, "
+                                          "for example 'x': .*a.nii.gz and .*b.nii.gz; give each"):
+        load_cohort(tmp_path/'twice.csv')
 
 def test_nothing_recognised(tmp_path):
     with pytest.raises(CohortError, match=r'root=None: expected a folder with scans, a \.csv file or a DataFrame; name where the scans are'): load_cohort(None)
@@ -171,7 +179,9 @@ def test_nothing_recognised(tmp_path):
 
 def test_symlink_loop_and_dead_links(tmp_path):
     put(tmp_path, 'images/a.nii.gz', 'masks/a.nii.gz')
-    (tmp_path/'images/again').symlink_to(tmp_path); (tmp_path/'images/self.nii.gz').symlink_to(tmp_path/'images/self.nii.gz'); (tmp_path/'images/dead.nii.gz').symlink_to('nowhere')
+    (tmp_path/'images/again').symlink_to(tmp_path)
+    (tmp_path/'images/self.nii.gz').symlink_to(tmp_path/'images/self.nii.gz')
+    (tmp_path/'images/dead.nii.gz').symlink_to('nowhere')
     df = load_cohort(tmp_path, 'folder')
     assert 'a' in df.scan.tolist() and len(df)<=3
     (tmp_path/'real').mkdir(); put(tmp_path/'real', 'images/b.nii.gz', 'masks/b.nii.gz'); (tmp_path/'linked').mkdir()
@@ -235,7 +245,8 @@ def test_some_parts_asked_for():
     with pytest.raises(CohortError, match='labeled=all others, valid=1, test=2: these are 4 subjects with masks, and there are 3'): n(3, test=2)
 
 @settings(max_examples=80, deadline=None)
-@given(seed=st.integers(0,2**31), n=st.integers(6,30), folds=st.integers(2,5), test=st.integers(0,2), scans=st.booleans(), stratify=st.sampled_from([None,'group']))
+@given(seed=st.integers(0,2**31), n=st.integers(6,30), folds=st.integers(2,5), test=st.integers(0,2),
+       scans=st.booleans(), stratify=st.sampled_from([None,'group']))
 def test_laws_of_folds(seed, n, folds, test, scans, stratify):
     rng = np.random.default_rng(seed)
     df = table(n, rng)
@@ -266,17 +277,25 @@ def test_laws_of_folds(seed, n, folds, test, scans, stratify):
     assert split(0, labeled=1).query('split=="labeled"').subject.nunique()==1 or scans or ties
 
 @pytest.mark.parametrize('kw,said', [
-    (dict(folds=5), 'folds=5: expected a whole number from 2 to 4, as many as there are annotated subjects'), (dict(folds=1), 'folds=1: expected a whole'),
-    (dict(folds=2.), r'folds=2\.0: expected a whole'), (dict(folds=True), 'folds=True: expected a whole'), (dict(folds=4, fold=4), 'fold=4: expected a whole number from 0 to 3'),
-    (dict(fold=1), 'fold=1: which of how many'), (dict(folds=2, valid=1), 'with folds, one of them validates'), (dict(folds=2, test=4), 'needs at least 2 .* and there are 0'),
-    (dict(folds=2, test=3), 'needs at least 2 annotated subjects to validate in turn, and there is 1'), (dict(folds=2, labeled=3), r'labeled=3, valid=2, test=0 \(folds=2\): these are 5')])
+    (dict(folds=5), 'folds=5: expected a whole number from 2 to 4, as many as there are annotated subjects'),
+    (dict(folds=1), 'folds=1: expected a whole'),
+    (dict(folds=2.), r'folds=2\.0: expected a whole'),
+    (dict(folds=True), 'folds=True: expected a whole'),
+    (dict(folds=4, fold=4), 'fold=4: expected a whole number from 0 to 3'),
+    (dict(fold=1), 'fold=1: which of how many'),
+    (dict(folds=2, valid=1), 'with folds, one of them validates'),
+    (dict(folds=2, test=4), 'needs at least 2 .* and there are 0'),
+    (dict(folds=2, test=3), 'needs at least 2 annotated subjects to validate in turn, and there is 1'),
+    (dict(folds=2, labeled=3), r'labeled=3, valid=2, test=0 \(folds=2\): these are 5')])
 def test_folds_that_cannot_be(kw, said):
     with pytest.raises(CohortError, match=said): split_cohort(ten(4), duplicates=False, **kw)
 
 def table(n, rng, labelled=.8):
     rows = []
     for i in range(n):
-        for j in range(int(rng.integers(1,4))): rows.append(dict(subject=f's{i}', scan=f's{i}_{j}', image=f'/nowhere/s{i}_{j}.nii.gz', mask=f'm{i}{j}' if rng.random()<labelled else None, group='AB'[i%2]))
+        for j in range(int(rng.integers(1,4))):
+            rows.append(dict(subject=f's{i}', scan=f's{i}_{j}', image=f'/nowhere/s{i}_{j}.nii.gz',
+                             mask=f'm{i}{j}' if rng.random()<labelled else None, group='AB'[i%2]))
     return pd.DataFrame(rows, dtype=object)
 
 @settings(max_examples=150, deadline=None)
@@ -307,7 +326,9 @@ def test_split_laws(seed, n, scans, stratify):
     assert other.sort_index().equals(a.set_index('scan').split.sort_index())
     part = a.drop_duplicates('subject').set_index('subject').split.replace('labeled','unlabeled')
     for x,y in ties: assert part[x.split('_')[0]]==part[y.split('_')[0]]
-    if not scans and not ties: assert a[a.split=='valid'].subject.nunique()==valid and a[a.split=='test'].subject.nunique()==test and a[a.split=='labeled'].subject.nunique()==1
+    if not scans and not ties:
+        assert (a[a.split=='valid'].subject.nunique()==valid and a[a.split=='test'].subject.nunique()==test
+                and a[a.split=='labeled'].subject.nunique()==1)
 
 def test_growing_cohort_keeps_its_order():
     df = table(40, np.random.default_rng(0), 1)
@@ -349,7 +370,8 @@ def test_saved_split(tmp_path):
     save_cohort(s, root/'split.csv')
     moved = root.rename(tmp_path/'moved')
     back = load_cohort(moved/'split.csv', 'csv')
-    assert back.drop(columns=['image','mask']).equals(s.drop(columns=['image','mask']).astype(object)) and all(Path(o).exists() for o in [*back.image,*back['mask']])
+    assert (back.drop(columns=['image','mask']).equals(s.drop(columns=['image','mask']).astype(object))
+            and all(Path(o).exists() for o in [*back.image,*back['mask']]))
     assert back.attrs['classes']==s.attrs['classes'] and back.attrs['labels']=={7:1}
 
 # ---- one bad scan among many
@@ -364,9 +386,12 @@ def test_check_cohort(workers, tmp_path, capfd):
     df = load_cohort(tmp_path, 'folder', classes=('background','x'))
     bad = check_cohort(df, workers=workers)
     err = bad[bad.level=='error'].set_index('scan').problem
-    assert set(err.index)=={'s1','s2','s3'} and 's1.nii.gz: is empty' in err['s1'] and 'has (4, 10, 13) voxels' in err['s2'] and 'holds the value 9' in err['s3']
+    assert (set(err.index)=={'s1','s2','s3'} and 's1.nii.gz: is empty' in err['s1']
+            and 'has (4, 10, 13) voxels' in err['s2'] and 'holds the value 9' in err['s3'])
     out,stderr = capfd.readouterr()
-    assert '8 scans, 3 of them cannot be used' in out and re.search('3 files, for example [^:]+: has a qform and an sform that differ', out) and 'WARNING' not in stderr+out
+    assert ('8 scans, 3 of them cannot be used' in out
+            and re.search('3 files, for example [^:]+: has a qform and an sform that differ', out)
+            and 'WARNING' not in stderr+out)
 
 # ---- real scans
 

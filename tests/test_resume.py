@@ -39,7 +39,8 @@ def killed(tmp_path_factory):
     "Three kills for each method, in processes forked from a fresh one"
     if not hasattr(os, 'fork'): pytest.skip('needs os.fork')
     root = tmp_path_factory.mktemp('killed')
-    res = subprocess.run([sys.executable, str(Path(__file__).with_name('killing.py')), str(root)], env={**os.environ, 'OMP_NUM_THREADS':'1'}, capture_output=True, text=True)
+    res = subprocess.run([sys.executable, str(Path(__file__).with_name('killing.py')), str(root)],
+                         env={**os.environ, 'OMP_NUM_THREADS':'1'}, capture_output=True, text=True)
     print(res.stdout) # the seed, and where each was killed
     assert res.returncode==0, (res.stdout+res.stderr)[-4000:]
     return root
@@ -63,7 +64,8 @@ def test_half_written_file_is_not_taken(tmp_path):
     for cut in (0, 10, len(whole)//2, len(whole)-1):                # a disk that lied
         half.write_bytes(whole)                                     # was being written
         good[-1].write_bytes(whole[:cut])
-        with pytest.warns(UserWarning, match='is damaged'): quiet(learn:=learner(tmp_path, seed=1)).fit(1, 1e-2, cbs=ResumeCallback(tmp_path/'c', every=1, keep=3))
+        with pytest.warns(UserWarning, match='is damaged'):
+            quiet(learn:=learner(tmp_path, seed=1)).fit(1, 1e-2, cbs=ResumeCallback(tmp_path/'c', every=1, keep=3))
         assert load_state(good[-1])['over'] and not half.exists()
 
 def test_progress_bar_of_a_later_epoch(tmp_path):
@@ -110,7 +112,9 @@ def test_several_fits_share_one_callback(tmp_path, kind, every, freeze_epochs, a
         set_seed(seed)
         learn = quiet(learner(tmp_path, net=Noise, seed=seed, dls=plain_loaders() if files else None,
                               splitter=lambda m: [list(m.net.Conv1.parameters()), [p for n,p in m.named_parameters() if not n.startswith('net.Conv1.')]]))
-        learn.fine_tune(2, 1e-2, freeze_epochs=freeze_epochs, cbs=[small_mireg(unlabeled=list(range(9,16)) if files else None), Epochs(), ResumeCallback(tmp_path/path, every=every), *cbs])
+        learn.fine_tune(2, 1e-2, freeze_epochs=freeze_epochs,
+                        cbs=[small_mireg(unlabeled=list(range(9,16)) if files else None), Epochs(),
+                             ResumeCallback(tmp_path/path, every=every), *cbs])
         return learn.model.state_dict()
     whole = attempts(tune, 'a')
     same(whole, attempts(tune, 'b', Stop(at)))
@@ -299,7 +303,8 @@ def test_training_on(tmp_path):
     fresh,_ = plan(tmp_path/'fresh', fit='fit_one_cycle', epochs=4)
     assert learn.recorder.lrs[:8]==whole.recorder.lrs and learn.recorder.lrs[8:]==pytest.approx(fresh.recorder.lrs[8:])
     assert len(learn.recorder.values)==4 and learn.recorder.values[:2]==whole.recorder.values
-    with pytest.raises(ValueError, match='3 epochs are fewer than the 4 that .* has begun; ask for 4 or more'): plan(tmp_path, fit='fit_one_cycle', epochs=3, change=True)
+    with pytest.raises(ValueError, match='3 epochs are fewer than the 4 that .* has begun; ask for 4 or more'):
+        plan(tmp_path, fit='fit_one_cycle', epochs=3, change=True)
 
 @pytest.mark.parametrize('when', ['after_batch','after_epoch'])
 def test_training_on_after_an_early_end(tmp_path, when):
@@ -332,7 +337,8 @@ def test_settings_of_a_fit_that_is_over(tmp_path):
 def test_log_with_other_columns(interrupted, tmp_path):
     path = copied(interrupted, tmp_path)
     plan(path)
-    with pytest.warns(UserWarning, match='the log begins anew, its columns were .*global_mi'): learn,_ = plan(path, cbs=lambda: [ConsistencyCallback()], epochs=3, change=True)
+    with pytest.warns(UserWarning, match='the log begins anew, its columns were .*global_mi'):
+        learn,_ = plan(path, cbs=lambda: [ConsistencyCallback()], epochs=3, change=True)
     assert len(learn.recorder.values)==1 and len(learn.recorder.values[0])==len(learn.recorder.metric_names)-2
 
 def test_data_of_the_same_number_are_told_apart():
@@ -430,7 +436,9 @@ def test_second_training_is_told_and_a_killed_one_does_not_block(tmp_path):
         note = json.loads((tmp_path/'c'/'in-use').read_text())
         assert note['process']==p.pid
         before = sorted(f.name for f in (tmp_path/'c').iterdir())
-        with pytest.raises(ValueError, match=rf"ResumeCallback: .*c: is in use by process {p.pid} on .*, since \d.*; wait for it, stop it, or choose another folder"): plan(tmp_path)
+        with pytest.raises(ValueError, match=rf"ResumeCallback: .*c: is in use by process {p.pid} on .*, since \d.*; "
+                                             "wait for it, stop it, or choose another folder"):
+            plan(tmp_path)
         assert sorted(f.name for f in (tmp_path/'c').iterdir())==before
     finally:
         p.kill()
@@ -512,7 +520,9 @@ def test_full_disk_is_said_with_the_files_name(tmp_path):
     soft,hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size//2, hard))       # as a disk that has no room for the second half
     try:
-        with pytest.raises(OSError, match=r'c/\d+\.pt: cannot be written \(File too large; \d+ MB are free there\); the checkpoints before it are whole: make room and start the training again'):
+        with pytest.raises(OSError, match=r'c/\d+\.pt: cannot be written \(File too large; \d+ MB are free there\); '
+                                          'the checkpoints before it are whole: '
+                                          'make room and start the training again'):
             with pytest.warns(UserWarning): plan(tmp_path, epochs=2, change=True)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {f.name: f.read_bytes() for f in (tmp_path/'c').iterdir()}==before

@@ -65,7 +65,9 @@ def test_random_state_is_left_alone(file):
 class Evil:
     def __reduce__(self): return (os.mkdir, (os.environ['EVIL'],))
 
-@pytest.mark.parametrize('save', [lambda o,f: torch.save(o, f), lambda o,f: torch.save(o, f, _use_new_zipfile_serialization=False), *(lambda o,f,p=p: pickle.dump(o, open(f,'wb'), p) for p in range(6))])
+@pytest.mark.parametrize('save', [
+    lambda o,f: torch.save(o, f), lambda o,f: torch.save(o, f, _use_new_zipfile_serialization=False),
+    *(lambda o,f,p=p: pickle.dump(o, open(f,'wb'), p) for p in range(6))])
 def test_pickles(tmp_path, monkeypatch, save):
     monkeypatch.setenv('EVIL', str(tmp_path/'ran'))
     save(Evil(), tmp_path/'a.safetensors')
@@ -155,11 +157,13 @@ def test_full_disk(tmp_path, monkeypatch):
     for where,name in ((S, 'save_file'), (os, 'replace')):
         with monkeypatch.context() as m:
             m.setattr(where, name, full)
-            with pytest.raises(SegmenterError, match='a.safetensors: cannot be written .No space left'): export_segmenter(Untrained(width=2), tmp_path/'a.safetensors')
+            with pytest.raises(SegmenterError, match='a.safetensors: cannot be written .No space left'):
+                export_segmenter(Untrained(width=2), tmp_path/'a.safetensors')
         assert os.listdir(tmp_path)==['a.safetensors'] and (tmp_path/'a.safetensors').read_bytes()==old
 
 def test_what_cannot_be_exported(tmp_path):
-    with pytest.raises(SegmenterError, match="act_cls='ReLU' is not an argument"): export_segmenter(Untrained('dynamic_unet', width=2, act_cls=nn.ReLU), tmp_path/'a.safetensors')
+    with pytest.raises(SegmenterError, match="act_cls='ReLU' is not an argument"):
+        export_segmenter(Untrained('dynamic_unet', width=2, act_cls=nn.ReLU), tmp_path/'a.safetensors')
     foreign = Untrained(width=2); foreign.model = nn.Conv2d(1, 3, 1)
     with pytest.raises(SegmenterError, match='would not come back from it: lacks'): export_segmenter(foreign, tmp_path/'a.safetensors')
     assert not os.listdir(tmp_path)
@@ -167,7 +171,8 @@ def test_what_cannot_be_exported(tmp_path):
 # -- ONNX ------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('arch,kw', [('unet',dict(width=4)), ('dynamic_unet',dict(width=4)), ('resnet10t',{})])
 def test_onnx(tmp_path, arch, kw):
-    pytest.importorskip('onnx', reason='the extra `onnx` is not installed'); ort = pytest.importorskip('onnxruntime', reason='the extra `onnx` is not installed')
+    pytest.importorskip('onnx', reason='the extra `onnx` is not installed')
+    ort = pytest.importorskip('onnxruntime', reason='the extra `onnx` is not installed')
     l = Untrained(arch, **kw)
     for m in l.model.modules(): # statistics as after some training
         if isinstance(m, nn.BatchNorm2d): m.running_mean.uniform_(-.1, .1); m.running_var.uniform_(.8, 1.2)

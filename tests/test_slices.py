@@ -149,9 +149,16 @@ def test_outliers_do_not_matter_and_types_do_not_either():
     wild = a.astype(np.float64); wild[0,0,:3] = 1.7e306
     assert np.abs(Recipe().slices(Volume(wild))[0]-x).mean()<.01
 
-@pytest.mark.parametrize('kw, text', [(dict(spacing=-1), 'spacing=(-1.0, -1.0), expected two positive numbers of mm'), (dict(percentiles=(99,1)), 'percentiles=(99.0, 1.0), expected (lower, upper)'),
-    (dict(per='patient'), "per='patient', expected 'scan' or 'subject'"), (dict(classes=()), 'classes=(), expected 1 to 256 names'), (dict(channels=0), 'channels=0, expected at least 1'),
-    (dict(flip='x'), "flip='x', expected 'h', 'v', 'hv'"), (dict(rotate=-5), 'rotate=-5.0, expected degrees'), (dict(jitter=2), 'jitter=2.0, expected a strength'), (dict(fit='pad'), "fit='pad', expected 'crop'")])
+@pytest.mark.parametrize('kw, text', [
+    (dict(spacing=-1), 'spacing=(-1.0, -1.0), expected two positive numbers of mm'),
+    (dict(percentiles=(99,1)), 'percentiles=(99.0, 1.0), expected (lower, upper)'),
+    (dict(per='patient'), "per='patient', expected 'scan' or 'subject'"),
+    (dict(classes=()), 'classes=(), expected 1 to 256 names'),
+    (dict(channels=0), 'channels=0, expected at least 1'),
+    (dict(flip='x'), "flip='x', expected 'h', 'v', 'hv'"),
+    (dict(rotate=-5), 'rotate=-5.0, expected degrees'),
+    (dict(jitter=2), 'jitter=2.0, expected a strength'),
+    (dict(fit='pad'), "fit='pad', expected 'crop'")])
 def test_what_a_recipe_refuses(kw, text):
     with pytest.raises(ValueError) as e: Recipe(**kw)
     assert text in str(e.value)
@@ -176,7 +183,8 @@ def test_auto_proposes_what_fits(tmp_path):
     for o in df.image[2:]: os.remove(o)                                     # only training scans are looked at
     r = Recipe.auto(df)
     assert eval(repr(r))==r
-    assert (r.spacing, r.size, r.axis, r.window, r.percentiles, r.classes, r.labels)==((1.25,1.25), (64,64), 0, None, (1.,99.), ('background','class1','class2'), None)
+    assert ((r.spacing, r.size, r.axis, r.window, r.percentiles, r.classes, r.labels)
+            ==((1.25,1.25), (64,64), 0, None, (1.,99.), ('background','class1','class2'), None))
     df.attrs.update(classes=('background','ball','shell'), labels={205:1, 420:2})
     assert (Recipe.auto(df).classes, Recipe.auto(df).labels)==(('background','ball','shell'), {205:1, 420:2})
 
@@ -216,12 +224,14 @@ def test_auto_with_names(tmp_path):
     assert (r.classes, r.labels)==(('background','ball','shell'), {0:0, 205:1, 420:2})
     with pytest.raises(ValueError, match=r'classes: 2 names \(a, b\) for 3 values in the masks \(0, 205, 420\)'): Recipe.auto(df, classes=('a','b'))
     df.attrs.update(classes=('background','x','y'), labels={205:1, 420:2})
-    assert (Recipe.auto(df, classes=('bg','ball','shell')).classes, Recipe.auto(df, classes=('bg','ball','shell')).labels)==(('bg','ball','shell'), {205:1, 420:2})
+    named = Recipe.auto(df, classes=('bg','ball','shell'))
+    assert (named.classes, named.labels)==(('bg','ball','shell'), {205:1, 420:2})
 
 def test_a_recipe_without_classes_takes_the_cohorts(tmp_path):
     df = cohort(tmp_path, values=(0,205,420))
     df.attrs.update(classes=('background','ball','shell'), labels={205:1, 420:2})
-    for r in (Recipe.named(Recipe(size=32), df), Recipe(size=32).for_cohort(df)): assert (r.classes, r.labels, r.size)==(('background','ball','shell'), {205:1, 420:2}, (32,32))
+    for r in (Recipe.named(Recipe(size=32), df), Recipe(size=32).for_cohort(df)):
+        assert (r.classes, r.labels, r.size)==(('background','ball','shell'), {205:1, 420:2}, (32,32))
     for kw in (dict(classes=('background','a','b')), dict(labels={205:1, 420:1})): assert Recipe.named(Recipe(**kw), df)==Recipe(**kw)
 
 def test_undeclared_values_are_told_with_both_cures():
@@ -232,7 +242,9 @@ def test_undeclared_values_are_told_with_both_cures():
         with pytest.raises(VolumeError) as e: Recipe(**kw).masks(replace(m, path='m.nii'), where)
         return str(e.value), m
     said,m = cures((0,1,2,3))
-    assert said=="m.nii: holds the values 0, 1, 2, 3, declared are 0, 1. A class for each: Recipe(classes=('background', 'class1', 'class2', 'class3')). All as one: Recipe(labels={1: 1, 2: 1, 3: 1}). Or correct the mask"
+    assert said==("m.nii: holds the values 0, 1, 2, 3, declared are 0, 1. "
+                  "A class for each: Recipe(classes=('background', 'class1', 'class2', 'class3')). "
+                  "All as one: Recipe(labels={1: 1, 2: 1, 3: 1}). Or correct the mask")
     for values,kw in (((0,1,2,3), {}), ((0,205,420), {}), ((0,1,2,5), dict(classes=('background','RV','Myo','LV'))), ((7,8), dict(labels={7:1}))):
         said,m = cures(values, **kw)
         for o in said.split('Recipe(')[1:]: eval('Recipe('+o.rsplit('). ', 1)[0]+')').masks(m, where) # both do
@@ -252,7 +264,9 @@ def test_hippocampus_recipe_holds_real_scans():
         tilted = resample(img, spacing=(1.5,.8,.9))                         # another spacing, the same picture
         assert np.abs(r.slices(tilted)[0].mean(0)-x.mean(0)).mean()<.05
 
-@pytest.mark.parametrize('name, size, crop, rotate, flip', [('acdc',384,224,45.,'hv'), ('promise12',256,224,10.,'hv'), ('spleen',512,256,10.,'h'), ('mmwhs',256,224,45.,'hv')])
+@pytest.mark.parametrize('name, size, crop, rotate, flip', [
+    ('acdc',384,224,45.,'hv'), ('promise12',256,224,10.,'hv'),
+    ('spleen',512,256,10.,'h'), ('mmwhs',256,224,45.,'hv')])
 def test_presets_have_the_numbers_of_the_paper(name, size, crop, rotate, flip):
     "Sections 4.1 and 4.2"
     r = getattr(Recipe, name)()

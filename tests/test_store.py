@@ -23,13 +23,16 @@ def make(root, n=6, ext='.nii.gz', shape=(4,24,28), split=True):
         rng = np.random.default_rng(i)
         m = np.zeros(shape, np.uint8); m[1:3,8:14,9+i%3:16] = 1
         v = Volume(rng.integers(0, 900, shape).astype(np.int16), (5.,1.,1.))
-        rows.append(dict(subject=f'p{i//2}', scan=f's{i}', image=str(write_volume(v, root/f's{i}{ext}')), mask=str(write_volume(v.like(m), root/f's{i}_mask{ext}'))))
+        rows.append(dict(subject=f'p{i//2}', scan=f's{i}', image=str(write_volume(v, root/f's{i}{ext}')),
+                         mask=str(write_volume(v.like(m), root/f's{i}_mask{ext}'))))
     df = pd.DataFrame(rows)
     if split: df['split'] = ['labeled' if i<2 else 'valid' if i<4 else 'unlabeled' for i in range(n)]
     return df
 
 def go(store, df, r=recipe, workers=2, **kw): return SliceStore(store, r).prepare(df, workers=workers, progress=False, **kw)
-def entries(store): return {o.name:o.stat().st_mtime_ns for o in store.dir.iterdir() if o.name.endswith(('.npy','.json')) and o.name!='index.json' and not is_temporary(o.name)}
+def entries(store):
+    return {o.name:o.stat().st_mtime_ns for o in store.dir.iterdir()
+            if o.name.endswith(('.npy','.json')) and o.name!='index.json' and not is_temporary(o.name)}
 def leftovers(store): return [o.name for o in store.dir.iterdir() if is_temporary(o.name)]
 def same(a, b):
     assert a.scans.drop(columns='split', errors='ignore').equals(b.scans.drop(columns='split', errors='ignore'))
@@ -219,8 +222,10 @@ def test_recipes_live_side_by_side(tmp_path):
     before = entries(a)
     go(tmp_path/'a', df); go(tmp_path/'a', df, replace(recipe, rotate=20., crop=16))
     assert entries(a)==before
-    assert len({replace(recipe, **o).key for o in (dict(spacing=2.), dict(size=40), dict(fit='resize'), dict(percentiles=(0,100)), dict(window=(0,9)), dict(per='subject'),
-                                                  dict(axis=1), dict(orientation=None), dict(channels=2), dict(classes=('a','b','c')), dict(labels={9:1}))}|{recipe.key})==12
+    assert len({replace(recipe, **o).key for o in (
+        dict(spacing=2.), dict(size=40), dict(fit='resize'), dict(percentiles=(0,100)), dict(window=(0,9)),
+        dict(per='subject'), dict(axis=1), dict(orientation=None), dict(channels=2), dict(classes=('a','b','c')),
+        dict(labels={9:1}))}|{recipe.key})==12
 
 def test_damage_in_the_store_is_repaired(tmp_path):
     df = make(tmp_path)
@@ -285,7 +290,8 @@ def test_oddities_are_told_once(tmp_path):
         go(tmp_path/'a', df, replace(recipe, size=16))
         go(tmp_path/'a', df, replace(recipe, size=16))
     assert len(w)==1 and w[0].category is VolumeWarning
-    assert re.search('3 files, for example [^:]+: the mask is empty', str(w[0].message)) and 's3_mask.nii.gz: slices of 16x16 pixels cut off a part' in str(w[0].message)
+    assert (re.search('3 files, for example [^:]+: the mask is empty', str(w[0].message))
+            and 's3_mask.nii.gz: slices of 16x16 pixels cut off a part' in str(w[0].message))
 
 def test_each_bad_scan_has_its_sentence(tmp_path):
     df = make(tmp_path, 6, split=False)
@@ -298,8 +304,11 @@ def test_each_bad_scan_has_its_sentence(tmp_path):
     store = go(tmp_path/'a', df, skip_bad=True)
     assert store.scans.scan.tolist()==['s5']
     says = dict(zip(store.problems.scan, store.problems.problem))
-    for s,text in dict(s0='s0.nii.gz: is cut off', s1='s1_mask.nii.gz: has (4, 24, 28) voxels (z,y,x), but', s2='s2_mask.nii.gz: holds the value 2, declared are 0, 1',
-                       s3='s3.nii.gz: has 4 dimensions', s4='s4.nii.gz: every voxel is 0, expected an image').items(): assert text in says[s], says[s]
+    for s,text in dict(s0='s0.nii.gz: is cut off',
+                       s1='s1_mask.nii.gz: has (4, 24, 28) voxels (z,y,x), but',
+                       s2='s2_mask.nii.gz: holds the value 2, declared are 0, 1',
+                       s3='s3.nii.gz: has 4 dimensions',
+                       s4='s4.nii.gz: every voxel is 0, expected an image').items(): assert text in says[s], says[s]
 
 def test_channels(tmp_path):
     rng = np.random.default_rng(0)

@@ -57,7 +57,8 @@ def test_settings_from_files(tmp_path):
 
 @pytest.mark.parametrize('bad,said', [
     (dict(epochs=0), 'epochs: 0 is below 1'), (dict(epochs=1.5), 'epochs: expected int, got 1.5'), (dict(skip_bad=1), 'skip_bad: expected bool, got 1'),
-    (dict(lr='fast'), "lr: expected float, got 'fast'"), (dict(method=None), 'method: expected str, got None'), (dict(mireg=[1]), r'mireg: expected dict, got \[1\]'),
+    (dict(lr='fast'), "lr: expected float, got 'fast'"), (dict(method=None), 'method: expected str, got None'),
+    (dict(mireg=[1]), r'mireg: expected dict, got \[1\]'),
     (dict(consistency=[5]), r'consistency: \[5\] is not a weight'), (dict(consistency='5'), "consistency: '5' is not a weight"),
     (dict(consistency=[5,.5,'up']), 'is not a weight; give a number, or'), (dict(flips='x'), "flips: got 'x', expected h, v, hv or none"),
     (dict(lr=0.), 'lr: 0.0 is not above 0, and below 1000'), (dict(lr=float('nan')), 'lr: nan is not above 0'), (dict(div=0.), 'div: 0.0 is not above 0'),
@@ -77,7 +78,8 @@ def test_wrong_arguments_of_callbacks(bad, said):
 def test_nothing_to_learn_from(some):
     "Said before anything is prepared, with the method to take"
     all_labeled = some.assign(split=some.split.replace('unlabeled', 'labeled'))
-    with pytest.raises(ValueError, match=r"method: 'recommended' learns from unlabelled scans, and there are none: all 5 scans .* take method='partial'.* labeled=2"):
+    with pytest.raises(ValueError, match=r"method: 'recommended' learns from unlabelled scans, and there are none: "
+                                         "all 5 scans .* take method='partial'.* labeled=2"):
         check_scans(Settings(), all_labeled)
     with pytest.raises(ValueError, match='split: no scan is labeled'): check_scans(Settings(), some.assign(split='unlabeled'))
     for method in ('partial','full'): check_scans(Settings(method=method), all_labeled)
@@ -118,7 +120,9 @@ class Stop(Callback):
     def after_batch(self):
         if self.training and self.train_iter==self.at: raise KeyboardInterrupt
 
-@pytest.mark.parametrize('changes', [dict(method='pretrain'), dict(method='mireg+teacher', one_cycle=False), dict(method='pseudo+teacher', loss='ce+dice', passes=2)])
+@pytest.mark.parametrize('changes', [
+    dict(method='pretrain'), dict(method='mireg+teacher', one_cycle=False),
+    dict(method='pseudo+teacher', loss='ce+dice', passes=2)])
 def test_goes_on(hearts, some, tmp_path, changes):
     "Interrupted in the middle and called again, a training ends with the weights and the log of one that nobody disturbed"
     s = replace(tiny, **changes)

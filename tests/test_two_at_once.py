@@ -74,7 +74,9 @@ def test_a_second_command_is_told(root):
         other.stdin.flush()
     def told(folder, f, *args, **kwargs):
         before = {o:o.stat().st_mtime_ns for o in root.rglob('*')}
-        with pytest.raises(FolderInUse, match=f'{folder}: is in use by process {other.pid} on .*; wait for it, stop it, or choose another folder'): f(*args, **kwargs)
+        with pytest.raises(FolderInUse, match=f'{folder}: is in use by process {other.pid} on .*; '
+                                              'wait for it, stop it, or choose another folder'):
+            f(*args, **kwargs)
         assert {o:o.stat().st_mtime_ns for o in root.rglob('*')}==before
     try:
         run,prepared = root/'run',root/'prepared'

@@ -262,14 +262,16 @@ def test_dicom_series(tmp_path):
     vol = scan(np.random.default_rng(5), shape=(6,8,7))
     back = read_volume(write_series(tmp_path/'série 1', vol))
     assert np.array_equal(back.array, vol.array)
-    assert np.allclose(back.spacing, vol.spacing, atol=1e-4) and np.allclose(back.origin, vol.origin, atol=1e-4) and np.allclose(back.direction, vol.direction, atol=1e-5)
+    assert (np.allclose(back.spacing, vol.spacing, atol=1e-4) and np.allclose(back.origin, vol.origin, atol=1e-4)
+            and np.allclose(back.direction, vol.direction, atol=1e-5))
     (tmp_path/'série 1'/'notes.txt').write_text('not a slice')
     assert read_volume(tmp_path/'série 1').shape==vol.shape
 
 @pytest.mark.filterwarnings('ignore:.*Non uniform sampling')
 def test_bad_dicom_series(tmp_path):
     vol = scan(shape=(6,8,7))
-    with pytest.raises(VolumeError, match='slices are 5 mm apart, but 10 mm between .*: a slice is missing'): read_volume(write_series(tmp_path/'gap', vol, leave_out=[2]))
+    with pytest.raises(VolumeError, match='slices are 5 mm apart, but 10 mm between .*: a slice is missing'):
+        read_volume(write_series(tmp_path/'gap', vol, leave_out=[2]))
     write_series(tmp_path/'two', scan(shape=(2,8,7)), '1.2.3.5')
     for o in (tmp_path/'two').iterdir(): o.rename(o.with_name('B'+o.name))
     write_series(tmp_path/'two', vol)
@@ -302,7 +304,9 @@ def test_resample_keeps_places():
     with pytest.raises(ValueError, match='three positive numbers'): resample(vol, spacing=(1,0,1))
     with pytest.raises(ValueError, match='either `to`'): resample(vol)
 
-@pytest.mark.parametrize('array, says', [(np.full((4,6,5), 7, np.int16), 'has a constant value of 7'), (np.arange(30, dtype=np.int16).reshape(1,6,5), 'has a single slice')])
+@pytest.mark.parametrize('array, says', [
+    (np.full((4,6,5), 7, np.int16), 'has a constant value of 7'),
+    (np.arange(30, dtype=np.int16).reshape(1,6,5), 'has a single slice')])
 def test_odd_images_are_told_and_kept(tmp_path, array, says):
     path = write_volume(Volume(array, (1.,1.,1.)), tmp_path/'odd.nii.gz')
     mask = write_volume(Volume(np.zeros(array.shape, np.uint8), (1.,1.,1.)), tmp_path/'mask.nii.gz')

@@ -22,7 +22,8 @@ def loaders(bs=2, unlabeled_bs=3, n_iters=4, seed=0, n=20, size=16, channels=1, 
 
 def learner(path, net=None, seed=0, dls=None, loss_func=None, width=2, **kw):
     set_seed(seed)
-    learn = Learner(dls or loaders(), net() if isinstance(net, type) else net or UNet(1,2,width=width), loss_func=loss_func or CrossEntropyLossFlat(axis=1), path=path, **kw)
+    learn = Learner(dls or loaders(), net() if isinstance(net, type) else net or UNet(1,2,width=width),
+                    loss_func=loss_func or CrossEntropyLossFlat(axis=1), path=path, **kw)
     learn.paired_batch.passes = 1 # where a test says nothing
     return learn
 

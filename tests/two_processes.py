@@ -48,12 +48,16 @@ def run(kind, path, world):
     n = 1 if world>1 else 2
     norm = kind=='norm'
     cbs = [mi:=small_mireg(unlabeled=list(range(13,21)) if kind=='files' else None), teacher:=EMATeacherCallback(decay=.5), seen:=Seen()]
-    learn = quiet(learner(path, net=None if norm else GroupNormed, dls=plain_loaders(2*n) if kind=='files' else loaders(bs=2*n, unlabeled_bs=4*n, n_iters=4), metrics=VolumeDice()))
+    learn = quiet(learner(path, net=None if norm else GroupNormed,
+                          dls=plain_loaders(2*n) if kind=='files' else loaders(bs=2*n, unlabeled_bs=4*n, n_iters=4),
+                          metrics=VolumeDice()))
     if world>1:
         with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit_one_cycle(2, 1e-2, cbs=cbs)
     else: learn.fit_one_cycle(2, 1e-2, cbs=cbs)
-    return dict(model=dict(learn.model.state_dict()), heads=mi.projectors.state_dict(), teacher=teacher.average.tensors, x=seen.x, T=[list(map(list,t)) for t in seen.T],
-                terms=seen.terms, names=list(learn.recorder.metric_names)[1:-1], values=list(learn.recorder.values[-1]), hooks=sum(len(m._forward_hooks) for m in learn.model.modules()))
+    return dict(model=dict(learn.model.state_dict()), heads=mi.projectors.state_dict(), teacher=teacher.average.tensors,
+                x=seen.x, T=[list(map(list,t)) for t in seen.T], terms=seen.terms,
+                names=list(learn.recorder.metric_names)[1:-1], values=list(learn.recorder.values[-1]),
+                hooks=sum(len(m._forward_hooks) for m in learn.model.modules()))
 
 def pseudo_labels(): return [PseudoLabelCallback(threshold=.5)]
 def all_together(): return [PseudoLabelCallback(threshold=.5, moved=True), CopyPasteCallback(start=.3), balanced_mireg()]
@@ -82,12 +86,14 @@ def resume(kind, path, rank, stops):
     for k,stop in enumerate([*stops, None]):
         set_seed(10*k+rank)
         learn = quiet(learner(path, net=Noisy, seed=10*k+rank, dls=plain_loaders(2) if kind=='files' else loaders(bs=2, unlabeled_bs=4, n_iters=4)))
-        cbs = [mi:=small_mireg(unlabeled=list(range(13,21)) if kind=='files' else None), teacher:=EMATeacherCallback(decay=.5), ResumeCallback(f'{path}/{kind}{len(stops)}', every=1), Stop(stop)]
+        cbs = [mi:=small_mireg(unlabeled=list(range(13,21)) if kind=='files' else None),
+               teacher:=EMATeacherCallback(decay=.5), ResumeCallback(f'{path}/{kind}{len(stops)}', every=1), Stop(stop)]
         try:
             with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit_one_cycle(2, 1e-2, cbs=cbs)
         except KeyboardInterrupt: assert stop
         else: assert not stop
-    return dict(model=dict(learn.model.state_dict()), heads=mi.projectors.state_dict(), teacher=teacher.average.tensors, random=dict(torch=torch.get_rng_state()),
+    return dict(model=dict(learn.model.state_dict()), heads=mi.projectors.state_dict(), teacher=teacher.average.tensors,
+                random=dict(torch=torch.get_rng_state()),
                 log=dict(values=torch.tensor(list(learn.recorder.values[-1]))))
 
 def refused(path, rank):
@@ -95,7 +101,9 @@ def refused(path, rank):
     res = []
     def fit(folder, lr=None):
         learn = quiet(learner(path, net=Noisy, dls=loaders(bs=2, unlabeled_bs=4, n_iters=4)))
-        with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit_one_cycle(2, lr or 1e-2, cbs=[small_mireg(), EMATeacherCallback(decay=.5), ResumeCallback(folder)])
+        with learn.distrib_ctx(sync_bn=False, cpu=True):
+            learn.fit_one_cycle(2, lr or 1e-2,
+                                cbs=[small_mireg(), EMATeacherCallback(decay=.5), ResumeCallback(folder)])
     for folder in (f'{path}/paired0' if rank else f'{path}/empty', f'{path}/alone'):
         if folder.endswith('alone') and not rank:
             os.makedirs(folder)

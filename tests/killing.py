@@ -105,4 +105,6 @@ if __name__=='__main__': # forking is cheap where nothing has been trained yet
     seed = int(os.environ.get('KILL_SEED') or random.SystemRandom().randrange(10**6))
     print(f'KILL_SEED={seed}')
     for method in METHODS:
-        if err:=kill_and_call_again(method, Path(sys.argv[1]), random.Random(f'{seed} {method}')): print(method, err, sep='\n'); sys.exit(1)
+        if err:=kill_and_call_again(method, Path(sys.argv[1]), random.Random(f'{seed} {method}')):
+            print(method, err, sep='\n')
+            sys.exit(1)

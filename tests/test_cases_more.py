@@ -27,7 +27,8 @@ def told(f, category=UserWarning):
 def test_orientations_in_equal_numbers(tmp_path):
     series(tmp_path/'a', 6, each=lambda i: {'ImageOrientationPatient':[0,1,0,0,0,-1]} if i%2 else {})
     refused(tmp_path/'a', r'ImageOrientationPatient .* in 3 of its 6 slices: move the 3 that differ')
-    for i,o in enumerate(([1,0,0,0,1,0],[0,1,0,0,0,-1],[1,0,0,0,0,-1])): put(tmp_path/'localizer'/f'{i}.dcm', pixels(i), ImageOrientationPatient=o)
+    for i,o in enumerate(([1,0,0,0,1,0],[0,1,0,0,0,-1],[1,0,0,0,0,-1])):
+        put(tmp_path/'localizer'/f'{i}.dcm', pixels(i), ImageOrientationPatient=o)
     refused(tmp_path/'localizer', 'ImageOrientationPatient')
 
 def test_directions_with_other_decimals_in_each_slice(tmp_path):
@@ -36,7 +37,8 @@ def test_directions_with_other_decimals_in_each_slice(tmp_path):
         put(tmp_path/f'{i}.dcm', pixels(i), ImageOrientationPatient=[f'{v:.{3+i%4}f}' for v in o],
             ImagePositionPatient=[f'{v:.4f}' for v in np.cross(o[:3], o[3:])*4*i])
     vol,said = read(tmp_path)
-    assert not said and np.allclose(steps(vol)[:,0], o[:3]*.75, atol=1e-6) and np.allclose(steps(vol)[:,1], o[3:]*1.5, atol=1e-5)
+    assert (not said and np.allclose(steps(vol)[:,0], o[:3]*.75, atol=1e-6)
+            and np.allclose(steps(vol)[:,1], o[3:]*1.5, atol=1e-5))
     check_places(vol, tmp_path.iterdir(), tol=5e-3)
 
 def test_two_reconstructions_between_each_other(tmp_path):
@@ -50,7 +52,8 @@ def test_two_reconstructions_between_each_other(tmp_path):
 
 def test_two_patients_under_one_series(tmp_path):
     for i in range(4):
-        for k,p in enumerate('AB'): put(tmp_path/f'{p}{i}.dcm', pixels(i), ImagePositionPatient=[0,0,16*k+4*i], PatientID=p)
+        for k,p in enumerate('AB'):
+            put(tmp_path/f'{p}{i}.dcm', pixels(i), ImagePositionPatient=[0,0,16*k+4*i], PatientID=p)
     assert 'A0.dcm' in refused(tmp_path, r'B0.dcm: PatientID \(0010,0020\) is another one than in A0.dcm')
 
 def test_series_without_their_uid(tmp_path):
@@ -80,7 +83,8 @@ def test_slices_further_apart_than_they_say(tmp_path, tags, ok):
     ('DiffusionGradientOrientation',[[1.,0.,0.],[0.,1.,0.],[0.,0.,1.]])])
 def test_what_tells_volumes_apart_is_named(tmp_path, tag, values):
     for p,v in enumerate(values):
-        for i in range(3): put(tmp_path/f'{p}{i}.dcm', pixels(10*p+i), ImagePositionPatient=[0,0,4*i], InstanceNumber=3*p+i+1, **{tag:v})
+        for i in range(3):
+            put(tmp_path/f'{p}{i}.dcm', pixels(10*p+i), ImagePositionPatient=[0,0,4*i], InstanceNumber=3*p+i+1, **{tag:v})
     text = refused(tmp_path, 'holds 3 volumes')
     assert text.count(tag)==3
     for p in range(3): assert f'{p}: {tag} ' in text and len(read(tmp_path, phase=p)[0].array)==3
@@ -175,7 +179,8 @@ def test_a_segmentation_among_the_slices_is_named_at_once(tmp_path, uid, kind, t
 
 @pytest.mark.parametrize('layout', ['{}', '{}/series'])
 def test_one_patient_in_several_folders(tmp_path, layout):
-    for k,p in dict(ACC1='X1', ACC2='X2', ACC3='X1').items(): series(tmp_path/layout.format(k), 2, PatientID=p, SeriesInstanceUID=f'1.2.{k[-1]}')
+    for k,p in dict(ACC1='X1', ACC2='X2', ACC3='X1').items():
+        series(tmp_path/layout.format(k), 2, PatientID=p, SeriesInstanceUID=f'1.2.{k[-1]}')
     df,said = told(lambda: load_cohort(tmp_path, 'dicom'))
     assert df.subject.tolist()==['ACC1','ACC2','ACC1'] # not called by their PatientID, which may be a name
     assert 'have the PatientID of another folder' in said and 'X1' not in said.replace(str(tmp_path), '')
@@ -199,7 +204,8 @@ def test_slices_that_are_a_little_off_their_places(tmp_path, orientation, jitter
                 refused(tmp_path, r'slices are 3(\.\d+)? mm apart, but \d.\d+ mm between s\d\d.dcm and s\d\d.dcm'))
         return
     vol,said = read(tmp_path)
-    assert len(said)==1 and 'mm apart, which were taken to be' in said[0] and 'no slice is moved by more than' in said[0]
+    assert (len(said)==1 and 'mm apart, which were taken to be' in said[0]
+            and 'no slice is moved by more than' in said[0])
     check_places(vol, sorted(tmp_path.iterdir()), tol=.025)
     r = sitk.ImageSeriesReader()
     r.SetFileNames([str(o) for o in sorted(tmp_path.iterdir())])
@@ -223,7 +229,8 @@ def test_a_sheared_sform_beside_a_qform(tmp_path):
     a = np.arange(60,dtype='i2').reshape(3,4,5)
     f = patch(nii(tmp_path/'a.nii.gz', a, np.diag([1,1,3,1.]), lambda h: h.set_qform(np.diag([1,1,3,1.]),1)), srow_y=[0,1,.6,0], sform_code=1)
     vol,said = read(f)
-    assert 'that differ by up to' in said[0] and np.allclose(vol.direction, sitk.ReadImage(str(f)).GetDirection(), atol=1e-6)
+    assert ('that differ by up to' in said[0]
+            and np.allclose(vol.direction, sitk.ReadImage(str(f)).GetDirection(), atol=1e-6))
     refused(f, 'not perpendicular', form='sform')
 
 @pytest.mark.parametrize('slope, inter', [(-2,5), (.5,-1024)])
@@ -248,7 +255,8 @@ def test_nrrd_axes_in_any_order_and_direction(tmp_path, space, axes):
     vol,said = read(f)
     signs = dict(LPS=(1,1,1), RAS=(-1,-1,1)).get(space, (1,-1,1)) # what the header says, by hand
     want = np.array([[float(o) for o in v.strip('()').split(',')] for v in axes.split()]).T
-    assert np.allclose(steps(vol), np.diag(signs)@want) and np.allclose(vol.origin, np.multiply(signs, (1,2,3))) and not said
+    assert (np.allclose(steps(vol), np.diag(signs)@want)
+            and np.allclose(vol.origin, np.multiply(signs, (1,2,3))) and not said)
     assert np.array_equal(vol.array, a) and np.allclose(vol.direction, sitk.ReadImage(str(f)).GetDirection())
 
 @pytest.mark.parametrize('keys, says', [
@@ -264,7 +272,8 @@ def test_meta_names_of_one_thing(tmp_path, keys, says):
     else:
         vol,_ = read(f)
         im = sitk.ReadImage(str(f))
-        assert np.array_equal(vol.array, a) and vol.spacing==(3,2,1)==im.GetSpacing()[::-1] and vol.origin==(7,8,9)==im.GetOrigin()
+        assert (np.array_equal(vol.array, a) and vol.spacing==(3,2,1)==im.GetSpacing()[::-1]
+                and vol.origin==(7,8,9)==im.GetOrigin())
 
 @pytest.mark.parametrize('ext', ['.mhd','.nhdr'])
 def test_a_header_that_was_copied_without_its_voxels(tmp_path, ext):
@@ -272,7 +281,8 @@ def test_a_header_that_was_copied_without_its_voxels(tmp_path, ext):
     assert not read(tmp_path/f'a{ext}')[1]
     shutil.copy(tmp_path/f'b{ext}', tmp_path/f'a{ext}')
     vol,said = read(tmp_path/f'a{ext}')
-    assert vol.array.max()==ord('b') and f'which are those of b{ext}: was its header copied or renamed without its voxels?' in said[0]
+    assert (vol.array.max()==ord('b')
+            and f'which are those of b{ext}: was its header copied or renamed without its voxels?' in said[0])
     (tmp_path/f'b{ext}').unlink() # a name of its own for the voxels is nothing odd
     assert not read(tmp_path/f'a{ext}')[1]
 
@@ -282,7 +292,8 @@ def test_a_header_that_was_copied_without_its_voxels(tmp_path, ext):
 def test_masks_with_a_channel_for_each_class(tmp_path, ext):
     m = np.zeros((2,3,4,5),'u1'); m[1,1] = 1; m[0] = 1-m[1]
     write_volume(Volume(m), tmp_path/f'm{ext}')
-    with pytest.raises(VolumeError, match=r'has 2 numbers in each voxel, expected one, that of its class; .*arg max'): read_mask(tmp_path/f'm{ext}')
+    with pytest.raises(VolumeError, match=r'has 2 numbers in each voxel, expected one, that of its class; .*arg max'):
+        read_mask(tmp_path/f'm{ext}')
     write_volume(Volume(m[1:]), tmp_path/f'one{ext}')
     assert np.array_equal(read_mask(tmp_path/f'one{ext}', classes=2).array, m[1])
 
@@ -317,8 +328,10 @@ def masks_of(tmp_path, *values):
 
 def test_one_structure_stored_in_two_ways(tmp_path):
     r,said = told(lambda: Recipe.auto(masks_of(tmp_path/'a', [1], [255])))
-    assert r.labels=={0:0, 1:1, 255:2} and 'no mask holds these values together: 1, 255;' in said and 'Recipe(labels={1: 1, 255: 1})' in said
-    for k,v in dict(b=([1,2],[2,3]), c=([1,2],[1],[2])).items(): assert 'together' not in told(lambda: Recipe.auto(masks_of(tmp_path/k, *v)))[1]
+    assert (r.labels=={0:0, 1:1, 255:2} and 'no mask holds these values together: 1, 255;' in said
+            and 'Recipe(labels={1: 1, 255: 1})' in said)
+    for k,v in dict(b=([1,2],[2,3]), c=([1,2],[1],[2])).items():
+        assert 'together' not in told(lambda: Recipe.auto(masks_of(tmp_path/k, *v)))[1]
 
 def test_images_instead_of_masks(tmp_path):
     df = masks_of(tmp_path, [1], [1])
@@ -327,8 +340,10 @@ def test_images_instead_of_masks(tmp_path):
     _,said = told(lambda: Recipe.auto(df))
     assert 'values in the masks becomes a class' in said and f'{df["mask"][0]}: is it a mask?' in said
     write_volume(x.like(np.arange(x.array.size).reshape(x.shape).astype('i2')), df['mask'][0])
-    with pytest.raises(ValueError, match='at most 256 classes can be told apart; .*0m.nii.gz: is it an image'): Recipe.auto(df)
-    with pytest.raises(CohortError, match='0.nii.gz: is given as the mask of itself'): load_cohort(df.assign(mask=df.image))
+    with pytest.raises(ValueError, match='at most 256 classes can be told apart; .*0m.nii.gz: is it an image'):
+        Recipe.auto(df)
+    with pytest.raises(CohortError, match='0.nii.gz: is given as the mask of itself'):
+        load_cohort(df.assign(mask=df.image))
     _,said = told(lambda: load_cohort(df.assign(mask=df['mask'][1])))
     assert '1 mask is given for scans of several subjects' in said and 'for s0 and s1' in said
     assert not told(lambda: load_cohort(df.assign(mask=df['mask'][1], subject='one')))[1] # two sequences of one person
@@ -339,7 +354,8 @@ def test_images_instead_of_masks(tmp_path):
                                   ('P 1','P  1 '), ('sub-A','SUB-a'), (7.,'7'), (7,'007')])
 def test_one_person_written_in_two_ways(tmp_path, a, b):
     df = cohort(tmp_path, 'abcd').assign(subject=[a,b,'Q','R'])
-    with pytest.raises(CohortError, match='1 subject is in several parts'): told(lambda: load_cohort(df.assign(split=['labeled','valid','labeled','test'])))
+    with pytest.raises(CohortError, match='1 subject is in several parts'):
+        told(lambda: load_cohort(df.assign(split=['labeled','valid','labeled','test'])))
     df,said = told(lambda: load_cohort(df))
     assert ('written in several ways' in said)==(df.subject.nunique()==4)
     for seed in range(6):
@@ -421,7 +437,9 @@ def bids(root, *names):
 def test_bids_masks_of_other_images(tmp_path, mask):
     bids(tmp_path, 'sub-{s}/anat/sub-{s}_T1w.nii.gz', 'sub-{s}/anat/sub-{s}_FLAIR.nii.gz', f'derivatives/manual/sub-{{s}}/anat/{mask}.nii.gz')
     df,said = told(lambda: load_cohort(tmp_path, suffix='FLAIR'))
-    assert df['mask'].isna().all() and '2 masks lie on the grid of a template or of other images than FLAIR' in said and mask.format(s='01') in said
+    assert (df['mask'].isna().all()
+            and '2 masks lie on the grid of a template or of other images than FLAIR' in said
+            and mask.format(s='01') in said)
     if 'T1w' in mask:
         assert load_cohort(tmp_path, suffix='T1w')['mask'].notna().all()
         assert load_cohort(tmp_path, suffix='FLAIR', mask='lesion')['mask'].notna().all() # on purpose
@@ -439,12 +457,15 @@ def nnunet(root, labels, **more):
     return root
 
 def test_nnunet_names_that_are_there_twice(tmp_path):
-    for f in ('imagesTr/a_0000.nii.gz','imagesTr/a_0000.nrrd','labelsTr/a.nii.gz'): write_volume(Volume(np.ones((3,4,5),'u1')), tmp_path/f)
+    for f in ('imagesTr/a_0000.nii.gz','imagesTr/a_0000.nrrd','labelsTr/a.nii.gz'):
+        write_volume(Volume(np.ones((3,4,5),'u1')), tmp_path/f)
     labels = dict(background=0, x=1)
-    with pytest.raises(CohortError, match='a_0000.nrrd: has the same name as .*a_0000.nii.gz; keep one'): load_cohort(nnunet(tmp_path, labels))
+    with pytest.raises(CohortError, match='a_0000.nrrd: has the same name as .*a_0000.nii.gz; keep one'):
+        load_cohort(nnunet(tmp_path, labels))
     df = load_cohort(nnunet(tmp_path, labels, file_ending='.nii.gz')) # the others are not of the data set
     assert df.image.tolist()==[str(tmp_path/'imagesTr'/'a_0000.nii.gz')] and df['mask'].notna().all()
-    write_volume(Volume(np.ones((3,4,5),'u1')), tmp_path/'labelsTr'/'a.mha'); (tmp_path/'imagesTr'/'a_0000.nrrd').unlink()
+    write_volume(Volume(np.ones((3,4,5),'u1')), tmp_path/'labelsTr'/'a.mha')
+    (tmp_path/'imagesTr'/'a_0000.nrrd').unlink()
     with pytest.raises(CohortError, match='labelsTr.*has the same name as'): load_cohort(nnunet(tmp_path, labels))
 
 @pytest.mark.parametrize('labels, classes', [
@@ -557,7 +578,8 @@ def test_a_mask_whose_background_is_not_0(tmp_path):
 def test_marks_for_voxels_that_nobody_annotated(tmp_path, odd):
     "0 stays the background, and the mark is said to be a class"
     r,said = auto_of(tmp_path, drawn(1, odd), drawn(1, odd))
-    assert r.labels[0]==0 and set(r.labels)=={0, 1, odd} and f'the masks hold {odd}, which often marks voxels that nobody annotated' in said
+    assert (r.labels[0]==0 and set(r.labels)=={0, 1, odd}
+            and f'the masks hold {odd}, which often marks voxels that nobody annotated' in said)
     if odd<0: assert r.labels=={0:0, -1:1, 1:2}
 
 @pytest.mark.parametrize('step, said', [(1,False), (2,True), (5,True)])

@@ -67,7 +67,8 @@ def test_a_subject_in_several_parts(tmp_path, subjects, parts, say):
     for o in (df, tmp_path/'c.csv'):
         with pytest.raises(CohortError, match=say): load_cohort(o)
     if {'labeled','valid'}<=set(parts.split()): # a table that never went through load_cohort
-        with pytest.raises(CohortError, match='several parts'): MISegDataLoaders.from_cohort(df, recipe, store=tmp_path/'s', workers=0)
+        with pytest.raises(CohortError, match='several parts'):
+            MISegDataLoaders.from_cohort(df, recipe, store=tmp_path/'s', workers=0)
     meant = load_cohort(tmp_path/'c.csv', straddle=True)
     assert load_cohort(save_cohort(meant, tmp_path/'d.csv')).split.tolist()==parts.split() # it is remembered
 
@@ -104,7 +105,8 @@ def test_values_of_a_split(tmp_path, value):
     (['p1a','p1b','p2a'], ['p1','p1','p2'])])
 def test_names_that_share_a_stem(tmp_path, names, groups):
     for i,s in enumerate(names): put(tmp_path/'images'/f'{s}.nii.gz', square(i)[0])
-    with pytest.warns(CohortWarning, match='may belong to fewer subjects.*give subject=') as said: df = load_cohort(tmp_path, 'folder')
+    with pytest.warns(CohortWarning, match='may belong to fewer subjects.*give subject=') as said:
+        df = load_cohort(tmp_path, 'folder')
     assert df.subject.tolist()==df.scan.tolist()
     pattern = eval(str(said[0].message).split('give subject=')[1].split(' (a regular')[0])
     with warnings.catch_warnings():
@@ -121,13 +123,16 @@ def test_subject_in_every_layout(tmp_path):
     df = cohort(tmp_path, ['x1_a','x1_b','x2_a'])
     df.drop(columns='subject').to_csv(tmp_path/'c.csv', index=False)
     assert load_cohort(tmp_path/'c.csv', subject=r'(x\d)_').subject.tolist()==['x1','x1','x2']
-    with pytest.raises(CohortError, match=r"subject='\(y\)': does not match the scan 'x1_a'"): load_cohort(tmp_path/'c.csv', subject='(y)')
-    with pytest.raises(CohortError, match=r"subject='\(': is not a regular expression"): load_cohort(tmp_path/'c.csv', subject='(')
+    with pytest.raises(CohortError, match=r"subject='\(y\)': does not match the scan 'x1_a'"):
+        load_cohort(tmp_path/'c.csv', subject='(y)')
+    with pytest.raises(CohortError, match=r"subject='\(': is not a regular expression"):
+        load_cohort(tmp_path/'c.csv', subject='(')
 
 def test_everything_annotated_or_nothing_unlabelled(tmp_path, capsys):
     df = cohort(tmp_path, 'abcd')
     none = df.assign(split=['labeled','labeled','valid','test'])
-    assert "take the method 'partial'" in advice(none) and "take the method 'full'" in advice(df.assign(split=['labeled','unlabeled','valid','test']))
+    assert ("take the method 'partial'" in advice(none)
+            and "take the method 'full'" in advice(df.assign(split=['labeled','unlabeled','valid','test'])))
     assert advice(df.assign(split=['labeled','unlabeled','valid','test'], mask=[df['mask'][0],None,*df['mask'][2:]])) is None
     SliceStore(tmp_path/'s', recipe).prepare(none, workers=0)
     said = capsys.readouterr().out
@@ -183,7 +188,8 @@ def test_tiles_do_not_depend_on_the_batch_and_one_tile_is_as_before(tmp_path):
 
 def test_preparing_says_what_the_slices_hold(tmp_path, capsys):
     df = pd.concat([cohort(tmp_path, 'ab'), cohort(tmp_path, 'c', n=96, at=(0,0))], ignore_index=True).assign(split=['labeled','valid','labeled'])
-    with pytest.warns(VolumeWarning, match=r'cut off a part of what the mask shows \(100.0%\)'): store = SliceStore(tmp_path/'s', recipe).prepare(df, workers=0)
+    with pytest.warns(VolumeWarning, match=r'cut off a part of what the mask shows \(100.0%\)'):
+        store = SliceStore(tmp_path/'s', recipe).prepare(df, workers=0)
     assert 'slices hold 75% of the field of view (at least 25% of each scan), and 66.67% of what the masks show (1 masks are cut)' in capsys.readouterr().out
     assert store.scans.share.tolist()==[1,1,.25] and store.scans.lost.tolist()==[0,0,store.scans.total[2]]
 
@@ -201,7 +207,8 @@ def test_a_scan_far_from_the_training_scans(tmp_path, kw, spacing, say):
     if kw=='tilt': c,s = np.cos(np.radians(40)),np.sin(np.radians(40)); vol.direction = (1,0,0, 0,c,-s, 0,s,c)
     write_volume(vol, tmp_path/'far.nii.gz')
     with pytest.warns(VolumeWarning, match=say): predict_volume(seg, tmp_path/'far.nii.gz')
-    with pytest.warns(VolumeWarning, match=say): predict_cohort(seg, [tmp_path/'far.nii.gz'], tmp_path/'out', progress=False)
+    with pytest.warns(VolumeWarning, match=say):
+        predict_cohort(seg, [tmp_path/'far.nii.gz'], tmp_path/'out', progress=False)
 
 # -- other systems ---------------------------------------------------------------------------------------------------------
 spawned = '''
@@ -288,7 +295,8 @@ def test_nnunet(tmp_path, version):
         ('channel_names' if version==2 else 'modality'):{'0':'T1','1':'T2'}, 'labels':labels, 'file_ending':'.nii.gz'}))
     with pytest.raises(CohortError, match=r'each scan has 2 channels .* 0 \(T1\), 1 \(T2\)'): load_cohort(tmp_path)
     df = load_cohort(tmp_path, channel='T2')
-    assert df.attrs['layout']=='nnunet' and df.scan.tolist()==['a_000','a_001'] and all('_0001' in o for o in df.image) and df['mask'].notna().all()
+    assert (df.attrs['layout']=='nnunet' and df.scan.tolist()==['a_000','a_001']
+            and all('_0001' in o for o in df.image) and df['mask'].notna().all())
     assert df.attrs['classes']==('background','vessel','liver') and df.attrs['labels']=={0:0, 1:1, 3:2}
     store = SliceStore(tmp_path/'s', Recipe.auto(df)).prepare(df, workers=0, progress=False)
     assert set(np.unique(store.mask('a_000', slice(None))))=={0,2}
@@ -308,9 +316,12 @@ def test_nnunet_refused(tmp_path, change, say):
     with pytest.raises(CohortError, match=say): load_cohort(tmp_path)
 
 def test_a_decathlon_task_stays_one(tmp_path):
-    for i in (1001,1002): put(tmp_path/'imagesTr'/f'case_{i}.nii.gz', square(i)[0]); put(tmp_path/'labelsTr'/f'case_{i}.nii.gz', square(i)[1])
+    for i in (1001,1002):
+        put(tmp_path/'imagesTr'/f'case_{i}.nii.gz', square(i)[0])
+        put(tmp_path/'labelsTr'/f'case_{i}.nii.gz', square(i)[1])
     (tmp_path/'dataset.json').write_text('{"modality":{"0":"CT"},"labels":{"0":"background","1":"a"}}')
-    assert load_cohort(tmp_path).attrs['layout']=='msd' and load_cohort(tmp_path).scan.tolist()==['case_1001','case_1002']
+    assert (load_cohort(tmp_path).attrs['layout']=='msd'
+            and load_cohort(tmp_path).scan.tolist()==['case_1001','case_1002'])
 
 def test_bids(tmp_path):
     for s,v in (('01','1'),('01','2'),('02','1')):
@@ -322,14 +333,17 @@ def test_bids(tmp_path):
     (tmp_path/'derivatives/manual/dseg.tsv').write_text('index\tname\n0\tair\n2\tlesion\n')
     with pytest.raises(CohortError, match=r"several kinds: .*choose one with suffix="): load_cohort(tmp_path)
     df = load_cohort(tmp_path, suffix='T1w')
-    assert df.attrs['layout']=='bids' and df.subject.tolist()==['sub-01','sub-01','sub-02'] and df.session.tolist()==['1','2','1']
+    assert (df.attrs['layout']=='bids' and df.subject.tolist()==['sub-01','sub-01','sub-02']
+            and df.session.tolist()==['1','2','1'])
     assert df['mask'].notna().all() and df.attrs['classes']==('air','lesion') and df.attrs['labels']=={0:0, 2:1}
     put(tmp_path/'derivatives/auto/sub-01/ses-1/sub-01_ses-1_mask.nii.gz', square()[1])
-    with pytest.raises(CohortError, match='sub-01_ses-1_T1w.nii.gz: has 2 masks: .*choose with derivative='): load_cohort(tmp_path, suffix='T1w')
+    with pytest.raises(CohortError, match='sub-01_ses-1_T1w.nii.gz: has 2 masks: .*choose with derivative='):
+        load_cohort(tmp_path, suffix='T1w')
     assert (load_cohort(tmp_path, suffix='T1w', derivative='manual')['mask'].notna().all()
             and load_cohort(tmp_path, suffix='T1w', mask='desc-x')['mask'].notna().all())
     with pytest.raises(CohortError, match="suffix='T2w': no image ends in it"): load_cohort(tmp_path, suffix='T2w')
-    with pytest.raises(CohortError, match='derivatives/none: is not a folder; there are auto, manual'): load_cohort(tmp_path, suffix='T1w', derivative='none')
+    with pytest.raises(CohortError, match='derivatives/none: is not a folder; there are auto, manual'):
+        load_cohort(tmp_path, suffix='T1w', derivative='none')
 
 # -- files of ours ---------------------------------------------------------------------------------------------------------
 def prepared(tmp_path): 
@@ -348,7 +362,8 @@ def test_damaged_slices_are_seen_and_made_anew(tmp_path, kind, how):
     if how=='cut': raw = raw[:len(raw)//2]
     file.write_bytes(raw)
     def look(store): return {s:(store.image(s, slice(None)), store.mask(s, slice(None)), store.where(s)) for s in 'abc'}
-    def same(got): return all(np.array_equal(a, b) for s in want for a,b in zip(want[s][:2], got[s][:2])) and all(want[s][2]==got[s][2] for s in want)
+    def same(got):
+        return all(np.array_equal(a, b) for s in want for a,b in zip(want[s][:2], got[s][:2])) and all(want[s][2]==got[s][2] for s in want)
     try: assert same(look(SliceStore(tmp_path/'s', recipe).prepare(df, workers=0, progress=False))) # seen at once, and made anew
     except VolumeError as e: assert 'gone or damaged' in str(e) and 'call `prepare` again' in str(e)
     else: return
@@ -373,13 +388,15 @@ def test_a_store_for_reading(tmp_path, monkeypatch, lost):
                                                  workers=0, progress=False)
 
 def untrained(**kw):
-    class Learn: model,arch,recipe,cbs,dls = create_unet(n_in=1, n_out=2, size=(48,48), **kw),dict(n_in=1, n_out=2, size=(48,48), **kw),recipe,[],None
+    class Learn:
+        model,arch,recipe,cbs,dls = create_unet(n_in=1, n_out=2, size=(48,48), **kw),dict(n_in=1, n_out=2, size=(48,48), **kw),recipe,[],None
     return Learn()
 
 @pytest.mark.parametrize('arch', [dict(arch='unet', width=512), dict(arch='dynamic_unet', width=512), dict(arch='torchvision.models.resnet152')])
 def test_a_small_file_that_asks_for_a_large_network(tmp_path, arch):
     file = export_segmenter(untrained(arch='unet', width=2), tmp_path/'a.safetensors')
-    with safe_open(file, 'pt') as f: about,tensors = json.loads(f.metadata()['fastmiseg']),{k:f.get_tensor(k) for k in f.keys()}
+    with safe_open(file, 'pt') as f:
+        about,tensors = json.loads(f.metadata()['fastmiseg']),{k:f.get_tensor(k) for k in f.keys()}
     about['arch'] = {**{k:v for k,v in about['arch'].items() if k!='width'}, **arch}
     text = json.dumps(about)
     save_file(tensors, file, metadata=dict(fastmiseg=text, checksum=S._sum_of(text, tensors)))
@@ -402,7 +419,8 @@ except Exception as e: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-
     (lambda a: a.update(provenance=eval('['*30+']'*30)), 'is nested more than 20 levels deep')])
 def test_headers_of_models(tmp_path, change, say):
     file = export_segmenter(untrained(arch='unet', width=2), tmp_path/'a.safetensors')
-    with safe_open(file, 'pt') as f: about,tensors = json.loads(f.metadata()['fastmiseg']),{k:f.get_tensor(k) for k in f.keys()}
+    with safe_open(file, 'pt') as f:
+        about,tensors = json.loads(f.metadata()['fastmiseg']),{k:f.get_tensor(k) for k in f.keys()}
     change(about)
     save_file(tensors, file, metadata=dict(fastmiseg=json.dumps(about), checksum=''))
     with pytest.raises(SegmenterError, match=say): load_segmenter(file, 'cpu')
@@ -429,13 +447,15 @@ def test_settings_files(tmp_path, text, say):
     '{"spacing": [1, -1]}', '{"channels": true}', '{"labels": [1]}'])
 def test_recipes_from_files(tmp_path, text):
     (tmp_path/'r.json').write_text(text)
-    with pytest.raises(ValueError, match='r.json cannot be used .*(Recipe: |expected)'): Recipe.named(tmp_path/'r.json', None)
+    with pytest.raises(ValueError, match='r.json cannot be used .*(Recipe: |expected)'):
+        Recipe.named(tmp_path/'r.json', None)
 
 def test_a_pipe_as_settings(tmp_path):
     os.mkfifo(tmp_path/'r.json')
     with pytest.raises(ValueError, match='is not a regular file'): read_json(tmp_path/'r.json')
     os.mkfifo(tmp_path/'m.safetensors')
-    with pytest.raises(SegmenterError, match='m.safetensors: cannot be opened .*pipe'): load_segmenter(tmp_path/'m.safetensors', 'cpu')
+    with pytest.raises(SegmenterError, match='m.safetensors: cannot be opened .*pipe'):
+        load_segmenter(tmp_path/'m.safetensors', 'cpu')
 
 # -- predict and evaluate --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('what', ['predict','evaluate'])
@@ -455,7 +475,8 @@ def test_going_on_after_a_kill(tmp_path, monkeypatch, what):
     with pytest.raises(KeyboardInterrupt): go()
     n[0] = 10; before = len(seg.model.seen)
     other = bright(recipe); other.model.w.data += 1
-    with pytest.raises(FileExistsError, match='holds an unfinished run with another network or other settings'): go(other)
+    with pytest.raises(FileExistsError, match='holds an unfinished run with another network or other settings'):
+        go(other)
     got = go()
     assert n[0]==12 and len(seg.model.seen)==before+2 # only the two that were left
     pd.testing.assert_frame_equal(got, whole)
@@ -481,12 +502,15 @@ def test_a_scan_too_large_for_memory_does_not_end_the_others(tmp_path, monkeypat
         if where=='room' and path==df.image[1]: v.array = np.broadcast_to(np.float32(1), (200_000,4096,4096))
         return v
     def full(x):
-        if where=='network' and len(seg.model.seen)==1: seg.model.seen.append(0); raise torch.OutOfMemoryError('CUDA out of memory')
+        if where=='network' and len(seg.model.seen)==1:
+            seg.model.seen.append(0)
+            raise torch.OutOfMemoryError('CUDA out of memory')
         return forward(x)
     monkeypatch.setattr(E, 'read_volume', huge); monkeypatch.setattr(seg.model, 'forward', full)
     monkeypatch.setattr(I, 'scan_profile', lambda v, w: None); monkeypatch.setattr(I, 'how_far', lambda *a: [])
     done = predict_cohort(seg, df, tmp_path/'out', progress=False)
-    assert done.problem.notna().tolist()==[False,True,False] and 'memory' in done.problem[1] and 'b.nii.gz' in done.problem[1]
+    assert (done.problem.notna().tolist()==[False,True,False] and 'memory' in done.problem[1]
+            and 'b.nii.gz' in done.problem[1])
     seg.model.seen.clear()
     scores = evaluate_cohort(seg, df, skip_bad=True, progress=False)
     assert list(scores.attrs['problems'])==['b'] and len(scores)==2
@@ -499,7 +523,8 @@ def test_a_scan_too_large_for_memory_does_not_end_the_others(tmp_path, monkeypat
     (['a','b\nc'], 'without line breaks'), (['a','b'*250], 'too long'), (['a','b\udcff'], 'not valid UTF-8')])
 def test_names_that_cannot_be_files(tmp_path, names, say):
     df = cohort(tmp_path, 'xy', ['valid']*2).assign(scan=names)
-    with pytest.raises(ValueError, match=say): predict_cohort(bright(recipe), df, tmp_path/'out', probabilities=True, progress=False)
+    with pytest.raises(ValueError, match=say):
+        predict_cohort(bright(recipe), df, tmp_path/'out', probabilities=True, progress=False)
     assert not (tmp_path/'out').exists()
 
 def test_a_full_disk_names_the_file(tmp_path, monkeypatch):

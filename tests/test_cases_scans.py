@@ -59,7 +59,8 @@ def pixels(i=0, shape=(4,5)): return np.arange(np.prod(shape), dtype='u2').resha
 
 def series(folder, n=5, step=4., each=lambda i: {}, prefix='s', **tags):
     "n slices along z; `each(i)` are the tags of one"
-    for i in range(n): put(Path(folder)/f'{prefix}{i:02}.dcm', pixels(i), **{'ImagePositionPatient':[-20,10,step*i], **tags, **each(i)})
+    for i in range(n):
+        put(Path(folder)/f'{prefix}{i:02}.dcm', pixels(i), **{'ImagePositionPatient':[-20,10,step*i], **tags, **each(i)})
     return Path(folder)
 
 def check_places(vol, files, tol=1e-3):
@@ -162,7 +163,8 @@ def test_oblique_slices_in_any_order_of_names(tmp_path):
     files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(tmp_path))
     im = sitk.ReadImage(files)
     assert np.array_equal(sitk.GetArrayFromImage(im), vol.array) and np.allclose(im.GetOrigin(), vol.origin, atol=1e-4)
-    assert np.allclose(im.GetDirection(), vol.direction, atol=1e-5) and np.allclose(im.GetSpacing()[::-1], vol.spacing, atol=1e-4)
+    assert (np.allclose(im.GetDirection(), vol.direction, atol=1e-5)
+            and np.allclose(im.GetSpacing()[::-1], vol.spacing, atol=1e-4))
 
 @pytest.mark.parametrize('decimals, step', [(2,.625), (3,.6251), (2,1.25), (1,1.25), (1,3.33), (2,2.998), (4,.33333)])
 @pytest.mark.parametrize('start', [0.,-217.3])
@@ -230,7 +232,8 @@ def test_a_single_slice_says_how_thick_it_is(tmp_path):
 
 def cine(folder, phases=3, n=4, tags=lambda p,i: {}, names='p{p}_{i}.dcm'):
     for p in range(phases):
-        for i in range(n): put(folder/names.format(p=p, i=i), pixels(10*p+i), ImagePositionPatient=[-20,10,4*i], **tags(p,i))
+        for i in range(n):
+            put(folder/names.format(p=p, i=i), pixels(10*p+i), ImagePositionPatient=[-20,10,4*i], **tags(p,i))
     return folder
 
 _apart = dict(
@@ -249,7 +252,8 @@ def test_phases_are_counted_and_chosen(tmp_path, how):
         assert vol.array[:,0,0].tolist()==[100*(10*p+i) for i in range(4)]
         check_places(vol, [tmp_path/f'p{p}_{i}.dcm' for i in range(4)])
         assert np.array_equal(read_volume(choose_volume(tmp_path, phase=p)).array, vol.array)
-    for wrong in (3,-1,'late'): refused(tmp_path, rf'phase={wrong!r}.*it holds 3 volumes, expected a number from 0 to 2', phase=wrong)
+    for wrong in (3,-1,'late'):
+        refused(tmp_path, rf'phase={wrong!r}.*it holds 3 volumes, expected a number from 0 to 2', phase=wrong)
 
 def test_one_slice_in_time(tmp_path):
     for i in range(12): put(tmp_path/f'{i:02}.dcm', pixels(i), TriggerTime=30*i)
@@ -307,8 +311,10 @@ def test_a_path_that_looks_like_a_choice(tmp_path):
     assert read(tmp_path/'a#phase=1')[0].shape[0]==5
     assert choose_volume('x', series='a/b & #c', phase=2)=='x#series=a%2Fb %26 %23c&phase=2'
     assert split_choice('x#series=a%2Fb %26 %23c&phase=2')==('x', dict(series='a/b & #c', phase='2'))
-    with pytest.raises(VolumeError, match="form='sform' does not apply"): read_volume(series(tmp_path/'b'), form='sform')
-    with pytest.raises(VolumeError, match='phase=.1. does not apply'): read_volume(nii(tmp_path/'a.nii', np.ones((2,2,2),'i2')), phase=1)
+    with pytest.raises(VolumeError, match="form='sform' does not apply"):
+        read_volume(series(tmp_path/'b'), form='sform')
+    with pytest.raises(VolumeError, match='phase=.1. does not apply'):
+        read_volume(nii(tmp_path/'a.nii', np.ones((2,2,2),'i2')), phase=1)
 
 # ---- DICOM: values
 
@@ -332,12 +338,14 @@ def test_stored_bits(tmp_path, signed):
     "Twelve bits of sixteen: what lies above them is no part of the value, but its sign"
     a = np.array([[0,1,2047],[100,5,9]]) if not signed else np.array([[-2048,-1,2047],[100,5,-9]])
     kw = dict(BitsStored=12, HighBit=11, PixelRepresentation=int(signed))
-    for i in range(3): put(tmp_path/f'{i}.dcm', (a&0xfff|0x3000*(i==1)).astype('u2'), ImagePositionPatient=[0,0,i], **kw)
+    for i in range(3):
+        put(tmp_path/f'{i}.dcm', (a&0xfff|0x3000*(i==1)).astype('u2'), ImagePositionPatient=[0,0,i], **kw)
     vol,_ = read(tmp_path)
     assert all(np.array_equal(o, a) for o in vol.array) and vol.array.dtype==('i2' if signed else 'u2')
 
 def test_monochrome1(tmp_path):
-    series(tmp_path/'a', BitsStored=12, HighBit=11); series(tmp_path/'b', BitsStored=12, HighBit=11, PhotometricInterpretation='MONOCHROME1')
+    series(tmp_path/'a', BitsStored=12, HighBit=11)
+    series(tmp_path/'b', BitsStored=12, HighBit=11, PhotometricInterpretation='MONOCHROME1')
     (a,_),(b,said) = read(tmp_path/'a'),read(tmp_path/'b')
     assert np.array_equal(b.array, 4095-a.array) and 'MONOCHROME1' in said[0] and 'inverted' in said[0]
     files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(tmp_path/'b'))
@@ -370,7 +378,8 @@ def test_files_without_preamble_and_without_an_ending(tmp_path):
     for f in list(tmp_path.iterdir()):
         ds = pydicom.dcmread(f)
         del ds.file_meta
-        with open(f.with_suffix(''), 'wb') as o: pydicom.filewriter.dcmwrite(o, ds, implicit_vr=True, little_endian=True)
+        with open(f.with_suffix(''), 'wb') as o:
+            pydicom.filewriter.dcmwrite(o, ds, implicit_vr=True, little_endian=True)
         f.unlink()
     vol,_ = read(tmp_path)
     assert vol.array[:,0,0].tolist()==[0,100,200,300,400] and vol.spacing==(4,1.5,.75)
@@ -412,7 +421,9 @@ def test_a_compression_that_cannot_be_read(tmp_path, syntax, todo):
     series(tmp_path)
     for f in tmp_path.iterdir():
         ds = pydicom.dcmread(f)
-        ds.PixelData = pydicom.encaps.encapsulate([b'1234'*30]); ds['PixelData'].is_undefined_length = True; ds['PixelData'].VR = 'OB'
+        ds.PixelData = pydicom.encaps.encapsulate([b'1234'*30])
+        ds['PixelData'].is_undefined_length = True
+        ds['PixelData'].VR = 'OB'
         ds.file_meta.TransferSyntaxUID = syntax; ds.save_as(f)
     assert todo in refused(tmp_path, rf's00.dcm: its pixels are compressed as .*Transfer Syntax UID \(0002,0010\) is {syntax}')
 
@@ -537,7 +548,8 @@ def same_as_nibabel(vol, path):
     im = nibabel.load(path)
     lps = np.diag([-1,-1,1])
     assert np.allclose(vol.array, np.asarray(im.dataobj).reshape(vol.array.T.shape).T)
-    assert np.allclose(steps(vol), lps@im.affine[:3,:3], atol=1e-4) and np.allclose(vol.origin, lps@im.affine[:3,3], atol=1e-3)
+    assert (np.allclose(steps(vol), lps@im.affine[:3,:3], atol=1e-4)
+            and np.allclose(vol.origin, lps@im.affine[:3,3], atol=1e-3))
 
 @pytest.mark.parametrize('ext, other', [('.nii.gz','.nii'), ('.nii','.nii.gz'), ('.nii.gz','.hdr'), ('.nii','.img')])
 def test_a_namesake_never_stands_in(tmp_path, ext, other):
@@ -564,15 +576,20 @@ def test_qform_and_sform_differ(tmp_path, codes, taken, mirror):
     if mirror: s[0] = -1,0,0,6
     else: s[:3,3] = 3,0,0
     im = nibabel.Nifti1Image(a, None)
-    im.header.set_zooms((1,1,4)); im.set_qform(q, codes[0]); im.set_sform(s, codes[1]); nibabel.save(im, tmp_path/'i.nii.gz')
+    im.header.set_zooms((1,1,4))
+    im.set_qform(q, codes[0])
+    im.set_sform(s, codes[1])
+    nibabel.save(im, tmp_path/'i.nii.gz')
     vol,said = read(tmp_path/'i.nii.gz')
     other = dict(qform='sform', sform='qform')[taken]
-    assert len(said)==1 and f'the {taken} was taken; the {other} would put the centre' in said[0] and f'form={other!r}' in said[0]
+    assert (len(said)==1 and f'the {taken} was taken; the {other} would put the centre' in said[0]
+            and f'form={other!r}' in said[0])
     assert ('axes to LAS' in said[0] or 'instead of LAS' in said[0]) if mirror else '3.0 mm away' in said[0]
     assert np.allclose(vol.direction, sitk.ReadImage(tmp_path/'i.nii.gz').GetDirection(), atol=1e-6) # as SimpleITK takes it
     for form,A in dict(qform=q, sform=s).items():
         for v in (read(tmp_path/'i.nii.gz', form=form)[0], read(f'{tmp_path}/i.nii.gz#form={form}')[0]):
-            assert np.allclose(steps(v), np.diag([-1,-1,1])@A[:3,:3], atol=1e-6) and np.allclose(v.origin, np.diag([-1,-1,1])@A[:3,3], atol=1e-6)
+            assert (np.allclose(steps(v), np.diag([-1,-1,1])@A[:3,:3], atol=1e-6)
+                    and np.allclose(v.origin, np.diag([-1,-1,1])@A[:3,3], atol=1e-6))
     if taken=='sform': same_as_nibabel(vol, tmp_path/'i.nii.gz')
 
 def test_qform_and_sform_that_agree_are_silent(tmp_path):
@@ -596,7 +613,8 @@ def test_differing_forms_are_said_once_for_a_cohort(tmp_path):
             im.header.set_zooms((1,1,4)); im.set_qform(q,1); im.set_sform(s,2)
             (tmp_path/d).mkdir(exist_ok=True); nibabel.save(im, tmp_path/d/f'{i}.nii.gz')
     df = load_cohort(tmp_path, 'folder', classes=('background','x'))
-    with pytest.warns(VolumeWarning) as seen: SliceStore(tmp_path/'store', Recipe(size=16, spacing=1)).prepare(df, workers=0, progress=False)
+    with pytest.warns(VolumeWarning) as seen:
+        SliceStore(tmp_path/'store', Recipe(size=16, spacing=1)).prepare(df, workers=0, progress=False)
     text = '\n'.join(str(o.message) for o in seen)
     assert text.count('a qform and an sform that differ')==1 and '8 files' in text
     df = load_cohort(tmp_path, 'folder', form='sform')
@@ -608,7 +626,8 @@ def test_differing_forms_are_said_once_for_a_cohort(tmp_path):
 def test_no_form_at_all_is_said(tmp_path):
     f = patch(nii(tmp_path/'a.nii', np.ones((3,4,5),'u1')), qform_code=0, sform_code=0)
     vol,said = read(f)
-    assert vol.spacing==pytest.approx((4,1.5,1.2)) and said==['has neither qform nor sform: its axes are taken to run to the left, back and head']
+    assert (vol.spacing==pytest.approx((4,1.5,1.2))
+            and said==['has neither qform nor sform: its axes are taken to run to the left, back and head'])
 
 @pytest.mark.parametrize('value', [0,-1.5,np.nan,np.inf])
 @pytest.mark.parametrize('axis', [1,2,3])
@@ -630,7 +649,8 @@ def test_nifti_placements_are_numbers(tmp_path, field, value):
 def test_shear(tmp_path, ext, shear):
     A = np.diag([1,1,3,1.]); A[0,1] = shear
     f = nii(tmp_path/f'a{ext}', np.ones((3,4,5),'i2'), A, lambda h: h.set_qform(None, 0))
-    if shear>1e-3: refused(f, r'has axes that are not perpendicular \(off by .* degrees\): resample it onto a rectangular grid first, for example with nibabel')
+    if shear>1e-3:
+        refused(f, r'has axes that are not perpendicular \(off by .* degrees\): resample it onto a rectangular grid first, for example with nibabel')
     else:
         vol,said = read(f)
         d = np.reshape(vol.direction,(3,3))
@@ -657,7 +677,8 @@ def test_nifti_units(tmp_path, code, factor, forms):
 
 def test_a_unit_that_is_none(tmp_path):
     refused(patch(nii(tmp_path/'a.nii', np.ones((3,4,5),'u1')), xyzt_units=5), 'the unit of its geometry is code 5, expected 1')
-    f = write_volume(Volume(np.ones((3,4,5),'i2')), tmp_path/'a.mha'); edit(f, b'ElementType', 'DistanceUnits = inch\nElementType')
+    f = write_volume(Volume(np.ones((3,4,5),'i2')), tmp_path/'a.mha')
+    edit(f, b'ElementType', 'DistanceUnits = inch\nElementType')
     refused(f, "a geometry in 'inch'")
 
 def edit(path, old, new):
@@ -707,7 +728,8 @@ def test_extensions_members_and_frames(tmp_path):
         same_as_nibabel(read(tmp_path/f'{k}.nii.gz')[0], tmp_path/'a.nii.gz')
     whole = (tmp_path/'two.nii.gz').read_bytes()
     (tmp_path/'cut.nii.gz').write_bytes(whole[:-9]); refused(tmp_path/'cut.nii.gz', 'is cut off')
-    (tmp_path/'more.nii.gz').write_bytes(whole+gzip.compress(b'more')); refused(tmp_path/'more.nii.gz', 'but there are more')
+    (tmp_path/'more.nii.gz').write_bytes(whole+gzip.compress(b'more'))
+    refused(tmp_path/'more.nii.gz', 'but there are more')
     for shape in ((3,4,5,1),(3,4,5,1,1)):
         f = nii(tmp_path/'f.nii.gz', a.reshape(shape)); assert np.array_equal(read(f)[0].array.T, a)
         assert read(f, channels=True)[0].array.shape==(1,5,4,3)
@@ -742,7 +764,8 @@ def test_pairs_and_analyze(tmp_path):
     a = np.arange(60,dtype='i2').reshape(3,4,5)
     nibabel.save(nibabel.Nifti1Pair(a, np.eye(4)), tmp_path/'pair.hdr')
     nibabel.save(nibabel.AnalyzeImage(a, np.eye(4)), tmp_path/'old.hdr')
-    for f in ('pair.hdr','pair.img','old.hdr','old.img'): refused(tmp_path/f, 'Analyze or NIfTI pair .* save it as one .nii.gz file')
+    for f in ('pair.hdr','pair.img','old.hdr','old.img'):
+        refused(tmp_path/f, 'Analyze or NIfTI pair .* save it as one .nii.gz file')
     (tmp_path/'pair.hdr').rename(tmp_path/'pair.nii'); refused(tmp_path/'pair.nii', 'is the header of a pair')
     (tmp_path/'old.hdr').rename(tmp_path/'old.nii'); refused(tmp_path/'old.nii', 'not a NIfTI file')
 
@@ -855,7 +878,8 @@ def test_images_of_two_dimensions(tmp_path):
     f = patch(nii(tmp_path/'a.nii', np.ones((5,6),'i2'), np.eye(4)), pixdim=[1,1,1,0,0,0,0,0], qform_code=0)
     assert read(f)[0].array.shape==(1,6,5) and 'is a 2D image: it is taken to be 1 mm thick' in read(f)[1]
     sitk.WriteImage(sitk.GetImageFromArray(np.ones((4,5),'i2')), tmp_path/'b.mha')
-    assert read(tmp_path/'b.mha')[0].array.shape==(1,4,5) and 'is a 2D image: it is taken to be 1 mm thick' in read(tmp_path/'b.mha')[1]
+    assert (read(tmp_path/'b.mha')[0].array.shape==(1,4,5)
+            and 'is a 2D image: it is taken to be 1 mm thick' in read(tmp_path/'b.mha')[1])
 
 def test_intensity_functions(tmp_path):
     a = np.arange(60,dtype='i2').reshape(3,4,5)
@@ -896,7 +920,8 @@ def test_data_files_that_are_pipes(tmp_path, ext):
 def test_pipes_in_a_cohort_do_not_hang(tmp_path, column):
     "In a process of its own, with a time limit: opening the pipe would wait for ever"
     for i in range(3):
-        for k in ('','m'): write_volume(Volume(np.random.default_rng(i).integers(0,2,(3,16,16)).astype('u1')), tmp_path/f'{i}{k}.nii.gz')
+        for k in ('','m'):
+            write_volume(Volume(np.random.default_rng(i).integers(0,2,(3,16,16)).astype('u1')), tmp_path/f'{i}{k}.nii.gz')
     os.mkfifo(tmp_path/'p.nii.gz')
     rows = [f'{"p" if i==1 and column=="image" else i}.nii.gz,{"p" if i==1 and column=="mask" else f"{i}m"}.nii.gz,s{i}' for i in range(3)]
     (tmp_path/'c.csv').write_text('image,mask,scan\n'+'\n'.join(rows))
@@ -921,7 +946,8 @@ def test_headers_read_nothing_outside_their_folder(tmp_path, ext, name):
     (tmp_path/'secret.raw').write_bytes(b'secret'*1000)
     f = write_volume(Volume(np.ones((3,4,5),'i2')), tmp_path/'in'/f'a{ext}')
     head = f.read_bytes().split(b'\n\n')[0].rstrip() if ext[1]=='n' else f.read_bytes()
-    if ext in ('.mha','.mhd'): head = re.sub(rb'ElementDataFile = [^\n]*', b'ElementDataFile = '+name.replace('\\','\\\\').encode(), head)
+    if ext in ('.mha','.mhd'):
+        head = re.sub(rb'ElementDataFile = [^\n]*', b'ElementDataFile = '+name.replace('\\','\\\\').encode(), head)
     else: head = re.sub(rb'\ndata file: [^\n]*', b'', head)+b'\ndata file: '+name.encode()+b'\n'
     f.write_bytes(head)
     refused(f, 'names a file outside its own folder')
@@ -932,7 +958,8 @@ def test_a_data_file_below_its_header_is_read(tmp_path):
     sitk.WriteImage(sitk.GetImageFromArray(a), tmp_path/'a.mhd')
     (tmp_path/'raw').mkdir(); (tmp_path/'a.raw').rename(tmp_path/'raw'/'a.raw')
     edit(tmp_path/'a.mhd', b'= a.raw', '= raw/a.raw')
-    assert np.array_equal(read(tmp_path/'a.mhd')[0].array, a) and scan_files(tmp_path/'a.mhd')[1]==str(tmp_path/'raw'/'a.raw')
+    assert (np.array_equal(read(tmp_path/'a.mhd')[0].array, a)
+            and scan_files(tmp_path/'a.mhd')[1]==str(tmp_path/'raw'/'a.raw'))
 
 @pytest.mark.parametrize('ext, old, new', [
     ('.mha', b'ElementDataFile', 'HeaderSize = -1\nElementDataFile'), ('.mhd', b'ElementDataFile', 'HeaderSize = -1\nElementDataFile'),
@@ -944,8 +971,10 @@ def test_unknown_lengths(tmp_path, ext, old, new):
     refused(edit(f, old, new), r'does not say where its voxels begin \((HeaderSize|byte skip) is')
 
 def test_keys_that_stand_twice(tmp_path):
-    f = write_volume(Volume(np.ones((3,4,5),'i2')), tmp_path/'a.mha'); refused(edit(f, b'ElementType', 'DimSize = 5 4 2\nElementType'), "says 'DimSize' twice")
-    f = write_volume(Volume(np.ones((3,4,5),'i2')), tmp_path/'a.nrrd'); refused(edit(f, b'kinds', 'sizes: 5 4 2\nkinds'), "says 'sizes' twice")
+    f = write_volume(Volume(np.ones((3,4,5),'i2')), tmp_path/'a.mha')
+    refused(edit(f, b'ElementType', 'DimSize = 5 4 2\nElementType'), "says 'DimSize' twice")
+    f = write_volume(Volume(np.ones((3,4,5),'i2')), tmp_path/'a.nrrd')
+    refused(edit(f, b'kinds', 'sizes: 5 4 2\nkinds'), "says 'sizes' twice")
 
 @pytest.mark.parametrize('ext', ['.nii.gz','.mha','.nrrd'])
 @pytest.mark.parametrize('lo, hi', [(0,1e39),(-1e300,0),(-3e38,3e38)])

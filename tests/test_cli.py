@@ -57,21 +57,25 @@ def test_ctrl_c_and_resume(prepared, tmp_path):
         p.send_signal(signal.SIGINT)
         out,err = p.communicate(timeout=300)
     finally: p.kill()
-    assert p.returncode==130 and f'fastmiseg-train: interrupted; go on with: fastmiseg-train --out {tmp_path/"run"} --resume' in err and 'Traceback' not in err
+    assert (p.returncode==130
+            and f'fastmiseg-train: interrupted; go on with: fastmiseg-train --out {tmp_path/"run"} --resume' in err
+            and 'Traceback' not in err)
     assert not (tmp_path/'run'/'model.safetensors').exists()
     done = command('train', '--out', tmp_path/'run', '--resume', '--workers', 0)
     assert done.returncode==0 and 'RV' in done.stdout, done.stderr
     train_run(prepared, tmp_path/'whole', workers=0, **long)
     a,b = weights(tmp_path/'run'),weights(tmp_path/'whole')
     assert all(torch.equal(a[k], b[k]) for k in b)
-    assert pd.read_csv(tmp_path/'run'/'log.csv').equals(pd.read_csv(tmp_path/'whole'/'log.csv')) and len(pd.read_csv(tmp_path/'run'/'log.csv'))==3
+    assert (pd.read_csv(tmp_path/'run'/'log.csv').equals(pd.read_csv(tmp_path/'whole'/'log.csv'))
+            and len(pd.read_csv(tmp_path/'run'/'log.csv'))==3)
 
 def test_predict_goes_on_after_a_bad_scan(run, hearts, tmp_path):
     (tmp_path/'scans').mkdir()
     for r in hearts.df[:2].itertuples(): os.link(r.image, tmp_path/'scans'/Path(r.image).name)
     (tmp_path/'scans'/'a_broken.nii.gz').write_bytes(Path(hearts.df.image[2]).read_bytes()[:5000])
     r = command('predict', run, tmp_path/'scans', '--out', tmp_path/'segs', '--largest')
-    assert r.returncode==1 and '2 segmentations in' in r.stdout and 'a_broken.nii.gz' in r.stderr and '1 of 3 scans could not be used' in r.stderr
+    assert (r.returncode==1 and '2 segmentations in' in r.stdout and 'a_broken.nii.gz' in r.stderr
+            and '1 of 3 scans could not be used' in r.stderr)
     assert sorted(os.listdir(tmp_path/'segs'))==['heart000.nii.gz','heart001.nii.gz']
     r = command('predict', run, tmp_path/'scans', '--out', tmp_path/'segs')
     assert (r.returncode==2
@@ -94,9 +98,11 @@ def test_wrong_calls(tmp_path):
 def test_weights_reach_their_terms(prepared, tmp_path, capsys, option):
     "What the command hands on is refused under its own name by a method that has no such term"
     for w in (.1, [5.,.8]):
-        with pytest.raises(SystemExit, match='2'): cli.train(str(prepared), str(tmp_path/'run'), method='partial', **{option:w})
+        with pytest.raises(SystemExit, match='2'):
+            cli.train(str(prepared), str(tmp_path/'run'), method='partial', **{option:w})
         assert capsys.readouterr().err==f"fastmiseg-train: --{option.replace('_','-')}: the method 'partial' has no {option} term; it has none\n"
-    with pytest.raises(SystemExit, match='2'): cli.train(str(prepared), str(tmp_path/'run'), method='entropy', entropy=0.)
+    with pytest.raises(SystemExit, match='2'):
+        cli.train(str(prepared), str(tmp_path/'run'), method='entropy', entropy=0.)
     assert '--entropy: 0 leaves the unlabelled scans out; for that, take the method partial' in capsys.readouterr().err
     assert not (tmp_path/'run').exists()
 
@@ -110,7 +116,9 @@ def test_split_is_taken(run, prepared):
 def test_methods(prepared, tmp_path, method):
     train_run(prepared, tmp_path/'run', method=method, workers=0, **{**tiny, 'epochs':1, 'n_iters':3})
     about = load_segmenter(tmp_path/'run'/'model.safetensors').about['provenance']
-    assert about['method']==method and len(about['weights'])==dict(partial=0).get(method, method.count('+')+1) and 'dice' in about['metrics']
+    assert (about['method']==method
+            and len(about['weights'])==dict(partial=0).get(method, method.count('+')+1)
+            and 'dice' in about['metrics'])
 
 def test_folder_moves(run, prepared, tmp_path):
     import shutil
@@ -120,20 +128,26 @@ def test_folder_moves(run, prepared, tmp_path):
 def test_other_format(run, tmp_path):
     (tmp_path/'config.json').write_text(json.dumps({**json.loads((run/'config.json').read_text()), 'format':7, 'fastmiseg':'3.1'}))
     for f in (resume_run, evaluate_run, lambda o: predict_scans(o, o, o)):
-        with pytest.raises(RunError, match=r'config.json: has format 7 and was written by fastmiseg 3.1, this is fastmiseg .* knows format 1'): f(tmp_path)
+        with pytest.raises(RunError, match=r'config.json: has format 7 and was written by fastmiseg 3.1, this is fastmiseg .* knows format 1'):
+            f(tmp_path)
     (tmp_path/'config.json').write_text('{')
     with pytest.raises(RunError, match='config.json: is not JSON'): resume_run(tmp_path)
 
 def test_overwrite(run, prepared, tmp_path):
     (tmp_path/'mine').mkdir(); (tmp_path/'mine'/'thesis.txt').write_text('x')
-    with pytest.raises(RunError, match='is not a run folder, but holds thesis.txt'): train_run(prepared, tmp_path/'mine', overwrite=True)
+    with pytest.raises(RunError, match='is not a run folder, but holds thesis.txt'):
+        train_run(prepared, tmp_path/'mine', overwrite=True)
     with pytest.raises(FileExistsError, match='there is a run already'): train_run(prepared, run)
-    with pytest.raises(RunError, match='is the folder with the prepared slices'): train_run(prepared, prepared, overwrite=True)
-    with pytest.raises(FileExistsError, match='metrics.csv: exists, with other scores'): evaluate_run(run, split='valid', overwrite=False)
+    with pytest.raises(RunError, match='is the folder with the prepared slices'):
+        train_run(prepared, prepared, overwrite=True)
+    with pytest.raises(FileExistsError, match='metrics.csv: exists, with other scores'):
+        evaluate_run(run, split='valid', overwrite=False)
     assert os.listdir(tmp_path/'mine')==['thesis.txt'] and (run/'model.safetensors').exists()
     out = tmp_path/'again'
-    for method in ('partial','entropy'): train_run(prepared, out, method=method, overwrite=True, workers=0, **{**tiny, 'epochs':1, 'n_iters':2})
-    assert load_segmenter(out/'model.safetensors').about['provenance']['method']=='entropy' and len(pd.read_csv(out/'log.csv'))==1
+    for method in ('partial','entropy'):
+        train_run(prepared, out, method=method, overwrite=True, workers=0, **{**tiny, 'epochs':1, 'n_iters':2})
+    assert (load_segmenter(out/'model.safetensors').about['provenance']['method']=='entropy'
+            and len(pd.read_csv(out/'log.csv'))==1)
 
 def test_model_for_other_classes(run, hearts, tmp_path):
     df = hearts.df[:2].drop(columns='split'); df.attrs.update(hearts.df.attrs, classes=('background','prostate'))
@@ -210,7 +224,8 @@ def test_bad_scan_while_training(hearts, tmp_path):
 def test_hippocampus(tmp_path):
     "prepare, train, evaluate and predict as processes, on a few real scans"
     data = os.environ.get('FASTMISEG_DATA')
-    if not data: pytest.skip('FASTMISEG_DATA is not set: the folder of Task04_Hippocampus of the Medical Segmentation Decathlon')
+    if not data:
+        pytest.skip('FASTMISEG_DATA is not set: the folder of Task04_Hippocampus of the Medical Segmentation Decathlon')
     df = load_cohort(data, 'msd')
     df = df[df['mask'].notna()][:14]
     save_cohort(df, tmp_path/'cohort.csv')
@@ -228,4 +243,5 @@ def test_hippocampus(tmp_path):
     a,b = nib.load(df.image.iloc[0]),nib.load(tmp_path/'segs'/name)
     np.testing.assert_allclose(a.affine, b.affine, atol=1e-4); assert a.shape==b.shape and b.get_data_dtype()==np.uint8
     a,b = sitk.ReadImage(df.image.iloc[0]),sitk.ReadImage(str(tmp_path/'segs'/name))
-    for k in ('GetSize','GetSpacing','GetOrigin','GetDirection'): np.testing.assert_allclose(getattr(a,k)(), getattr(b,k)(), atol=1e-5)
+    for k in ('GetSize','GetSpacing','GetOrigin','GetDirection'):
+        np.testing.assert_allclose(getattr(a,k)(), getattr(b,k)(), atol=1e-5)

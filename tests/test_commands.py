@@ -74,7 +74,8 @@ def test_options_come_from_the_command_line(monkeypatch, capsys, tmp_path, run, 
     def seen(root, **options): raise ValueError(repr(options))
     monkeypatch.setattr(P, 'load_cohort', seen)
     first = [] if command in ('prepare','train') else [str(run)]
-    with pytest.raises(SystemExit, match='2'): getattr(cli, command)(*first, str(tmp_path/'scans'), subject='^p', series=1, form='sform')
+    with pytest.raises(SystemExit, match='2'):
+        getattr(cli, command)(*first, str(tmp_path/'scans'), subject='^p', series=1, form='sform')
     assert "{'subject': '^p', 'form': 'sform', 'series': 1}" in capsys.readouterr().err
 
 def test_subject_pattern(hearts, tmp_path):
@@ -95,7 +96,8 @@ def test_prediction_of_a_folder_in_no_order_says_what_is_wrong_with_one_in_order
     (tmp_path/'b').mkdir()
     (tmp_path/'b'/'sub-1').mkdir()
     for o in ('T1w','T2w'): os.link(hearts.df.image[0], tmp_path/'b'/'sub-1'/f'sub-1_{o}.nii.gz')
-    with pytest.raises(CohortError, match='several kinds'): predict_scans(run, tmp_path/'b', tmp_path/'segs', progress=False)
+    with pytest.raises(CohortError, match='several kinds'):
+        predict_scans(run, tmp_path/'b', tmp_path/'segs', progress=False)
     assert len(predict_scans(run, tmp_path/'b', tmp_path/'segs2', suffix='T2w', progress=False))==1
 
 # -- before any work -------------------------------------------------------------------------------------------------
@@ -108,19 +110,23 @@ def test_nothing_unlabelled_is_said_before_slices_are_prepared(hearts, prepared,
     with pytest.raises(ValueError, match="mireg: MIRegCallback takes no 'heads' here"):
         train_run(csv, tmp_path/'run', recipe=hearts.recipe, mireg=dict(heads=3), workers=0, **tiny)
     assert not (tmp_path/'run').exists()
-    with pytest.raises(AssertionError, match='slices were prepared'): train_run(csv, tmp_path/'run', recipe=hearts.recipe, method='partial', workers=0, **tiny)
+    with pytest.raises(AssertionError, match='slices were prepared'):
+        train_run(csv, tmp_path/'run', recipe=hearts.recipe, method='partial', workers=0, **tiny)
 
 def test_in_the_words_of_the_command_line(hearts, tmp_path, capsys):
     csv = cohort_of(hearts, 6, tmp_path/'c.csv', split=['labeled']*4+['valid','test'])
     with pytest.raises(SystemExit, match='2'): cli.train(str(csv), str(tmp_path/'run'), recipe=hearts.recipe)
     said = capsys.readouterr().err
-    assert "fastmiseg-train: --method: 'recommended' learns from unlabelled scans" in said and "take --method 'partial'" in said and '--labeled 2' in said
+    assert ("fastmiseg-train: --method: 'recommended' learns from unlabelled scans" in said
+            and "take --method 'partial'" in said and '--labeled 2' in said)
     (tmp_path/'bad.nii.gz').write_bytes(b'x')
     df = load_cohort(csv, 'csv').assign(image=str(tmp_path/'bad.nii.gz'))
     df.loc[1:,'image'] = hearts.df.image[1:6].tolist()
-    with pytest.raises(SystemExit, match='2'): cli.prepare(str(save_cohort(df, tmp_path/'d.csv')), str(tmp_path/'run'), recipe=hearts.recipe, workers=0)
+    with pytest.raises(SystemExit, match='2'):
+        cli.prepare(str(save_cohort(df, tmp_path/'d.csv')), str(tmp_path/'run'), recipe=hearts.recipe, workers=0)
     said = capsys.readouterr().err
-    assert '1 of 6 scans cannot be used' in said and 'leave them out with --skip-bad:' in said and 'skip_bad' not in said
+    assert ('1 of 6 scans cannot be used' in said and 'leave them out with --skip-bad:' in said
+            and 'skip_bad' not in said)
 
 # -- config.json -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('changes,said', [
@@ -154,7 +160,8 @@ def test_config_that_is_no_json(run, tmp_path):
         with pytest.raises(RunError, match=f'config.json: {said}'): resume_run(tmp_path)
     (tmp_path/'config.json').unlink()
     os.mkfifo(tmp_path/'config.json')
-    with pytest.raises(RunError, match='config.json: is not a regular file'): predict_scans(tmp_path, tmp_path, tmp_path/'out')
+    with pytest.raises(RunError, match='config.json: is not a regular file'):
+        predict_scans(tmp_path, tmp_path, tmp_path/'out')
 
 def test_slices_elsewhere_must_be_there(run, prepared, tmp_path):
     "A run that was copied from another machine does not fill folders there"
@@ -163,7 +170,8 @@ def test_slices_elsewhere_must_be_there(run, prepared, tmp_path):
     assert Path(config['store'])==(prepared/'slices').resolve()
     for store in (str(tmp_path.parent/'nowhere'), '../nowhere'):
         (tmp_path/'config.json').write_text(json.dumps({**config, 'store':store}))
-        with pytest.raises(RunError, match="nowhere, which is not a folder that is there; put it back, or write 'slices'"): resume_run(tmp_path, 0)
+        with pytest.raises(RunError, match="nowhere, which is not a folder that is there; put it back, or write 'slices'"):
+            resume_run(tmp_path, 0)
         with pytest.raises(RunError, match='nowhere'): train_run(tmp_path, tmp_path/'run', workers=0, **tiny)
     assert not (tmp_path.parent/'nowhere').exists() and not (tmp_path/'run').exists()
 
@@ -204,7 +212,8 @@ def test_repeated_evaluation_shows_the_table_again(run, capsys, tmp_path, monkey
     with pytest.raises(FileExistsError, match='metrics.csv: exists, with other scores; '
                                               'choose another folder, or overwrite it'):
         evaluate_run(run, overwrite=False, flips=True)
-    with pytest.raises(FileExistsError, match='exists, with other scores'): evaluate_run(run, split='valid', overwrite=False)
+    with pytest.raises(FileExistsError, match='exists, with other scores'):
+        evaluate_run(run, split='valid', overwrite=False)
 
 # -- ten scans, four of them annotated -------------------------------------------------------------------------------
 @pytest.fixture(scope='module')
@@ -267,7 +276,8 @@ def test_folds(ten, capsys, monkeypatch):
     assert scores.scan.nunique()==4 and sorted(scores.fold.unique())==[0,1,2,3]
     with pytest.raises(FileExistsError, match='there is a run already'): train_run(ten, out, folds=4, **kw)
     again = train_run(ten, out, folds=2, overwrite=True, **kw)
-    assert sorted(o.name for o in out.iterdir())==['config.json','fold0','fold1','metrics.csv','slices','split.csv'] and again.scan.nunique()==4
+    assert (sorted(o.name for o in out.iterdir())==['config.json','fold0','fold1','metrics.csv','slices','split.csv']
+            and again.scan.nunique()==4)
 
 def test_folds_of_what_is_prepared(prepared, tmp_path):
     "Its test scans stay, masks that were put aside are not used"
@@ -275,7 +285,8 @@ def test_folds_of_what_is_prepared(prepared, tmp_path):
     before = load_cohort(prepared/'split.csv', 'csv').set_index('scan').split
     for k in range(2):
         now = load_cohort(tmp_path/'run'/f'fold{k}'/'split.csv', 'csv').set_index('scan').split
-        assert set(now.index[now=='test'])==set(before.index[before=='test']) and set(now.index[now=='unlabeled'])==set(before.index[before=='unlabeled'])
+        assert (set(now.index[now=='test'])==set(before.index[before=='test'])
+                and set(now.index[now=='unlabeled'])==set(before.index[before=='unlabeled']))
     whole,one = (predict_scans(o, prepared/'split.csv', tmp_path/o.name, probabilities=True, progress=False) for o in (tmp_path/'run', tmp_path/'run'/'fold0'))
     two = predict_scans(tmp_path/'run'/'fold1', prepared/'split.csv', tmp_path/'fold1', probabilities=True, progress=False)
     read = lambda df, folder: read_volume(tmp_path/folder/f'{df.scan[0]}_probabilities.nii.gz', channels=True).array
@@ -310,7 +321,8 @@ def test_copies_of_training_scans_are_known_by_their_voxels(run, prepared, heart
         assert any(f'2 scans have the voxels of some that the network was trained on, under another name or in another file {names}: left out; '
                    "split='all' scores them, too" in str(o.message) for o in said)
         assert set(scores.scan)==set(new.scan) and scores.attrs['left_out']=={'copies of training scans':2}
-        with pytest.raises(SystemExit, match='2'): cli.evaluate(str(model), str(tmp_path/'copies.csv'), str(tmp_path/'none'))
+        with pytest.raises(SystemExit, match='2'):
+            cli.evaluate(str(model), str(tmp_path/'copies.csv'), str(tmp_path/'none'))
         assert "nothing new is left to score. Give other scans, or score these with --split 'all'" in capsys.readouterr().err
     assert evaluate_run(run, tmp_path/'scans.csv', tmp_path/'all', split='all', progress=False).scan.nunique()==3
     cli.predict(str(run/'model.safetensors'), str(tmp_path/'scans.csv'), str(tmp_path/'segs'))
@@ -357,7 +369,8 @@ def test_files_that_change_between_preparing_and_training(files, tmp_path):
         with pytest.raises(KeyboardInterrupt): train_run(tmp_path/'prepared', tmp_path/'new', cbs=[Stop()], **kw)
     vol = read_volume(df['mask'][0])
     write_volume(vol.like(vol.array[:,:-1].copy()), df['mask'][0])
-    with pytest.raises(VolumeError, match=f'{df["mask"][0]}: has .* voxels .*but {df.image[0]} has'): train_run(tmp_path/'prepared', tmp_path/'cut', **kw)
+    with pytest.raises(VolumeError, match=f'{df["mask"][0]}: has .* voxels .*but {df.image[0]} has'):
+        train_run(tmp_path/'prepared', tmp_path/'cut', **kw)
     Path(df.image[3]).unlink()
     with pytest.raises(VolumeError, match=f'(?s)2 of 5 scans cannot be used.*{df.image[3]}: does not exist'):
         train_run(tmp_path/'prepared', tmp_path/'gone', **kw)
@@ -365,7 +378,8 @@ def test_files_that_change_between_preparing_and_training(files, tmp_path):
 def test_files_that_change_before_a_training_goes_on(files, tmp_path):
     "Labelled, unlabelled or for validation: named; and with the files of before the training goes on"
     df,kw = files
-    with pytest.raises(KeyboardInterrupt): train_run(tmp_path/'prepared', tmp_path/'run', cbs=[Stop(1)], **{**kw, 'epochs':2})
+    with pytest.raises(KeyboardInterrupt):
+        train_run(tmp_path/'prepared', tmp_path/'run', cbs=[Stop(1)], **{**kw, 'epochs':2})
     for kind,i in (('image',0), ('mask',1), ('image',2), ('mask',4)):
         before = Path(df[kind][i]).read_bytes()
         other_image(df[kind][i])

@@ -109,7 +109,8 @@ class Keep(Callback):
     "Losses of all steps, on their device"
     def before_fit(self): self.losses = []
     def after_loss(self):
-        if self.training: self.losses.append((self.learn.loss_grad if hasattr(self.learn, 'loss_grad') else self.learn.loss).detach())
+        if self.training:
+            self.losses.append((self.learn.loss_grad if hasattr(self.learn, 'loss_grad') else self.learn.loss).detach())
 
 def train(path, device, method, epochs=2, cbs=(), **kw):
     """A short training in which rounding stays rounding: plain SGD, no dropout, more than one pixel in the deepest maps, and
@@ -171,7 +172,8 @@ def test_resume(tmp_path, method, there):
     "Interrupted in the second epoch on the device, gone on with there or on the CPU: the weights of a training that nobody disturbed"
     there = DEVICE if there=='device' else 'cpu'
     whole = train(tmp_path, DEVICE, method)
-    with pytest.raises(KeyboardInterrupt): train(tmp_path, DEVICE, method, cbs=[ResumeCallback(tmp_path/'run', every=1), Stop(6)])
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, DEVICE, method, cbs=[ResumeCallback(tmp_path/'run', every=1), Stop(6)])
     rest = train(tmp_path, there, method, cbs=[ResumeCallback(tmp_path/'run', every=1)], seed=1)
     assert len(rest.steps)==2
     torch.testing.assert_close(rest.steps, whole.steps[6:], rtol=1e-3, atol=1e-5)
@@ -192,12 +194,14 @@ def test_resume_where_there_is_no_cuda(tmp_path):
     "A checkpoint of the device opens on a machine that has none"
     method = 'mi and teacher'
     whole = train(tmp_path, DEVICE, method)
-    with pytest.raises(KeyboardInterrupt): train(tmp_path, DEVICE, method, cbs=[ResumeCallback(tmp_path/'run', every=1), Stop(6)])
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, DEVICE, method, cbs=[ResumeCallback(tmp_path/'run', every=1), Stop(6)])
     env = {**os.environ, 'CUDA_VISIBLE_DEVICES':'', 'FASTMISEG_DEVICE':'cpu'}
     res = subprocess.run([sys.executable, '-c', WITHOUT, str(Path(__file__).parent), str(tmp_path), method], env=env, capture_output=True, text=True)
     assert res.returncode==0, res.stderr[-3000:]
     rest = torch.load(tmp_path/'rest.pt', weights_only=True)
-    for k,o in whole.model.state_dict().items(): torch.testing.assert_close(rest[k].float(), o.cpu().float(), rtol=5e-3, atol=5e-4, msg=lambda m: f'{k}: {m}')
+    for k,o in whole.model.state_dict().items():
+        torch.testing.assert_close(rest[k].float(), o.cpu().float(), rtol=5e-3, atol=5e-4, msg=lambda m: f'{k}: {m}')
 
 @methods
 def test_moved_between_devices(tmp_path, method):
@@ -213,7 +217,8 @@ def test_moved_between_devices(tmp_path, method):
         assert np.isfinite([float(o) for o in learn.recorder.values[-1]]).all()
     for cb in cbs:
         if hasattr(cb, 'to_model'): cb.to_model(learn.model)
-        if getattr(cb, 'projectors', None) is not None: assert {p.device.type for p in cb.projectors.parameters()}=={DEVICE}
+        if getattr(cb, 'projectors', None) is not None:
+            assert {p.device.type for p in cb.projectors.parameters()}=={DEVICE}
 
 # metrics, inference, export
 def test_volume_metrics_are_those_of_the_cpu(tmp_path):

@@ -17,7 +17,8 @@ def cohort(tmp_path_factory):
     return split_cohort(df, labeled=2, valid=1, seed=0)
 
 recipe = Recipe(spacing=(4.,4.), size=(32,32), classes=('background','RV','Myo','LV'), flip='hv', rotate=10., jitter=.2)
-def loaders(df, store, **kw): return MISegDataLoaders.from_cohort(df, recipe, store=store, bs=2, unlabeled_bs=3, n_iters=2, workers=0, **kw)
+def loaders(df, store, **kw):
+    return MISegDataLoaders.from_cohort(df, recipe, store=store, bs=2, unlabeled_bs=3, n_iters=2, workers=0, **kw)
 
 def test_masks_of_unlabelled_scans_are_never_opened(cohort, tmp_path):
     df = cohort.copy()
@@ -126,7 +127,8 @@ def test_a_cohort_alone_and_unlabelled_scans_from_elsewhere(cohort, tmp_path):
     assert all(dls.recipe==Recipe.auto(cohort) for dls in all_of) and all_of[0].vocab==list(cohort.attrs['classes'])
     assert [len(o) for o in all_of[0].one_batch()]==[4,10,4]
     assert sum(len(x) for x, in all_of[0].test_dl(tmp_path/'plain'))==len(images[0])
-    with pytest.raises(ValueError, match='image is in several parts|images are in several parts'): make(list(known.image))
+    with pytest.raises(ValueError, match='image is in several parts|images are in several parts'):
+        make(list(known.image))
     (tmp_path/'empty').mkdir()
     with pytest.raises(ValueError, match='empty: no known layout'): make(tmp_path/'empty')
 

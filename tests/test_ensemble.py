@@ -17,7 +17,8 @@ class Says(nn.Module):
 
 recipe = Recipe(spacing=2., size=(16,16), classes=('background','a'))
 
-def segmenter(*p, recipe=recipe): return Segmenter(Says(*p), recipe, dict(arch=dict(arch='unet'), training={}, provenance={}))
+def segmenter(*p, recipe=recipe):
+    return Segmenter(Says(*p), recipe, dict(arch=dict(arch='unet'), training={}, provenance={}))
 
 @pytest.fixture
 def scan(tmp_path):
@@ -73,7 +74,8 @@ def test_one_model_cannot_disagree(scan, tmp_path):
     (dict(size=(32,32)), 'differ in size')])
 def test_models_that_do_not_go_together(change, say):
     other = Recipe(**{**recipe.to_dict(), **change})
-    with pytest.raises(SegmenterError, match=say): _together([segmenter(.5,.5), segmenter(.5,.5, recipe=other)], ['x','y'])
+    with pytest.raises(SegmenterError, match=say):
+        _together([segmenter(.5,.5), segmenter(.5,.5, recipe=other)], ['x','y'])
 
 def test_augmentation_may_differ():
     other = Recipe(**{**recipe.to_dict(), 'flip':'h', 'rotate':10.})

@@ -24,11 +24,13 @@ def test_opens_over_the_scan(heart, scan, tmp_path, ext):
     seg = predict_volume(heart.learn, scan, out=out, probabilities=prob)
     a,b = sitk.ReadImage(str(scan)),sitk.ReadImage(str(out))
     assert b.GetPixelID()==sitk.sitkUInt8 and a.GetSize()==b.GetSize()
-    for k in ('GetSpacing','GetOrigin','GetDirection'): np.testing.assert_allclose(getattr(b,k)(), getattr(a,k)(), atol=1e-5)
+    for k in ('GetSpacing','GetOrigin','GetDirection'):
+        np.testing.assert_allclose(getattr(b,k)(), getattr(a,k)(), atol=1e-5)
     assert np.array_equal(sitk.GetArrayFromImage(b), seg.array)
     if 'nii' in ext: # the second reader
         a,b,p = nib.load(scan),nib.load(out),nib.load(prob)
-        assert b.get_data_dtype()==np.uint8 and p.get_data_dtype()==np.float32 and a.shape==b.shape and p.shape==(*a.shape,4)
+        assert (b.get_data_dtype()==np.uint8 and p.get_data_dtype()==np.float32 and a.shape==b.shape
+                and p.shape==(*a.shape,4))
         for o in (b,p): np.testing.assert_allclose(o.affine, a.affine, atol=1e-4)
         assert np.array_equal(np.asarray(b.dataobj).T, seg.array)
         assert np.array_equal(np.asarray(p.dataobj).argmax(-1).T, seg.array)
@@ -45,7 +47,9 @@ def headers(kind, A, zooms):
     unit = np.diag([scale]*3+[1])
     if kind!='sform without spacings': h.set_qform(unit@A, 1)
     if kind=='two places': h.set_sform(moved, 2)
-    elif kind=='sform without spacings': h['pixdim'][1:4],h['sform_code'] = zooms,2; h['srow_x'],h['srow_y'],h['srow_z'] = np.diag([-1,-1,1,1.])[:3]
+    elif kind=='sform without spacings':
+        h['pixdim'][1:4],h['sform_code'] = zooms,2
+        h['srow_x'],h['srow_y'],h['srow_z'] = np.diag([-1,-1,1,1.])[:3]
     elif kind!='qform alone': h.set_sform(unit@A, 1)
     return h
 
@@ -77,9 +81,11 @@ def test_a_volume_that_was_changed_in_memory_keeps_its_own_place(heart, scan, tm
     vol = read_volume(scan)
     vol.spacing,vol.origin = tuple(2*o for o in vol.spacing),(1.,2.,3.)
     predict_volume(heart.learn, vol, out=tmp_path/'seg.nii.gz')
-    assert np.allclose(read_volume(tmp_path/'seg.nii.gz').spacing, vol.spacing) and np.allclose(read_volume(tmp_path/'seg.nii.gz').origin, vol.origin)
+    assert (np.allclose(read_volume(tmp_path/'seg.nii.gz').spacing, vol.spacing)
+            and np.allclose(read_volume(tmp_path/'seg.nii.gz').origin, vol.origin))
 
-def test_good_enough_to_tell_something(heart): assert evaluate_cohort(heart.learn, heart.df[heart.df.split=='test'], progress=False).dice.mean()>.7
+def test_good_enough_to_tell_something(heart):
+    assert evaluate_cohort(heart.learn, heart.df[heart.df.split=='test'], progress=False).dice.mean()>.7
 
 # -- scans unlike those of training ----------------------------------------------------------------------------------------
 def reoriented(vol, order, flip):
@@ -182,7 +188,8 @@ def test_cut_while_writing(heart, scan, tmp_path, monkeypatch):
         write(im, path, **kw)
         os.truncate(path, os.path.getsize(path)//2)
     monkeypatch.setattr(V.sitk, 'WriteImage', cut)
-    with pytest.raises(VolumeError, match='is the disk full'): predict_volume(heart.learn, scan, out=tmp_path/'seg.nii.gz')
+    with pytest.raises(VolumeError, match='is the disk full'):
+        predict_volume(heart.learn, scan, out=tmp_path/'seg.nii.gz')
     assert not os.listdir(tmp_path)
 
 def test_old_file_survives(heart, scan, tmp_path, monkeypatch):
@@ -203,12 +210,14 @@ def test_diverged_network(heart, scan):
 def test_mask_of_another_scan(heart):
     df = heart.df[:2].copy()
     df.loc[0,'mask'] = heart.df['mask'][3]
-    with pytest.raises(VolumeError, match='heart003.nii.gz: has .* voxels'): evaluate_cohort(heart.learn, df, progress=False)
+    with pytest.raises(VolumeError, match='heart003.nii.gz: has .* voxels'):
+        evaluate_cohort(heart.learn, df, progress=False)
 
 def test_mask_with_other_values(heart, tmp_path):
     mask = read_volume(heart.df['mask'][0])
     df = heart.df[:1].assign(mask=str(write_volume(mask.like(mask.array*3), tmp_path/'m.nii.gz')))
-    with pytest.raises(VolumeError, match='m.nii.gz: holds the values 6, 9, declared are 0, 1, 2, 3'): evaluate_cohort(heart.learn, df, progress=False)
+    with pytest.raises(VolumeError, match='m.nii.gz: holds the values 6, 9, declared are 0, 1, 2, 3'):
+        evaluate_cohort(heart.learn, df, progress=False)
 
 def test_warnings_are_told_once(heart, tmp_path):
     "Masks whose geometry is off by a little: one warning for the cohort, not one for each file"

@@ -86,7 +86,8 @@ def test_sync_bn_converts_the_layers_and_gives_them_back():
         inside[0].running_mean = torch.full_like(inside[0].running_mean, 3.)
         net.eval()
     after = [o for o in net.modules() if isinstance(o, nn.BatchNorm2d)]
-    assert all(p is q for p,q in zip(before, after)) and after[0].running_mean.eq(3).all() and after[0].weight.eq(2).all()
+    assert (all(p is q for p,q in zip(before, after)) and after[0].running_mean.eq(3).all()
+            and after[0].weight.eq(2).all())
     assert not any(o.training for o in after)
     net(torch.randn(2, 1, 32, 32))
 

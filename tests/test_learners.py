@@ -35,7 +35,8 @@ def rgb(tmp_path_factory):
         y = np.zeros((32,32), np.uint8); y[8:20,4+i:16+i] = 1
         Image.fromarray((rng.integers(0,80,(32,32,3))+120*y[...,None]).astype(np.uint8)).save(root/('images' if i<6 else 'more')/f'{i}.png')
         if i<6: Image.fromarray(y).save(root/'masks'/f'{i}.png')
-    Image.fromarray(np.zeros((48,32,3), np.uint8)).save(root/'other'/'0.png'); Image.fromarray(np.zeros((48,32,3), np.uint8)).save(root/'other'/'1.png')
+    Image.fromarray(np.zeros((48,32,3), np.uint8)).save(root/'other'/'0.png')
+    Image.fromarray(np.zeros((48,32,3), np.uint8)).save(root/'other'/'1.png')
     return root
 
 def unet(rgb, arch=None, batch_tfms=None, **kw):
@@ -109,7 +110,8 @@ def test_encoder_that_keeps_its_layers_in_one(tmp_path):
     "The stages of the default layers are found, and train"
     from torchvision.models import vgg11_bn
     net,cb = create_unet(vgg11_bn, n_in=1, n_out=2, size=(32,32)),MIRegCallback(n_clusters=3, n_heads=2)
-    assert net(torch.randn(2,1,32,32)).shape==(2,2,32,32) and [s.scale for s in find_stages(net, cb.layers).values()]==[16,2,1]
+    assert (net(torch.randn(2,1,32,32)).shape==(2,2,32,32)
+            and [s.scale for s in find_stages(net, cb.layers).values()]==[16,2,1])
     learn = quiet(learner(tmp_path, dls=loaders(size=32, n_iters=1), net=net))
     learn.fit(1, 1e-3, cbs=cb)
     assert set(cb.projectors)=={'Conv5','Upconv3','Upconv2'} and np.isfinite(learn.recorder.values[-1]).all()
@@ -167,7 +169,8 @@ def test_weight_decay_of_the_projectors(tmp_path):
     learn = quiet(learner(tmp_path, wd=.1)) # 4 steps
     learn.fit(1, 0., cbs=cb); start = values(cb.projectors.parameters())
     learn.fit(1, 1e-1, cbs=cb)
-    for p,o in zip(cb.projectors.parameters(), start): torch.testing.assert_close(p.data, o*(1-.1*.1)**4 if p.ndim>1 else o)
+    for p,o in zip(cb.projectors.parameters(), start):
+        torch.testing.assert_close(p.data, o*(1-.1*.1)**4 if p.ndim>1 else o)
 
 @pytest.mark.parametrize('order', [PairedBatchCallback.order+1, 99])
 def test_skipped_steps(tmp_path, order):
@@ -205,9 +208,11 @@ def test_trackers(tmp_path):
     learn = quiet(learner(tmp_path))
     learn.fit(3, 1e-3, cbs=[small_mireg(), SaveModelCallback(monitor='local_mi', comp=np.less, with_opt=True), EarlyStoppingCallback(patience=5), CSVLogger()])
     log = learn.csv_logger.read_log() if hasattr(learn, 'csv_logger') else __import__('pandas').read_csv(tmp_path/'history.csv')
-    assert list(log.columns)==['epoch','train_loss','valid_loss','global_mi','local_mi','consistency','time'] and len(log)==3
+    assert (list(log.columns)==['epoch','train_loss','valid_loss','global_mi','local_mi','consistency','time']
+            and len(log)==3)
     state = torch.load(tmp_path/'models'/'model.pth', weights_only=False)
-    assert set(state['model'])==set(learn.model.state_dict()) and len(state['opt']['state'])==len(list(learn.model.parameters()))
+    assert (set(state['model'])==set(learn.model.state_dict())
+            and len(state['opt']['state'])==len(list(learn.model.parameters())))
 
 def test_early_stopping_with_a_teacher(tmp_path, capsys):
     "It stops while the teacher stands in for the student, who is there again afterwards"
@@ -258,13 +263,16 @@ def test_batch_of_one(tmp_path):
     learn = quiet(learner(tmp_path, dls=loaders(bs=1, unlabeled_bs=1)))
     learn.fit(1, 1e-3, cbs=small_mireg())
     for cbs in ([], [EMATeacherCallback()]):
-        with pytest.raises(ValueError, match='a batch of one image cannot train a network with BatchNorm'): learn.fit(1, 1e-3, cbs=cbs)
+        with pytest.raises(ValueError, match='a batch of one image cannot train a network with BatchNorm'):
+            learn.fit(1, 1e-3, cbs=cbs)
 
 def test_bad_windows_and_layers(tmp_path):
     with pytest.raises(ValueError, match=r"neighborhood: 21 is more than the map of 'Upconv3' allows, which is 8×8 \(at most 15\)"):
         quiet(learner(tmp_path)).fit(1, cbs=small_mireg(neighborhood={'Upconv3':21}))
-    with pytest.raises(ValueError, match="no stage 'Conv9' in UNet; there are Conv1, "): quiet(learner(tmp_path)).fit(1, cbs=small_mireg(global_layers='Conv9'))
-    with pytest.raises(ValueError, match='there are no unlabelled images. Either'): quiet(learner(tmp_path, dls=loaders(n=9))).fit(1, cbs=small_mireg())
+    with pytest.raises(ValueError, match="no stage 'Conv9' in UNet; there are Conv1, "):
+        quiet(learner(tmp_path)).fit(1, cbs=small_mireg(global_layers='Conv9'))
+    with pytest.raises(ValueError, match='there are no unlabelled images. Either'):
+        quiet(learner(tmp_path, dls=loaders(n=9))).fit(1, cbs=small_mireg())
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='mixed precision in fastai needs CUDA')
 @pytest.mark.parametrize('bf16', [False,True])
@@ -317,7 +325,8 @@ def test_no_number_without_regularisers(tmp_path):
         def before_batch(self):
             if self.training and self.train_iter==2: self.learn.xb = (self.x*float('nan'),)
     learn = quiet(learner(tmp_path))
-    with pytest.raises(FloatingPointError, match=r'the supervised loss is nan at step 2 .*labelled: [\d, ]+; unlabelled: \d'): learn.fit(1, 1e-3, cbs=Bad())
+    with pytest.raises(FloatingPointError, match=r'the supervised loss is nan at step 2 .*labelled: [\d, ]+; unlabelled: \d'):
+        learn.fit(1, 1e-3, cbs=Bad())
     assert all(p.isfinite().all() for p in learn.model.parameters())
 
 def test_networks_of_monai_find_their_stages():
@@ -329,7 +338,8 @@ def test_networks_of_monai_find_their_stages():
         found = list(find_stages(net, ['Conv5','Upconv3','Upconv2']).values())
         assert ([o.scale for o in found]==sorted((o.scale for o in found), reverse=True)
                 and found[0].scale>found[1].scale>found[2].scale), (type(net).__name__, found)
-        assert all(net.get_submodule(o.module) is not None for o in found) and found[0].scale==max(o.scale for o in stages(net).values())
+        assert (all(net.get_submodule(o.module) is not None for o in found)
+                and found[0].scale==max(o.scale for o in stages(net).values()))
 
 def test_networks_of_segmentation_models_find_their_stages():
     smp = pytest.importorskip('segmentation_models_pytorch', reason='needs segmentation-models-pytorch')
@@ -345,7 +355,8 @@ def test_networks_of_others_train(tmp_path):
         cb = MIRegCallback(n_clusters=3, n_heads=2)
         learn = quiet(learner(tmp_path, dls=loaders(size=32, n_iters=1), net=net))
         learn.fit(1, 1e-3, cbs=cb)
-        assert set(cb.projectors)=={'Conv5','Upconv3','Upconv2'} and np.isfinite(learn.recorder.values[-1]).all() and hooks(net)==0
+        assert (set(cb.projectors)=={'Conv5','Upconv3','Upconv2'}
+                and np.isfinite(learn.recorder.values[-1]).all() and hooks(net)==0)
 
 @pytest.mark.parametrize('arch', ['unet','residual_unet','dynamic_unet'])
 def test_weights_that_do_not_exist(arch):

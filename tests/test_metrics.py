@@ -96,7 +96,8 @@ def test_any_batches_any_order_same_values(sizes, bs, seed, repeat):
     want = [score_volume(p[scan==k].numpy(), y[scan==k].numpy(), (5.,1.,2.), ['bg','1','2']) for k in range(len(sizes))]
     for cls,col in ((VolumeDice,'dice'), (VolumeSensitivity,'sensitivity'), (VolumePrecision,'precision'), (VolumeHD95,'hd95'), (VolumeASSD,'assd')):
         got = _feed(cls(), p, y, scan, order, bs)
-        assert list(got.scan)==[f's{k}' for k in range(len(sizes)) for _ in '12'] and list(got['class'])==['1','2']*len(sizes)
+        assert (list(got.scan)==[f's{k}' for k in range(len(sizes)) for _ in '12']
+                and list(got['class'])==['1','2']*len(sizes))
         np.testing.assert_allclose(got[col], np.concatenate([w[col] for w in want]), rtol=1e-12)
 
 @settings(max_examples=30, deadline=None)

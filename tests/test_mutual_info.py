@@ -181,7 +181,8 @@ def test_blocks_and_chunks_do_not_show(monkeypatch):
     for block, chunk in ((1, 8), (600, 64), (1000, 1 << 20)):
         monkeypatch.setattr('fastmiseg.pair_sums._BLOCK', block)
         monkeypatch.setattr('fastmiseg.pair_sums._CHUNK', chunk)
-        for a, b in zip(gradients(lambda p, q: local_mi_loss(p, q, (5, 3)), p, q), ref): assert (a - b).abs().max() < 1e-14
+        for a, b in zip(gradients(lambda p, q: local_mi_loss(p, q, (5, 3)), p, q), ref):
+            assert (a - b).abs().max() < 1e-14
 
 # how it may be called
 
@@ -219,7 +220,8 @@ def test_features_in_any_memory_format_and_precision():
     gx, = torch.autograd.grad(proj.loss(x, g, 3), x)
     assert gx.is_contiguous(memory_format=torch.channels_last) and torch.allclose(gx, ref[1], rtol=1e-4, atol=1e-9)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        for a, b in zip(gradients(lambda f, g: proj.loss(f, g, 3), f, g), ref): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-9)
+        for a, b in zip(gradients(lambda f, g: proj.loss(f, g, 3), f, g), ref):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-9)
         assert proj(f).dtype == f32 and GlobalProjector(8)(f.bfloat16()).dtype == f32
         half = gradients(lambda f, g: proj.loss(f, g, 3), f.bfloat16(), g.bfloat16())
     assert half[0].dtype == f32 and half[1].dtype == torch.bfloat16
@@ -249,9 +251,11 @@ def test_inputs_are_left_alone():
 def test_compiled_code_gives_the_same():
     proj = LocalProjector(4, n_clusters=3, n_heads=2)
     f, g = torch.randn(2, 2, 4, 8, 8)
-    def step(f, g): return proj.loss(f*2, g, 3) + local_mi_loss(proj(f), proj(g), 3) + global_mi_loss(proj(f)[..., 0, 0], proj(g)[..., 0, 0])
+    def step(f, g):
+        return proj.loss(f*2, g, 3) + local_mi_loss(proj(f), proj(g), 3) + global_mi_loss(proj(f)[..., 0, 0], proj(g)[..., 0, 0])
     compiled = torch.compile(step, backend='aot_eager')
-    for a, b in zip(gradients(compiled, f, g), gradients(step, f, g)): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-9)
+    for a, b in zip(gradients(compiled, f, g), gradients(step, f, g)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-9)
 
 @pytest.mark.parametrize('shape,size', [((2, 8, 16, 16), 7), ((2, 8, 6, 7, 8), 3)])
 def test_nothing_waits_for_the_device(shape, size):
@@ -267,15 +271,18 @@ def test_nothing_waits_for_the_device(shape, size):
         w = (size,)*len(shape[2:])
         for saved in ((f, g, torch.empty(5, 10, 8), torch.empty(5, 10)), (p, p, None, None)):
             ctx = SimpleNamespace(saved_tensors=saved, w=w, needs_input_grad=(True, True, saved[2] is not None, saved[2] is not None, False))
-            with torch.no_grad(): grads = PairSums.backward.__wrapped__(ctx, torch.empty(5, size**len(w), 10, 10, dtype=f64))
-            for x, gx in zip(saved, grads): assert x is None and gx is None or gx.shape == x.shape and gx.device.type == 'cuda'
+            with torch.no_grad():
+                grads = PairSums.backward.__wrapped__(ctx, torch.empty(5, size**len(w), 10, 10, dtype=f64))
+            for x, gx in zip(saved, grads):
+                assert x is None and gx is None or gx.shape == x.shape and gx.device.type == 'cuda'
     assert flags == (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
 
 def test_without_onednn(monkeypatch):
     p, q = [soft(2, 1, 3, 4, 5, 6, dtype=f32) for _ in range(2)]
     ref = gradients(lambda p, q: local_mi_loss(p, q, 3), p, q)
     monkeypatch.setattr('torch.backends.mkldnn.is_available', lambda: False)
-    for a, b in zip(gradients(lambda p, q: local_mi_loss(p, q, 3), p, q), ref): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-9)
+    for a, b in zip(gradients(lambda p, q: local_mi_loss(p, q, 3), p, q), ref):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-9)
 
 def test_an_empty_batch():
     loss, g = gradients(lambda p: local_mi_loss(p, p, 3), torch.ones(0, 2, 3, 4, 4))
@@ -303,4 +310,5 @@ def test_a_prior_per_head_and_a_uniform_one():
 
 def test_heads_do_not_mix():
     p, q = soft(2, 3, 4, 5, 6), soft(2, 3, 4, 5, 6)
-    for s in range(3): assert torch.allclose(local_joint(p, q, 3)[s], local_joint(p[:, [s]], q[:, [s]], 3)[0], atol=1e-15)
+    for s in range(3):
+        assert torch.allclose(local_joint(p, q, 3)[s], local_joint(p[:, [s]], q[:, [s]], 3)[0], atol=1e-15)

@@ -27,7 +27,8 @@ def reference(x, y, weight, bias, w, G):
     "Sums and gradients in float64"
     xs = [o if o is None else o.detach().double().cpu().requires_grad_() for o in (x, y, weight, bias)]
     p, q = xs[:2]
-    if weight is not None: p, q = [(torch.einsum('skc,nc...->nsk...', xs[2], o) + xs[3].reshape(1, *bias.shape, *[1]*len(w))).softmax(2) for o in (p, q)]
+    if weight is not None:
+        p, q = [(torch.einsum('skc,nc...->nsk...', xs[2], o) + xs[3].reshape(1, *bias.shape, *[1]*len(w))).softmax(2) for o in (p, q)]
     R = loop(p, q, w)
     return R.detach(), *torch.autograd.grad(R, [o for o in xs if o is not None], G.cpu())
 

@@ -102,11 +102,14 @@ def supervised(): return loaders(n=9, n_iters=3)
 def test_wrong_uses_have_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="no stage 'Conv7' in UNet; there are Conv1"):
         bad(tmp_path, type('Unknown', (Nothing,), dict(layers=('Conv7',)))())
-    with pytest.raises(ValueError, match='Nothing: there are no unlabelled images. Either train on paired batches'): bad(tmp_path, Nothing(), supervised())
+    with pytest.raises(ValueError, match='Nothing: there are no unlabelled images. Either train on paired batches'):
+        bad(tmp_path, Nothing(), supervised())
     with pytest.raises(ValueError, match=r'unlabelled images are \(1, 8, 8\)'):
         bad(tmp_path, Nothing(unlabeled=DataLoader([torch.randn(1,8,8)]*4, bs=2)), supervised())
-    with pytest.raises(ValueError, match='the DataLoader gave no batch'): bad(tmp_path, Nothing(unlabeled=DataLoader([], bs=2)), supervised())
-    with pytest.raises(ValueError, match='the list of unlabelled images is empty'): bad(tmp_path, Nothing(unlabeled=[]), supervised())
+    with pytest.raises(ValueError, match='the DataLoader gave no batch'):
+        bad(tmp_path, Nothing(unlabeled=DataLoader([], bs=2)), supervised())
+    with pytest.raises(ValueError, match='the list of unlabelled images is empty'):
+        bad(tmp_path, Nothing(unlabeled=[]), supervised())
     with pytest.raises(ValueError, match='unlabeled: 2 methods were given images of their own, but one forward pass serves them all'):
         bad(tmp_path, [Nothing(unlabeled=[4]), Nothing(unlabeled=[5])], supervised())
     with pytest.raises(ValueError, match='T: 2 methods were given a T of their own'):
@@ -114,7 +117,8 @@ def test_wrong_uses_have_a_sentence(tmp_path):
     with pytest.raises(ValueError, match='T: .*RandomFlips.* is not a pool to draw transformations from; '
                                          'give one, as RandomFlips'):
         bad(tmp_path, ConsistencyCallback(T=RandomFlips))
-    with pytest.raises(ValueError, match=r'T: RandomFlips\(axes=\(\), p=0.5\) does nothing'): bad(tmp_path, ConsistencyCallback(T=RandomFlips(())))
+    with pytest.raises(ValueError, match=r'T: RandomFlips\(axes=\(\), p=0.5\) does nothing'):
+        bad(tmp_path, ConsistencyCallback(T=RandomFlips(())))
     with pytest.raises(ValueError, match="give the loss reduction='mean'"):
         bad(tmp_path, Nothing(), loss_func=CrossEntropyLossFlat(axis=1, reduction='none'))
     with pytest.raises(ValueError, match='passes: 0 is not 1, 2 or 3'):

@@ -33,7 +33,8 @@ def test_files(tmp_path):
     assert list(df.columns)==['subject','scan','image','mask'] and df['scan'].is_unique
     assert df.attrs['classes']==('background','RV','Myo','LV')
     csv = pd.read_csv(tmp_path/'cohort.csv')
-    assert list(csv.image)==[f'images/heart{i:03d}.nii.gz' for i in range(3)] and all((tmp_path/o).exists() for o in csv['mask'])
+    assert (list(csv.image)==[f'images/heart{i:03d}.nii.gz' for i in range(3)]
+            and all((tmp_path/o).exists() for o in csv['mask']))
     for r in df.itertuples():
         image, mask = read_volume(r.image), read_volume(r.mask)
         check_same_geometry(image, mask)
@@ -66,7 +67,8 @@ def test_killed_and_called_again(tmp_path):
     want = make_phantom(tmp_path/'want', 12)
     p = _python(f'make_phantom({str(tmp_path/"got")!r}, 12)')
     t = time.monotonic()
-    while len(list((tmp_path/'got').glob('masks/*.nii.gz')))<2 and p.poll() is None and time.monotonic()-t<300: time.sleep(.02)
+    while len(list((tmp_path/'got').glob('masks/*.nii.gz')))<2 and p.poll() is None and time.monotonic()-t<300:
+        time.sleep(.02)
     p.send_signal(signal.SIGKILL); p.communicate()
     got = make_phantom(tmp_path/'got', 12)
     for k in ('image','mask'): assert [Path(o).read_bytes() for o in got[k]]==[Path(o).read_bytes() for o in want[k]]
@@ -76,7 +78,8 @@ def test_two_processes_at_once(tmp_path):
     for p in ps:
         out, err = p.communicate(timeout=300)
         assert out.strip()=='4', err[-2000:]
-    for i,r in make_phantom(tmp_path/'p', 4, **small).iterrows(): assert np.array_equal(read_volume(r['image']).array, phantom_scan(i, **small)[0].array)
+    for i,r in make_phantom(tmp_path/'p', 4, **small).iterrows():
+        assert np.array_equal(read_volume(r['image']).array, phantom_scan(i, **small)[0].array)
 
 def test_messages(tmp_path):
     make_phantom(tmp_path/'p', 1, **small)
@@ -84,7 +87,8 @@ def test_messages(tmp_path):
                                           r".*'n_subjects': 2.* asked for. Use another folder"):
         make_phantom(tmp_path/'p', 2, **small)
     (tmp_path/'file').write_text('')
-    with pytest.raises(CohortError, match='file is a file, but the phantom needs a folder'): make_phantom(tmp_path/'file', 1)
+    with pytest.raises(CohortError, match='file is a file, but the phantom needs a folder'):
+        make_phantom(tmp_path/'file', 1)
     (tmp_path/'p'/'phantom.json').write_text('{"format"')
     with pytest.raises(CohortError, match='phantom.json cannot be read'): make_phantom(tmp_path/'p', 1, **small)
     with pytest.raises(CohortError, match=r'n_slices=\(3, 2\): expected'): make_phantom(tmp_path/'q', 1, n_slices=(3,2))

@@ -78,7 +78,8 @@ def test_boxes_say_how_many_scans_they_stand_on_and_which_way_is_better():
     ax = plot_scores(scores, 'hd95').axes[0]
     assert [o.get_text() for o in ax.texts]==['n=1']*3
     assert ax.get_ylabel()=='95 % Hausdorff distance (mm)\nlower is better'
-    with pytest.raises(ValueError, match="'f1' is not a column of the scores; there are subject, scan"): plot_scores(scores, 'f1')
+    with pytest.raises(ValueError, match="'f1' is not a column of the scores; there are subject, scan"):
+        plot_scores(scores, 'f1')
 
 def test_a_class_has_one_colour_everywhere():
     boxes = [to_hex(o.get_facecolor()) for o in plot_scores(scores).axes[0].patches]

@@ -34,7 +34,8 @@ def test_lines_of_a_training(hearts):
     fit(tiny, some(hearts), hearts.recipe, hearts.root/'slices', workers=0, quiet=True, more=[EpochLines(first=0., say=said.append)])
     assert said[0].startswith('about ') and ' to go on this machine (' in said[0] and 'GB of memory so far' in said[0]
     assert [o.split(':')[0] for o in said[1:]]==['epoch 1 of 2','epoch 2 of 2']
-    assert all(k in said[1] for k in ('train_loss','valid_loss','dice','consistency')) and 'to go' in said[1] and 'to go' not in said[2]
+    assert (all(k in said[1] for k in ('train_loss','valid_loss','dice','consistency'))
+            and 'to go' in said[1] and 'to go' not in said[2])
 
 def test_in_the_place_of_the_table(hearts, capsys):
     with lines_instead_of_bars():

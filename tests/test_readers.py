@@ -13,7 +13,8 @@ from fastmiseg.scans.split import split_cohort
 from fastmiseg.scans.masks import read_mask, read_scan
 from fastmiseg.scans.volume import Volume, read_volume, write_volume
 
-def image(seed=0, shape=(4,10,12)): return Volume(np.random.default_rng(seed).integers(1, 900, shape).astype(np.int16), (5.,1.5,1.25))
+def image(seed=0, shape=(4,10,12)):
+    return Volume(np.random.default_rng(seed).integers(1, 900, shape).astype(np.int16), (5.,1.5,1.25))
 def mask_of(vol, values=(0,1)):
     return vol.like(np.choose((vol.array[-1] if vol.array.ndim==4 else vol.array)%len(values), values)
                       .astype(np.uint16 if max(values)>255 else np.uint8))
@@ -35,7 +36,8 @@ def acdc(root, flat=False):
         p = f'patient{n:03d}'
         d = root/p if flat else root/part/p
         put(d, f'{p}_4d.nii.gz', shape=(3,4,10,12))
-        for f in (1,12): put(d, f'{p}_frame{f:02d}.nii.gz', f'{p}_frame{f:02d}_gt.nii.gz', seed=n*100+f, values=(0,1,2,3))
+        for f in (1,12):
+            put(d, f'{p}_frame{f:02d}.nii.gz', f'{p}_frame{f:02d}_gt.nii.gz', seed=n*100+f, values=(0,1,2,3))
         if group: (d/'Info.cfg').write_text(f'ED: 1\nES: 12\nGroup: {group}\nHeight: 184.0\nNbFrame: 30\n')
     return root
 
@@ -55,7 +57,8 @@ def test_acdc_without_folders(tmp_path):
     assert df.attrs['layout']=='acdc' and df.subject.nunique()==3 and all_read(df)
 
 def test_promise12(tmp_path, capsys):
-    for n in range(3): put(tmp_path/f'TrainingData_Part{n%2+1}', f'Case{n:02d}.mhd', f'Case{n:02d}_segmentation.mhd', seed=n, shape=(3,8+n,8))
+    for n in range(3):
+        put(tmp_path/f'TrainingData_Part{n%2+1}', f'Case{n:02d}.mhd', f'Case{n:02d}_segmentation.mhd', seed=n, shape=(3,8+n,8))
     put(tmp_path/'TestData', 'Case00.mhd', seed=9)
     assert len(list(tmp_path.rglob('*.zraw')))==7                 # compressed MetaImage in two files
     df = load_cohort(tmp_path)
@@ -67,7 +70,8 @@ def msd(root, name, ids, test=(), shape=(4,10,12), modality=None, labels=None, s
     stem = stem or name.lower()
     modality = {'0':'MRI'} if modality is None else modality
     labels = labels or {'0':'background','1':'A','2':'B'}
-    for i in ids: put(root, f'imagesTr/{stem}_{i:03d}.nii.gz', f'labelsTr/{stem}_{i:03d}.nii.gz', seed=i, values=tuple(range(len(labels))), shape=shape)
+    for i in ids:
+        put(root, f'imagesTr/{stem}_{i:03d}.nii.gz', f'labelsTr/{stem}_{i:03d}.nii.gz', seed=i, values=tuple(range(len(labels))), shape=shape)
     for i in test: put(root, f'imagesTs/{stem}_{i:03d}.nii.gz', seed=i, shape=shape)
     for d in ('imagesTr','labelsTr'): (root/d/f'._{stem}_{ids[0]:03d}.nii.gz').write_bytes(b'Mac OS X        ')
     (root/'dataset.json').write_text(json.dumps(dict(name=name, modality=modality, labels=labels, numTraining=len(ids),
@@ -97,13 +101,15 @@ def test_msd_with_gaps_in_its_labels(tmp_path):
 def test_msd_damaged_list(tmp_path):
     msd(tmp_path, 'Spleen', [1,2])
     (tmp_path/'dataset.json').write_text('{"labels": ["background"]')
-    with pytest.raises(CohortError, match='dataset.json: cannot be used .*expected `labels` like'): load_cohort(tmp_path)
+    with pytest.raises(CohortError, match='dataset.json: cannot be used .*expected `labels` like'):
+        load_cohort(tmp_path)
     (tmp_path/'dataset.json').write_text('[]')
     with pytest.raises(CohortError, match='dataset.json: cannot be used'): load_cohort(tmp_path)
 
 def test_mmwhs(tmp_path, capsys):
     values = (0,205,420,500,550,600,820,850)
-    for n in (1001,1002): put(tmp_path/'ct_train', f'ct_train_{n}_image.nii.gz', f'ct_train_{n}_label.nii.gz', seed=n, values=values)
+    for n in (1001,1002):
+        put(tmp_path/'ct_train', f'ct_train_{n}_image.nii.gz', f'ct_train_{n}_label.nii.gz', seed=n, values=values)
     put(tmp_path/'ct_test', 'ct_test_2001_image.nii.gz', seed=5)
     put(tmp_path/'mr_train', 'mr_train_1001_image.nii.gz', 'mr_train_1001_label.nii.gz', seed=6, values=values)
     df = load_cohort(tmp_path)
@@ -114,13 +120,16 @@ def test_mmwhs(tmp_path, capsys):
     assert load_cohort(tmp_path, 'mmwhs', modality='mr').scan.tolist()==['mr_train_1001']
 
 def test_folder(tmp_path, capsys):
-    for i,s in enumerate(['P1_a','P1_b','P2_a']): put(tmp_path, f'images/{s}.nrrd', f'masks/{s}.nii.gz' if i else None, seed=i)
+    for i,s in enumerate(['P1_a','P1_b','P2_a']):
+        put(tmp_path, f'images/{s}.nrrd', f'masks/{s}.nii.gz' if i else None, seed=i)
     df = load_cohort(tmp_path, subject=r'^(P\d)', classes=('background','organ'))
     assert 'folder: 3 scans of 2 subjects, 2 with masks (2 subjects); classes background, organ' in capsys.readouterr().out
     assert df['mask'].isna().tolist()==[True,False,False] and all_read(df)
     assert load_cohort(tmp_path, 'folder', subject=lambda s: s[-1]).subject.tolist()==['a','b','a']
-    with pytest.raises(CohortError, match=r"subject='\(X\)': does not match the scan 'P1_a'"): load_cohort(tmp_path, 'folder', subject='(X)')
-    with pytest.raises(CohortError, match="the reader for 'folder' does not take this"): load_cohort(tmp_path, 'folder', colour=1)
+    with pytest.raises(CohortError, match=r"subject='\(X\)': does not match the scan 'P1_a'"):
+        load_cohort(tmp_path, 'folder', subject='(X)')
+    with pytest.raises(CohortError, match="the reader for 'folder' does not take this"):
+        load_cohort(tmp_path, 'folder', colour=1)
 
 def test_folder_with_suffixes_and_subfolders(tmp_path, capsys):
     for p in ('anna','bert'): put(tmp_path/p, 'scan_image.nii.gz', 'scan_label.nii.gz', seed=len(p))
@@ -130,7 +139,9 @@ def test_folder_with_suffixes_and_subfolders(tmp_path, capsys):
             and df.subject.tolist()==['anna','bert','carl'] and all_read(df))
 
 def test_folder_names(tmp_path):
-    put(tmp_path, 'mr/a_t1.mha', 'truth/a_roi.mha'); put(tmp_path, 'mr/a_t2.mha', seed=1); put(tmp_path, 'mr/b_t1.mha', seed=2)
+    put(tmp_path, 'mr/a_t1.mha', 'truth/a_roi.mha')
+    put(tmp_path, 'mr/a_t2.mha', seed=1)
+    put(tmp_path, 'mr/b_t1.mha', seed=2)
     df = load_cohort(tmp_path, 'folder', images='mr', masks='truth', image_suffix='_t1', mask_suffix='_roi')
     assert df.scan.tolist()==['a','b'] and df['mask'].notna().tolist()==[True,False]
     with pytest.raises(CohortError, match='wahrheit: is not a folder; expected the one with the masks'):
@@ -138,25 +149,31 @@ def test_folder_names(tmp_path):
 
 def test_dicom(tmp_path, capsys):
     vols = {p:image(i) for i,p in enumerate(['anna','bert','carl'])}
-    write_series(tmp_path/'anna/study/T2', vols['anna'], '1.2.1'); write_volume(mask_of(vols['anna']), tmp_path/'anna/study/seg.nii.gz')
-    write_series(tmp_path/'bert/study/T2', vols['bert'], '1.2.2'); write_volume(mask_of(vols['bert']), tmp_path/'masks/bert_study_T2.nii.gz')
+    write_series(tmp_path/'anna/study/T2', vols['anna'], '1.2.1')
+    write_volume(mask_of(vols['anna']), tmp_path/'anna/study/seg.nii.gz')
+    write_series(tmp_path/'bert/study/T2', vols['bert'], '1.2.2')
+    write_volume(mask_of(vols['bert']), tmp_path/'masks/bert_study_T2.nii.gz')
     write_series(tmp_path/'carl/study/T2', vols['carl'], '1.2.3')
     df = load_cohort(tmp_path)
     assert 'dicom: 3 scans of 3 subjects, 2 with masks' in capsys.readouterr().out
-    assert df.subject.tolist()==['anna','bert','carl'] and df.scan.tolist()==['anna_study_T2','bert_study_T2','carl_study_T2']
+    assert (df.subject.tolist()==['anna','bert','carl']
+            and df.scan.tolist()==['anna_study_T2','bert_study_T2','carl_study_T2'])
     assert df['mask'].notna().tolist()==[True,True,False] and all_read(df)
 
 def test_dicom_in_images_and_masks(tmp_path):
     for i,p in enumerate(['anna','bert']):
-        write_series(tmp_path/'images'/p, image(i), f'1.2.{i}'); write_volume(mask_of(image(i)), tmp_path/'masks'/f'{p}_seg.nii.gz')
+        write_series(tmp_path/'images'/p, image(i), f'1.2.{i}')
+        write_volume(mask_of(image(i)), tmp_path/'masks'/f'{p}_seg.nii.gz')
     df = load_cohort(tmp_path)
-    assert df.attrs['layout']=='dicom' and df.subject.tolist()==['anna','bert'] and df['mask'].notna().all() and all_read(df)
+    assert (df.attrs['layout']=='dicom' and df.subject.tolist()==['anna','bert']
+            and df['mask'].notna().all() and all_read(df))
 
 def test_csv_and_frame(tmp_path, monkeypatch):
     put(tmp_path/'sub', 'a.nii.gz', 'a_m.nii.gz'); put(tmp_path/'sub', 'b.nii.gz', seed=1)
     (tmp_path/'list.csv').write_text(f'image,mask,subject,age\nsub/a.nii.gz,sub/a_m.nii.gz,007,61\n{tmp_path}/sub/b.nii.gz,,NA,\n')
     df = load_cohort(tmp_path/'list.csv', classes=['background','x'])
-    assert df.subject.tolist()==['007','NA'] and df.scan.tolist()==['a','b'] and df['mask'][1] is None and df.age.tolist()==['61',None] and all_read(df)
+    assert (df.subject.tolist()==['007','NA'] and df.scan.tolist()==['a','b']
+            and df['mask'][1] is None and df.age.tolist()==['61',None] and all_read(df))
     (tmp_path/'semi.csv').write_text('﻿image;mask\nsub/a.nii.gz;sub/a_m.nii.gz\n', encoding='utf-8')
     assert load_cohort(tmp_path/'semi.csv', 'csv')['mask'].notna().all()
     monkeypatch.chdir(tmp_path)
@@ -171,7 +188,8 @@ def test_csv_and_frame(tmp_path, monkeypatch):
         load_cohort(tmp_path/'twice.csv')
 
 def test_nothing_recognised(tmp_path):
-    with pytest.raises(CohortError, match=r'root=None: expected a folder with scans, a \.csv file or a DataFrame; name where the scans are'): load_cohort(None)
+    with pytest.raises(CohortError, match=r'root=None: expected a folder with scans, a \.csv file or a DataFrame; name where the scans are'):
+        load_cohort(None)
     (tmp_path/'notes.txt').write_text('x')
     with pytest.raises(CohortError) as e: load_cohort(tmp_path)
     for o in ('msd','acdc','promise12','mmwhs','folder','dicom','csv'): assert f'\n- {o}: ' in str(e.value)
@@ -185,7 +203,8 @@ def test_symlink_loop_and_dead_links(tmp_path):
     df = load_cohort(tmp_path, 'folder')
     assert 'a' in df.scan.tolist() and len(df)<=3
     (tmp_path/'real').mkdir(); put(tmp_path/'real', 'images/b.nii.gz', 'masks/b.nii.gz'); (tmp_path/'linked').mkdir()
-    (tmp_path/'linked/images').symlink_to(tmp_path/'real/images'); (tmp_path/'linked/masks').symlink_to(tmp_path/'real/masks')
+    (tmp_path/'linked/images').symlink_to(tmp_path/'real/images')
+    (tmp_path/'linked/masks').symlink_to(tmp_path/'real/masks')
     assert load_cohort(tmp_path/'linked').scan.tolist()==['b']
 
 def test_lost_masks(tmp_path):
@@ -235,14 +254,17 @@ def test_masks_that_are_not_used_are_said(capsys):
     assert '1 of 4 annotated scans is used as unlabelled' in capsys.readouterr().out
 
 def test_some_parts_asked_for():
-    def n(annotated, **kw): return split_cohort(ten(annotated, 30), duplicates=False, **kw).split.value_counts().to_dict()
+    def n(annotated, **kw):
+        return split_cohort(ten(annotated, 30), duplicates=False, **kw).split.value_counts().to_dict()
     assert n(20, test=5)==dict(labeled=11, valid=4, test=5, unlabeled=10)
     assert n(20, valid=0)==dict(labeled=16, test=4, unlabeled=10)
     assert n(10, labeled=8)==dict(labeled=8, valid=2, unlabeled=20)
     assert n(10, labeled=9)==dict(labeled=9, valid=1, unlabeled=20)
     assert n(3, test=1)==dict(labeled=1, valid=1, test=1, unlabeled=27)
-    with pytest.raises(CohortError, match='labeled=10, valid=1, test=0: these are 11 subjects with masks, and there are 10'): n(10, labeled=10)
-    with pytest.raises(CohortError, match='labeled=all others, valid=1, test=2: these are 4 subjects with masks, and there are 3'): n(3, test=2)
+    with pytest.raises(CohortError, match='labeled=10, valid=1, test=0: these are 11 subjects with masks, and there are 10'):
+        n(10, labeled=10)
+    with pytest.raises(CohortError, match='labeled=all others, valid=1, test=2: these are 4 subjects with masks, and there are 3'):
+        n(3, test=2)
 
 @settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0,2**31), n=st.integers(6,30), folds=st.integers(2,5), test=st.integers(0,2),
@@ -355,7 +377,8 @@ def test_duplicates_like_acdc(tmp_path):
     df = load_cohort(tmp_path)
     assert find_duplicates(df)==[('patient001_frame01','patient050_frame01'),('patient001_frame12','patient050_frame12')]
     for seed in range(8):
-        with pytest.warns(UserWarning, match='patient001_frame01 = patient050_frame01'): s = split_cohort(df, labeled=1, valid=1, seed=seed)
+        with pytest.warns(UserWarning, match='patient001_frame01 = patient050_frame01'):
+            s = split_cohort(df, labeled=1, valid=1, seed=seed)
         assert s[s.subject.isin(['patient001','patient050'])].split.nunique()==1
 
 def test_duplicates_survive_bad_files(tmp_path):
@@ -397,7 +420,8 @@ def test_check_cohort(workers, tmp_path, capfd):
 
 def test_real_hippocampus():
     root = os.environ.get('FASTMISEG_DATA')
-    if not root or not Path(root).is_dir(): pytest.skip('set FASTMISEG_DATA to the folder of MSD Task04_Hippocampus to run this')
+    if not root or not Path(root).is_dir():
+        pytest.skip('set FASTMISEG_DATA to the folder of MSD Task04_Hippocampus to run this')
     df = load_cohort(root)
     if df.attrs['classes']!=('background','Anterior','Posterior'): pytest.skip(f'{root} is not MSD Task04_Hippocampus')
     assert (len(df), df.subject.nunique(), df['mask'].notna().sum())==(260, 170, 260)

@@ -90,7 +90,8 @@ def test_no_number_after_going_on(tmp_path):
             if self.training and self.iter==3: self.learn.xb = (self.x*float('nan'),)
     fit = lambda cb: quiet(learner(tmp_path)).fit(1, 1e-3, cbs=[small_mireg(), ResumeCallback(tmp_path/'c', every=1), cb])
     with pytest.raises(KeyboardInterrupt): fit(Stop())
-    with pytest.raises(FloatingPointError, match=r'batch 3.*The batch came from labelled: \d.*; unlabelled: \d'): fit(Broken())
+    with pytest.raises(FloatingPointError, match=r'batch 3.*The batch came from labelled: \d.*; unlabelled: \d'):
+        fit(Broken())
 
 def attempts(make, path, *stops):
     "The result of `make(k, cbs)` in the last of several attempts, all but the last interrupted"
@@ -157,7 +158,8 @@ def test_gradients_across_epochs_and_fits(tmp_path, stop):
 
 def test_validation_is_no_fit(tmp_path):
     "In the learner's constructor, as any callback"
-    def make(seed, path, cbs=()): return quiet(learner(tmp_path, seed=seed, cbs=[small_mireg(), ResumeCallback(tmp_path/path, every=1), *cbs]))
+    def make(seed, path, cbs=()):
+        return quiet(learner(tmp_path, seed=seed, cbs=[small_mireg(), ResumeCallback(tmp_path/path, every=1), *cbs]))
     def ask(learn): learn.validate(); learn.get_preds()
     def run(seed, path, cbs):
         learn = make(seed, path, cbs)
@@ -252,7 +254,8 @@ def test_other_settings_are_refused_with_both_values(interrupted, tmp_path, what
     kw,texts = OTHER[what]
     path = copied(interrupted, tmp_path)
     before = {f.name: f.read_bytes() for f in (path/'c').iterdir()}
-    with pytest.raises(ValueError, match=r'000002\.pt was written by a training with other settings:') as e: plan(path, **kw)
+    with pytest.raises(ValueError, match=r'000002\.pt was written by a training with other settings:') as e:
+        plan(path, **kw)
     for text in one_line(texts): e.match(text)
     e.match('change=True')
     assert {f.name: f.read_bytes() for f in (path/'c').iterdir()}==before
@@ -268,7 +271,8 @@ def test_other_settings_on_purpose(interrupted, tmp_path, what):
             with pytest.warns(UserWarning), pytest.raises(KeyboardInterrupt): plan(path, change=True, stop=stop, **kw)
             learn,_ = plan(path, seed=3, **kw)                                    # the settings are the run's by now
         else:
-            with pytest.warns(UserWarning, match='goes on from .*000002.pt under other settings:') as w: learn,_ = plan(path, change=True, **kw)
+            with pytest.warns(UserWarning, match='goes on from .*000002.pt under other settings:') as w:
+                learn,_ = plan(path, change=True, **kw)
             said = '\n'.join(str(o.message) for o in w)
             for text in one_line(texts): assert re.search(text, said), said
         results.append(dict(model=learn.model.state_dict(), steps=learn.train_iter, lrs=list(learn.recorder.lrs)))
@@ -283,14 +287,16 @@ def test_changed_rate_keeps_what_the_optimiser_has_learnt(interrupted, tmp_path)
     path,seen = copied(interrupted, tmp_path),[]
     class Look(Callback):
         order = 99
-        def before_train(self): seen.append((self.opt.hypers[-1]['lr'], max(s.get('step', 0) for s in self.opt.state.values())))
+        def before_train(self):
+            seen.append((self.opt.hypers[-1]['lr'], max(s.get('step', 0) for s in self.opt.state.values())))
     with pytest.warns(UserWarning): plan(path, cbs=lambda: [*mireg()(), Look()], lr=1e-5, change=True)
     assert seen[0]==(1e-5, 2)
 
 def test_another_network_is_refused_in_any_case(interrupted, tmp_path):
     path = copied(interrupted, tmp_path)
     for change in (False, True):
-        with pytest.raises(ValueError, match=r'UNet, \d+ parameters \(\w+\), here UNet, \d+ parameters'): plan(path, width=3, change=change)
+        with pytest.raises(ValueError, match=r'UNet, \d+ parameters \(\w+\), here UNet, \d+ parameters'):
+            plan(path, width=3, change=change)
     with pytest.raises(ValueError, match='has the weights of another network'): plan(path, width=3, change=True)
 
 def test_training_on(tmp_path):
@@ -299,7 +305,8 @@ def test_training_on(tmp_path):
     learn,_ = plan(tmp_path, fit='fit_one_cycle', seed=1)
     same(whole.model.state_dict(), learn.model.state_dict())
     with pytest.raises(ValueError, match='epochs: 2, here 4'): plan(tmp_path, fit='fit_one_cycle', epochs=4)
-    with pytest.warns(UserWarning, match='epochs: 2, here 4'): learn,_ = plan(tmp_path, fit='fit_one_cycle', epochs=4, change=True)
+    with pytest.warns(UserWarning, match='epochs: 2, here 4'):
+        learn,_ = plan(tmp_path, fit='fit_one_cycle', epochs=4, change=True)
     fresh,_ = plan(tmp_path/'fresh', fit='fit_one_cycle', epochs=4)
     assert learn.recorder.lrs[:8]==whole.recorder.lrs and learn.recorder.lrs[8:]==pytest.approx(fresh.recorder.lrs[8:])
     assert len(learn.recorder.values)==4 and learn.recorder.values[:2]==whole.recorder.values
@@ -321,7 +328,8 @@ def test_training_on_after_an_early_end(tmp_path, when):
     class Epochs(Callback):
         def before_epoch(self): seen.append(self.epoch)
     plan(tmp_path, cbs=lambda: [*mireg()(), End()], epochs=5)
-    with pytest.warns(UserWarning, match='epochs: 5, here 4'): learn,_ = plan(tmp_path, cbs=lambda: [*mireg()(), Epochs()], epochs=4, change=True)
+    with pytest.warns(UserWarning, match='epochs: 5, here 4'):
+        learn,_ = plan(tmp_path, cbs=lambda: [*mireg()(), Epochs()], epochs=4, change=True)
     assert seen==([1,2,3] if when=='after_batch' else [2,3])
     assert len(learn.recorder.values)==4
 
@@ -345,7 +353,8 @@ def test_data_of_the_same_number_are_told_apart():
     "By names, order, or what they hold; nothing is read for it"
     for a,b in ((['a','b'],['a','c']), (['a','b','c'],['b','a','c']), (pd.DataFrame({'f':[1,2]}), pd.DataFrame({'f':[1,3]})),
                 ([torch.zeros(3)],[torch.ones(3)]), ([('a',0)],[('a',1)]), (range(3), range(1,4))):
-        assert items_in_words(a)!=items_in_words(b) and items_in_words(a)==items_in_words(type(a)(a) if isinstance(a, list) else a)
+        assert (items_in_words(a)!=items_in_words(b)
+                and items_in_words(a)==items_in_words(type(a)(a) if isinstance(a, list) else a))
     class Lazy:
         def __len__(self): return 7
         def __getitem__(self, i): raise AssertionError('is not to be read')
@@ -385,7 +394,8 @@ def test_every_damage_of_the_same_size_is_seen(finished, tmp_path):
         broken = bytearray(whole)
         broken[i:i+1+k%3*40] = bytes(o^(1<<k%8) for o in broken[i:i+1+k%3*40])
         last.write_bytes(broken)
-        with pytest.raises(ValueError, match=r'\d+\.pt: is damaged, its contents do not have the checksum'): load_state(last)
+        with pytest.raises(ValueError, match=r'\d+\.pt: is damaged, its contents do not have the checksum'):
+            load_state(last)
 
 def test_last_intact_checkpoint_is_taken_and_said(finished, tmp_path):
     path = copied(finished, tmp_path)
@@ -393,9 +403,11 @@ def test_last_intact_checkpoint_is_taken_and_said(finished, tmp_path):
     raw = bytearray(last.read_bytes())
     raw[len(raw)//2] ^= 1
     last.write_bytes(raw)
-    with pytest.warns(UserWarning, match=f'{last.name}: is damaged.*The last intact checkpoint is taken, .*{before.name}'): plan(path, epochs=1)
+    with pytest.warns(UserWarning, match=f'{last.name}: is damaged.*The last intact checkpoint is taken, .*{before.name}'):
+        plan(path, epochs=1)
     for f in checkpoints(path/'c'): f.write_bytes(f.read_bytes()[:-1]+b'x')
-    with pytest.raises(ValueError, match='There is no intact checkpoint in .*delete the folder to begin anew'): plan(path, epochs=1)
+    with pytest.raises(ValueError, match='There is no intact checkpoint in .*delete the folder to begin anew'):
+        plan(path, epochs=1)
 
 def test_file_without_checksum_is_damaged(tmp_path):
     torch.save(dict(fit=0), tmp_path/'000001.pt')
@@ -403,7 +415,8 @@ def test_file_without_checksum_is_damaged(tmp_path):
 
 def test_pipe_is_not_opened(tmp_path):
     os.mkfifo(tmp_path/'000001.pt')
-    with pytest.raises(ValueError, match='000001.pt: is not a regular file, and was not opened'): load_state(tmp_path/'000001.pt')
+    with pytest.raises(ValueError, match='000001.pt: is not a regular file, and was not opened'):
+        load_state(tmp_path/'000001.pt')
 
 # two at a time
 
@@ -498,7 +511,8 @@ class Wait(Callback):""").replace("self.train_iter==2", "False")
 @pytest.mark.parametrize('slow_cleaning', [False, True])
 def test_interrupted_while_a_checkpoint_is_written(tmp_path, slow_cleaning):
     "The ones before are whole; a second Ctrl-C ends it at once, whatever is being cleaned up"
-    if slow_cleaning and 'PYTEST_XDIST_WORKER' in os.environ: pytest.skip('two signals in time need a core: run without -n')
+    if slow_cleaning and 'PYTEST_XDIST_WORKER' in os.environ:
+        pytest.skip('two signals in time need a core: run without -n')
     code = WRITING.replace('sys.argv[4:]', str(slow_cleaning))
     p = started(tmp_path, code)
     p.send_signal(signal.SIGINT)

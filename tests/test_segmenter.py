@@ -20,7 +20,8 @@ class Untrained:
         self.model,self.recipe,self.cbs,self.dls = create_unet(**self.arch),recipe,[],None
 
 @pytest.fixture(scope='module')
-def file(tmp_path_factory): return export_segmenter(Untrained(width=2), tmp_path_factory.mktemp('seg')/'a.safetensors', seed=3, dice=float('nan'))
+def file(tmp_path_factory):
+    return export_segmenter(Untrained(width=2), tmp_path_factory.mktemp('seg')/'a.safetensors', seed=3, dice=float('nan'))
 
 def parts(file):
     with safe_open(file, 'pt') as f: return json.loads(f.metadata()['fastmiseg']),{k:f.get_tensor(k) for k in f.keys()}
@@ -71,7 +72,8 @@ class Evil:
 def test_pickles(tmp_path, monkeypatch, save):
     monkeypatch.setenv('EVIL', str(tmp_path/'ran'))
     save(Evil(), tmp_path/'a.safetensors')
-    with pytest.raises(SegmenterError, match='is a pickle|is not a safetensors file'): load_segmenter(tmp_path/'a.safetensors')
+    with pytest.raises(SegmenterError, match='is a pickle|is not a safetensors file'):
+        load_segmenter(tmp_path/'a.safetensors')
     assert not (tmp_path/'ran').exists()
 
 def test_nothing_unpickles(file, monkeypatch):
@@ -85,7 +87,8 @@ def test_no_download(tmp_path, file, monkeypatch):
     def no(*args, **kwargs): raise AssertionError('the network was asked')
     monkeypatch.setattr(socket, 'socket', no)
     for name in ('hf-hub:somebody/model', 'hf_hub:somebody/model', 'local-dir:/tmp', 'timm/resnet18', 'https://example.org/a'):
-        with pytest.raises(SegmenterError, match='cannot be built'): load_segmenter(again(file, tmp_path, lambda a,t: a['arch'].update(arch=name)))
+        with pytest.raises(SegmenterError, match='cannot be built'):
+            load_segmenter(again(file, tmp_path, lambda a,t: a['arch'].update(arch=name)))
 
 # -- wrong files -----------------------------------------------------------------------------------------------------------
 def put(*keys, value):
@@ -131,7 +134,8 @@ def test_not_there_and_folder(tmp_path):
 
 def test_foreign(tmp_path):
     save_file({'a':torch.zeros(1)}, tmp_path/'a.safetensors')
-    with pytest.raises(SegmenterError, match='is a safetensors file, but not a segmenter'): load_segmenter(tmp_path/'a.safetensors')
+    with pytest.raises(SegmenterError, match='is a safetensors file, but not a segmenter'):
+        load_segmenter(tmp_path/'a.safetensors')
     save_file({'a':torch.zeros(1)}, tmp_path/'a.safetensors', metadata={'fastmiseg':'{'})
     with pytest.raises(SegmenterError, match='its header is damaged'): load_segmenter(tmp_path/'a.safetensors')
     (tmp_path/'a.safetensors').write_bytes(b'')
@@ -165,7 +169,8 @@ def test_what_cannot_be_exported(tmp_path):
     with pytest.raises(SegmenterError, match="act_cls='ReLU' is not an argument"):
         export_segmenter(Untrained('dynamic_unet', width=2, act_cls=nn.ReLU), tmp_path/'a.safetensors')
     foreign = Untrained(width=2); foreign.model = nn.Conv2d(1, 3, 1)
-    with pytest.raises(SegmenterError, match='would not come back from it: lacks'): export_segmenter(foreign, tmp_path/'a.safetensors')
+    with pytest.raises(SegmenterError, match='would not come back from it: lacks'):
+        export_segmenter(foreign, tmp_path/'a.safetensors')
     assert not os.listdir(tmp_path)
 
 # -- ONNX ------------------------------------------------------------------------------------------------------------------
@@ -185,4 +190,5 @@ def test_onnx(tmp_path, arch, kw):
         x = torch.rand(shape)
         with torch.no_grad(): want = l.model(x)
         got = s.run(None, dict(image=x.numpy()))[0]
-        assert got.shape==want.shape and np.allclose(got, want, atol=1e-4) and (got.argmax(1)==want.argmax(1).numpy()).mean()>.999
+        assert (got.shape==want.shape and np.allclose(got, want, atol=1e-4)
+                and (got.argmax(1)==want.argmax(1).numpy()).mean()>.999)

@@ -74,11 +74,13 @@ def test_without_interpolation_the_way_back_is_exact(vol, axis, code, pad):
 @given(scans(2), st.one_of(recipes, resizing))
 def test_what_comes_out_fits(vol, r):
     x,where = r.slices(vol)
-    assert x.dtype==np.float32 and x.shape==(where.n,1,*where.size) and (not r.size or where.size==r.size) and 0<=x.min()<=x.max()<=1
+    assert (x.dtype==np.float32 and x.shape==(where.n,1,*where.size)
+            and (not r.size or where.size==r.size) and 0<=x.min()<=x.max()<=1)
     assert Placement.from_dict(json.loads(json.dumps(where.to_dict())))==where
     y = r.masks(vol.like((vol.array>0).astype(np.float32)), where)
     assert y.shape==x[:,0].shape and y.dtype==np.uint8
-    assert where.inverse(y).shape==vol.shape and where.inverse(y).dtype==np.uint8 and where.inverse(x.astype(np.float16)).dtype==np.float16
+    assert (where.inverse(y).shape==vol.shape and where.inverse(y).dtype==np.uint8
+            and where.inverse(x.astype(np.float16)).dtype==np.float16)
     p = where.inverse(np.stack([1.-y, y], 1))
     assert p.shape==(2,*vol.shape) and np.allclose(p.sum(0), 1, atol=1e-5)
     if r.spacing: assert np.allclose(where.slice_spacing[1:], r.spacing, rtol=1e-4)
@@ -145,7 +147,8 @@ def test_outliers_do_not_matter_and_types_do_not_either():
     rng = np.random.default_rng(0)
     a = rng.integers(0, 200, (5,30,30))
     x = Recipe().slices(Volume(a.astype(np.uint8)))[0]
-    for t in (np.int16, np.int32, np.float32, np.float64, np.uint16): assert np.allclose(Recipe().slices(Volume(a.astype(t)))[0], x, atol=1e-6)
+    for t in (np.int16, np.int32, np.float32, np.float64, np.uint16):
+        assert np.allclose(Recipe().slices(Volume(a.astype(t)))[0], x, atol=1e-6)
     wild = a.astype(np.float64); wild[0,0,:3] = 1.7e306
     assert np.abs(Recipe().slices(Volume(wild))[0]-x).mean()<.01
 
@@ -210,7 +213,8 @@ def test_auto_of_mixed_and_bad_scans(tmp_path):
 def test_auto_of_a_given_size_holds_what_it_would_hold_anyway(tmp_path):
     df = cohort(tmp_path)
     usual,small = Recipe.auto(df),Recipe.auto(df, size=(32,40))
-    assert small.size==(32,40) and small.spacing[0]>usual.spacing[0] and np.isclose(*(r.spacing[0]/r.spacing[1] for r in (usual,small)), atol=.01)
+    assert (small.size==(32,40) and small.spacing[0]>usual.spacing[0]
+            and np.isclose(*(r.spacing[0]/r.spacing[1] for r in (usual,small)), atol=.01))
     for o in df.image[:2]: assert small.place(read_volume(o)).share>.98     # the field of view, but for half a pixel
     assert Recipe.auto(df, size=256).spacing==usual.spacing                 # nothing is made finer
     assert (Recipe.auto(df, spacing=2).spacing, Recipe.auto(df, spacing=2).size)==((2.,2.), (48,32))
@@ -222,7 +226,8 @@ def test_auto_with_names(tmp_path):
     df = cohort(tmp_path, values=(0,205,420))
     r = Recipe.auto(df, classes=('background','ball','shell'))
     assert (r.classes, r.labels)==(('background','ball','shell'), {0:0, 205:1, 420:2})
-    with pytest.raises(ValueError, match=r'classes: 2 names \(a, b\) for 3 values in the masks \(0, 205, 420\)'): Recipe.auto(df, classes=('a','b'))
+    with pytest.raises(ValueError, match=r'classes: 2 names \(a, b\) for 3 values in the masks \(0, 205, 420\)'):
+        Recipe.auto(df, classes=('a','b'))
     df.attrs.update(classes=('background','x','y'), labels={205:1, 420:2})
     named = Recipe.auto(df, classes=('bg','ball','shell'))
     assert (named.classes, named.labels)==(('bg','ball','shell'), {205:1, 420:2})
@@ -232,7 +237,8 @@ def test_a_recipe_without_classes_takes_the_cohorts(tmp_path):
     df.attrs.update(classes=('background','ball','shell'), labels={205:1, 420:2})
     for r in (Recipe.named(Recipe(size=32), df), Recipe(size=32).for_cohort(df)):
         assert (r.classes, r.labels, r.size)==(('background','ball','shell'), {205:1, 420:2}, (32,32))
-    for kw in (dict(classes=('background','a','b')), dict(labels={205:1, 420:1})): assert Recipe.named(Recipe(**kw), df)==Recipe(**kw)
+    for kw in (dict(classes=('background','a','b')), dict(labels={205:1, 420:1})):
+        assert Recipe.named(Recipe(**kw), df)==Recipe(**kw)
 
 def test_undeclared_values_are_told_with_both_cures():
     img = Volume(np.random.default_rng(0).normal(size=(4,20,20)).astype(np.float32))
@@ -254,7 +260,8 @@ def test_undeclared_values_are_told_with_both_cures():
 
 def test_hippocampus_recipe_holds_real_scans():
     root = os.environ.get('FASTMISEG_DATA')
-    if not root or not (Path(root)/'labelsTr').is_dir(): pytest.skip('set FASTMISEG_DATA to the folder of MSD Hippocampus (imagesTr, labelsTr)')
+    if not root or not (Path(root)/'labelsTr').is_dir():
+        pytest.skip('set FASTMISEG_DATA to the folder of MSD Hippocampus (imagesTr, labelsTr)')
     r = Recipe.hippocampus()
     for o in sorted((Path(root)/'labelsTr').glob('hippo*.nii.gz'))[::13]:
         img,mask = read_volume(Path(root)/'imagesTr'/o.name),read_volume(o)

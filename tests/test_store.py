@@ -29,7 +29,8 @@ def make(root, n=6, ext='.nii.gz', shape=(4,24,28), split=True):
     if split: df['split'] = ['labeled' if i<2 else 'valid' if i<4 else 'unlabeled' for i in range(n)]
     return df
 
-def go(store, df, r=recipe, workers=2, **kw): return SliceStore(store, r).prepare(df, workers=workers, progress=False, **kw)
+def go(store, df, r=recipe, workers=2, **kw):
+    return SliceStore(store, r).prepare(df, workers=workers, progress=False, **kw)
 def entries(store):
     return {o.name:o.stat().st_mtime_ns for o in store.dir.iterdir()
             if o.name.endswith(('.npy','.json')) and o.name!='index.json' and not is_temporary(o.name)}
@@ -37,7 +38,8 @@ def leftovers(store): return [o.name for o in store.dir.iterdir() if is_temporar
 def same(a, b):
     assert a.scans.drop(columns='split', errors='ignore').equals(b.scans.drop(columns='split', errors='ignore'))
     for r in a.scans.itertuples():
-        assert np.array_equal(a.image(r.scan, slice(None)), b.image(r.scan, slice(None))) and a.where(r.scan)==b.where(r.scan)
+        assert (np.array_equal(a.image(r.scan, slice(None)), b.image(r.scan, slice(None)))
+                and a.where(r.scan)==b.where(r.scan))
         if r.mask: assert np.array_equal(a.mask(r.scan, slice(None)), b.mask(r.scan, slice(None)))
 
 def test_any_number_of_workers_gives_the_same(tmp_path):
@@ -110,7 +112,8 @@ def children(pid):
     out = []
     for o in Path('/proc').iterdir():
         try:
-            if o.name.isdigit() and int((o/'stat').read_text().rsplit(')', 1)[1].split()[1])==pid: out.append(int(o.name))
+            if o.name.isdigit() and int((o/'stat').read_text().rsplit(')', 1)[1].split()[1])==pid:
+                out.append(int(o.name))
         except OSError: pass
     return out
 def alive(pid):
@@ -157,7 +160,8 @@ def test_a_full_disk_keeps_what_is_prepared(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
     try:
         for workers in (0,2):
-            with pytest.raises(OSError, match='the slice store cannot be written .*make room or choose another folder'): go(tmp_path/'a', df, workers=workers)
+            with pytest.raises(OSError, match='the slice store cannot be written .*make room or choose another folder'):
+                go(tmp_path/'a', df, workers=workers)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, old)
     store = SliceStore(tmp_path/'a', recipe)
     before = entries(store)
@@ -197,7 +201,8 @@ def test_changed_files_are_noticed(tmp_path):
     write_volume(m.like(m.array[:,::-1]), df['mask'][1])
     assert len(entries(go(tmp_path/'a', df)))==len(before)+6
     os.remove(df.image[1])
-    with pytest.raises(VolumeError, match='(?s)1 of 6 scans cannot be used.*s1: .*s1.nii.gz: does not exist'): go(tmp_path/'a', df)
+    with pytest.raises(VolumeError, match='(?s)1 of 6 scans cannot be used.*s1: .*s1.nii.gz: does not exist'):
+        go(tmp_path/'a', df)
 
 @pytest.mark.parametrize('ext', ['.mhd','.nhdr'])
 def test_a_changed_data_file_beside_its_header_is_noticed(tmp_path, ext):
@@ -239,7 +244,8 @@ def test_damage_in_the_store_is_repaired(tmp_path):
         if end=='.json': o.unlink()
         elif end=='.image.npy':
             bad = SliceStore(store.path, recipe); bad.__dict__.update(pickle.loads(pickle.dumps(store)).__dict__)
-            with pytest.raises(VolumeError, match='gone or damaged .*call `prepare` again'): [bad.image(s, 0) for s in df.scan]
+            with pytest.raises(VolumeError, match='gone or damaged .*call `prepare` again'):
+                [bad.image(s, 0) for s in df.scan]
         same(go(tmp_path/'a', df), go(tmp_path/'b', df))
     old = temporary_name(store.dir/'0.npy'); old.write_text(''); os.utime(old, (0,0))
     young = temporary_name(store.dir/'1.npy'); young.write_text('')
@@ -253,7 +259,8 @@ def test_a_file_that_changes_while_it_is_prepared(tmp_path, monkeypatch):
         if path==df.image[0]: os.utime(path)
         return v
     monkeypatch.setattr(P, 'read_volume', read)
-    with pytest.raises(VolumeError, match='(?s)1 of 2 scans.*s0.nii.gz: changed while it was prepared'): go(tmp_path/'a', df, workers=0)
+    with pytest.raises(VolumeError, match='(?s)1 of 2 scans.*s0.nii.gz: changed while it was prepared'):
+        go(tmp_path/'a', df, workers=0)
 
 # -- what is not opened, and what is said ------------------------------------------------------------------------------
 
@@ -316,7 +323,8 @@ def test_channels(tmp_path):
     df = pd.DataFrame([dict(subject='a', scan='a', image=str(tmp_path/'a.nii.gz'))])
     store = go(tmp_path/'s', df, Recipe(size=32, channels=2))
     assert store.image('a', 1).shape==(2,32,32) and store.image('a', 1).max()==1
-    with pytest.raises(VolumeError, match='(?s)1 of 1 scans.*channels'): go(tmp_path/'s', df, Recipe(size=32, channels=3))
+    with pytest.raises(VolumeError, match='(?s)1 of 1 scans.*channels'):
+        go(tmp_path/'s', df, Recipe(size=32, channels=3))
 
 def test_bad_cohorts(tmp_path):
     df = make(tmp_path, 2)

@@ -40,20 +40,24 @@ def test_settings_from_files(tmp_path):
         (tmp_path/'bad.toml').write_text('method = ')
         with pytest.raises(ValueError, match='bad.toml: is not TOML'): read_settings(tmp_path/'bad.toml')
         (tmp_path/'deep.toml').write_text('a = ' + '['*50 + ']'*50)
-        with pytest.raises(ValueError, match='deep.toml: is nested more than 20 levels deep'): read_settings(tmp_path/'deep.toml')
+        with pytest.raises(ValueError, match='deep.toml: is nested more than 20 levels deep'):
+            read_settings(tmp_path/'deep.toml')
         (tmp_path/'when.toml').write_text('lr = 2020-01-01')
-        with pytest.raises(ValueError, match='when.toml: holds a value that no setting can have'): read_settings(tmp_path/'when.toml')
+        with pytest.raises(ValueError, match='when.toml: holds a value that no setting can have'):
+            read_settings(tmp_path/'when.toml')
     (tmp_path/'bad.json').write_text('{')
     with pytest.raises(ValueError, match='bad.json: is not JSON'): read_settings(tmp_path/'bad.json')
     with pytest.raises(ValueError, match='none.json: cannot be read as settings'): read_settings(tmp_path/'none.json')
     (tmp_path/'deep.json').write_text('['*100_000 + ']'*100_000)
     with pytest.raises(ValueError, match='deep.json: is nested too deeply'): read_settings(tmp_path/'deep.json')
     (tmp_path/'nan.json').write_text('{"lr": NaN}')
-    with pytest.raises(ValueError, match='nan.json: holds NaN, expected finite numbers'): read_settings(tmp_path/'nan.json')
+    with pytest.raises(ValueError, match='nan.json: holds NaN, expected finite numbers'):
+        read_settings(tmp_path/'nan.json')
     os.mkfifo(tmp_path/'pipe.json')
     with pytest.raises(ValueError, match='pipe.json: is not a regular file'): read_settings(tmp_path/'pipe.json')
     (tmp_path/'list.json').write_text('[1]')
-    with pytest.raises(ValueError, match='settings: expected names and values, got list'): Settings.from_file(tmp_path/'list.json')
+    with pytest.raises(ValueError, match='settings: expected names and values, got list'):
+        Settings.from_file(tmp_path/'list.json')
 
 @pytest.mark.parametrize('bad,said', [
     (dict(epochs=0), 'epochs: 0 is below 1'), (dict(epochs=1.5), 'epochs: expected int, got 1.5'), (dict(skip_bad=1), 'skip_bad: expected bool, got 1'),
@@ -81,7 +85,8 @@ def test_nothing_to_learn_from(some):
     with pytest.raises(ValueError, match=r"method: 'recommended' learns from unlabelled scans, and there are none: "
                                          "all 5 scans .* take method='partial'.* labeled=2"):
         check_scans(Settings(), all_labeled)
-    with pytest.raises(ValueError, match='split: no scan is labeled'): check_scans(Settings(), some.assign(split='unlabeled'))
+    with pytest.raises(ValueError, match='split: no scan is labeled'):
+        check_scans(Settings(), some.assign(split='unlabeled'))
     for method in ('partial','full'): check_scans(Settings(method=method), all_labeled)
     check_scans(Settings(), some)
 
@@ -163,7 +168,8 @@ def test_recommended_callbacks():
     assert not {id(o) for o in one} & {id(o) for o in two}
     assert two[0].unlabeled==[3,4] and two[0].weights['global_mi']==.2 and one[0].weights['global_mi']==.1
     with pytest.raises(ValueError, match="settings: there is no 'rate'"): semisup_cbs(rate=1)
-    with pytest.raises(ValueError, match="paste: CopyPasteCallback takes no 'boxes' here"): semisup_cbs(method='copypaste', paste=dict(boxes=3))
+    with pytest.raises(ValueError, match="paste: CopyPasteCallback takes no 'boxes' here"):
+        semisup_cbs(method='copypaste', paste=dict(boxes=3))
 
 def test_pretraining_learns_from_mutual_information(tmp_path):
     "By itself it trains the encoder; held to the gradient of masks that are not there, it would train nothing"

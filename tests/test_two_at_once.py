@@ -94,7 +94,8 @@ def test_a_second_command_is_told(root):
             told(run, resume_run, run, 0, epochs=2)
             told(run, train_run, prepared, run, overwrite=True, **tiny)
         with during('predict'):
-            for overwrite in (False, True): told(root/'segs', predict_scans, run, root/'six.csv', root/'segs', overwrite=overwrite, progress=False)
+            for overwrite in (False, True):
+                told(root/'segs', predict_scans, run, root/'six.csv', root/'segs', overwrite=overwrite, progress=False)
         said,err = other.communicate(timeout=300)
         assert 'done' in said, err
     finally: other.kill()

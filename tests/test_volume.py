@@ -144,7 +144,8 @@ def test_impossible_paths(tmp_path):
     (tmp_path/'a').symlink_to(tmp_path/'b'); (tmp_path/'b').symlink_to(tmp_path/'a')
     with pytest.raises(VolumeError, match='symbolic links'): read_volume(tmp_path/'a')
     (tmp_path/'gone.nii').symlink_to(tmp_path/'nowhere.nii')
-    with pytest.raises(VolumeError, match='gone.nii: does not exist; expected a scan: check the name, and where a link leads'): read_volume(tmp_path/'gone.nii')
+    with pytest.raises(VolumeError, match='gone.nii: does not exist; expected a scan: check the name, and where a link leads'):
+        read_volume(tmp_path/'gone.nii')
     os.mkfifo(tmp_path/'pipe.nii')
     with pytest.raises(VolumeError, match='is a named pipe'): read_volume(tmp_path/'pipe.nii')
 
@@ -214,7 +215,8 @@ def test_noise_is_accepted_with_a_warning_and_more_is_not(tmp_path):
         other = lambda d: replace(image, **{field: tuple(np.add(getattr(image,field), d))})
         with collect_warnings() as found: check_same_geometry(image, other(noise))
         assert len(found)==1 and field in found[0].text
-        with pytest.raises(VolumeError, match=f'its {field} is .* but that of the image is .*resample'): check_same_geometry(image, other(wrong))
+        with pytest.raises(VolumeError, match=f'its {field} is .* but that of the image is .*resample'):
+            check_same_geometry(image, other(wrong))
     with collect_warnings() as found: check_same_geometry(image, image)
     assert not found
     f,g = write_volume(image, tmp_path/'image.mha'), write_volume(replace(image.like(image.array>50), spacing=(5.,1.25,2.)), tmp_path/'mask.nrrd')
@@ -254,7 +256,8 @@ def write_series(folder, vol, uid='1.2.3.4', names=None, leave_out=()):
         s = im[:,:,i]
         at = im.TransformIndexToPhysicalPoint((0,0,i))
         for k,v in {'0020|000e':uid, '0020|000d':uid+'.1', '0008|0018':f'{uid}.{i+9}', '0008|0060':'MR', '0020|0013':str(n-i), '0018|0050':str(vol.spacing[0]),
-                    '0020|0032':'\\'.join(f'{o:.6f}' for o in at), '0020|0037':'\\'.join(f'{d[k]:.7f}' for k in (0,3,6,1,4,7))}.items(): s.SetMetaData(k,v)
+                    '0020|0032':'\\'.join(f'{o:.6f}' for o in at), '0020|0037':'\\'.join(f'{d[k]:.7f}' for k in (0,3,6,1,4,7))}.items():
+                        s.SetMetaData(k,v)
         w.SetFileName(str(folder/f'IM{n-i:04d}.dcm')); w.Execute(s)
     return folder
 
@@ -282,7 +285,8 @@ def test_bad_dicom_series(tmp_path):
         for cut in (10,60,10**6):
             f = sorted(write_series(tmp_path/'damaged', vol).iterdir())[i]
             f.write_bytes(f.read_bytes()[:-cut])
-            with pytest.raises(VolumeError, match=f'1 DICOM files cannot be read, for example {f.name}'): read_volume(tmp_path/'damaged')
+            with pytest.raises(VolumeError, match=f'1 DICOM files cannot be read, for example {f.name}'):
+                read_volume(tmp_path/'damaged')
     (tmp_path/'bytes').mkdir(); Path(os.fsdecode(os.fsencode(tmp_path)+b'/bytes/\xff.dcm')).write_bytes(b'x')
     with pytest.raises(VolumeError, match='not valid UTF-8'): read_volume(tmp_path/'bytes')
 

@@ -38,4 +38,5 @@ def quiet(learn):
     learn.logger = noop
     return learn
 
-def hooks(model): return sum(len(m._forward_hooks)+len(m._forward_pre_hooks)+len(m._backward_hooks) for m in model.modules())
+def hooks(model):
+    return sum(len(m._forward_hooks)+len(m._forward_pre_hooks)+len(m._backward_hooks) for m in model.modules())

@@ -60,7 +60,8 @@ def run(kind, path, world):
                 hooks=sum(len(m._forward_hooks) for m in learn.model.modules()))
 
 def pseudo_labels(): return [PseudoLabelCallback(threshold=.5)]
-def all_together(): return [PseudoLabelCallback(threshold=.5, moved=True), CopyPasteCallback(start=.3), balanced_mireg()]
+def all_together():
+    return [PseudoLabelCallback(threshold=.5, moved=True), CopyPasteCallback(start=.3), balanced_mireg()]
 
 def own(method, path, world):
     "The network after a training with a method, or several, and a teacher"
@@ -127,7 +128,8 @@ if __name__=='__main__':
     res = {k: run(k, path, world) for k in ('paired','norm','files')}
     res['own'] = {m.__name__: own(m, path, world) for m in [*METHODS, pseudo_labels, CopyPasteCallback, balanced_mireg, all_together]}
     if world>1:
-        for k in ('paired','files'): res[f'resumed {k}'] = [resume(k, path, rank, stops) for stops in ((), (1,2,3) if k=='files' else (3,4,6))]
+        for k in ('paired','files'):
+            res[f'resumed {k}'] = [resume(k, path, rank, stops) for stops in ((), (1,2,3) if k=='files' else (3,4,6))]
         res['refused'] = refused(path, rank)
     torch.save(res, f'{path}/{world}-{rank}.pt')
     if dist.is_initialized(): dist.destroy_process_group()

@@ -1,4 +1,5 @@
-"Further inputs of the kinds in test_cases_scans and test_cases_people, as archives, spreadsheets and other programs write them"
+"""Further inputs of the kinds in test_cases_scans and test_cases_people, as archives, spreadsheets and other programs
+write them"""
 import gzip, json, shutil, unicodedata, warnings
 
 import nibabel, numpy as np, pandas as pd, pytest, SimpleITK as sitk
@@ -12,8 +13,8 @@ from fastmiseg.scans.split import split_cohort
 from fastmiseg.scans.store import SliceStore
 from fastmiseg.scans.volume import Volume, read_volume, write_volume
 from test_cases_people import cohort, put as put_nifti, square
-from test_cases_scans import (check_places, dataset, item, multi, nii, patch, pixels, put, read, refused, same_as_nibabel, series,
-                              steps, turned)
+from test_cases_scans import (check_places, dataset, item, multi, nii, patch, pixels, put, read, refused,
+                              same_as_nibabel, series, steps, turned)
 
 def told(f, category=UserWarning):
     "What comes back, and what was said"
@@ -44,8 +45,10 @@ def test_directions_with_other_decimals_in_each_slice(tmp_path):
 def test_two_reconstructions_between_each_other(tmp_path):
     for i in range(5):
         for k,(kernel,z) in enumerate((('B30f',0.),('B70f',2.5))):
-            put(tmp_path/f'{k}_{i}.dcm', pixels(10*k+i), ImagePositionPatient=[0,0,5*i+z], Modality='CT', ConvolutionKernel=kernel)
-    refused(tmp_path, r'holds 2 volumes .* 0: ConvolutionKernel B30f \(5 slices\); 1: ConvolutionKernel B70f \(5 slices\)')
+            put(tmp_path/f'{k}_{i}.dcm', pixels(10*k+i), ImagePositionPatient=[0,0,5*i+z], Modality='CT',
+                ConvolutionKernel=kernel)
+    refused(tmp_path, r'holds 2 volumes .* '
+                      r'0: ConvolutionKernel B30f \(5 slices\); 1: ConvolutionKernel B70f \(5 slices\)')
     vol,_ = read(tmp_path, phase=1)
     assert vol.spacing[0]==5
     check_places(vol, tmp_path.glob('1_*'))
@@ -59,7 +62,8 @@ def test_two_patients_under_one_series(tmp_path):
 def test_series_without_their_uid(tmp_path):
     for i in range(4):
         for k,name in enumerate(('T1','T2')):
-            put(tmp_path/f'{name}{i}.dcm', pixels(10*k+i), ImagePositionPatient=[0,0,4*k+8*i], SeriesInstanceUID=None, SeriesNumber=k+1, SeriesDescription=name)
+            put(tmp_path/f'{name}{i}.dcm', pixels(10*k+i), ImagePositionPatient=[0,0,4*k+8*i],
+                SeriesInstanceUID=None, SeriesNumber=k+1, SeriesDescription=name)
     refused(tmp_path, 'holds 2 DICOM series, expected one')
     for k,name in enumerate(('T1','T2')):
         vol,_ = read(tmp_path, series=name)
@@ -76,7 +80,8 @@ def test_slices_further_apart_than_they_say(tmp_path, tags, ok):
     vol,said = read(series(tmp_path, 4, step=6, **tags))
     assert vol.spacing[0]==6
     check_places(vol, tmp_path.iterdir())
-    assert not said if ok else said==['has slices 6 mm apart, though SpacingBetweenSlices (0018,0088) is 3: were some left out? Their positions were taken']
+    assert not said if ok else said==['has slices 6 mm apart, though SpacingBetweenSlices (0018,0088) is 3: '
+                                      'were some left out? Their positions were taken']
 
 @pytest.mark.parametrize('tag, values', [
     ('FlipAngle',[2,10,15]), ('InversionTime',[100,180,260]), ('KVP',[80,140,100]),
@@ -84,7 +89,8 @@ def test_slices_further_apart_than_they_say(tmp_path, tags, ok):
 def test_what_tells_volumes_apart_is_named(tmp_path, tag, values):
     for p,v in enumerate(values):
         for i in range(3):
-            put(tmp_path/f'{p}{i}.dcm', pixels(10*p+i), ImagePositionPatient=[0,0,4*i], InstanceNumber=3*p+i+1, **{tag:v})
+            put(tmp_path/f'{p}{i}.dcm', pixels(10*p+i), ImagePositionPatient=[0,0,4*i],
+                InstanceNumber=3*p+i+1, **{tag:v})
     text = refused(tmp_path, 'holds 3 volumes')
     assert text.count(tag)==3
     for p in range(3): assert f'{p}: {tag} ' in text and len(read(tmp_path, phase=p)[0].array)==3
@@ -98,23 +104,29 @@ def test_a_slice_that_was_sent_again_with_other_pixels(tmp_path):
 # ---- DICOM: values
 
 def test_a_slope_that_some_slices_lack(tmp_path):
-    frames = [(pixels(i), [0,0,8*i], dict(PixelValueTransformationSequence=[item(RescaleSlope=i+1.5, RescaleIntercept=0)]) if i!=2 else {}) for i in range(4)]
+    slope = lambda i: dict(PixelValueTransformationSequence=[item(RescaleSlope=i+1.5, RescaleIntercept=0)])
+    frames = [(pixels(i), [0,0,8*i], slope(i) if i!=2 else {}) for i in range(4)]
     multi(tmp_path/'a'/'m.dcm', frames)
     vol,said = read(tmp_path/'a')
     assert np.allclose(vol.array, [pixels(i)*(1 if i==2 else i+1.5) for i in range(4)])
-    assert said==['has 1 of 4 slices without RescaleSlope (0028,1053), for example m.dcm, frame 3: it was taken to be 1 there']
-    assert not read(series(tmp_path/'b', each=lambda i: dict(RescaleSlope=1, RescaleIntercept=0) if i else {}))[1] # nothing follows from it
+    assert said==['has 1 of 4 slices without RescaleSlope (0028,1053), for example m.dcm, frame 3: '
+                  'it was taken to be 1 there']
+    # nothing follows from it
+    assert not read(series(tmp_path/'b', each=lambda i: dict(RescaleSlope=1, RescaleIntercept=0) if i else {}))[1]
 
 def test_slices_of_other_bits(tmp_path):
     series(tmp_path, 4)
     a = np.arange(20, dtype='u1').reshape(4,5)
-    put(tmp_path/'s02.dcm', a, ImagePositionPatient=[-20,10,8], BitsAllocated=8, BitsStored=8, HighBit=7, PixelData=a.tobytes())
+    put(tmp_path/'s02.dcm', a, ImagePositionPatient=[-20,10,8], BitsAllocated=8, BitsStored=8, HighBit=7,
+        PixelData=a.tobytes())
     vol,said = read(tmp_path)
     check_places(vol, tmp_path.iterdir())
-    assert said==['has 1 of 4 slices of 8 bits, for example s02.dcm, among others of 16: their values may be on another scale']
+    assert said==['has 1 of 4 slices of 8 bits, for example s02.dcm, among others of 16: '
+                  'their values may be on another scale']
 
 def test_inverted_values_with_a_slope_for_each_slice(tmp_path):
-    series(tmp_path, 4, each=lambda i: dict(RescaleSlope=i+1, RescaleIntercept=0), BitsStored=12, HighBit=11, PhotometricInterpretation='MONOCHROME1')
+    series(tmp_path, 4, each=lambda i: dict(RescaleSlope=i+1, RescaleIntercept=0), BitsStored=12, HighBit=11,
+           PhotometricInterpretation='MONOCHROME1')
     vol,said = read(tmp_path)
     check_places(vol, tmp_path.iterdir())
     assert 'its values are measured and were kept' in said[0]
@@ -155,7 +167,8 @@ bare = dict.fromkeys(('Rows','Columns','PixelData','ImagePositionPatient'))
     (parametric,'Parametric Map Storage',bare)])
 def test_a_folder_of_other_objects_is_named(tmp_path, uid, kind, tags):
     put(tmp_path/'x.dcm', pixels(), SOPClassUID=uid, **tags)
-    refused(tmp_path, f'is a folder without DICOM files of images: it holds 1 other object, for example x.dcm, {kind}; give the folder of the series')
+    refused(tmp_path, 'is a folder without DICOM files of images: '
+                      f'it holds 1 other object, for example x.dcm, {kind}; give the folder of the series')
 
 @pytest.mark.parametrize('uid, tags', [(seg,{}), (rtstruct,bare)])
 def test_segmentations_as_dicom_are_not_left_out_in_silence(tmp_path, uid, tags):
@@ -167,7 +180,8 @@ def test_segmentations_as_dicom_are_not_left_out_in_silence(tmp_path, uid, tags)
     assert '2 DICOM segmentations cannot be read as masks and were left out' in said and 'convert them to NIfTI' in said
 
 @pytest.mark.parametrize('syntax', [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
-@pytest.mark.parametrize('uid, kind, tags', [(seg,'Segmentation Storage',{}), (rtstruct,'RT Structure Set Storage',bare)])
+@pytest.mark.parametrize('uid, kind, tags', [
+    (seg,'Segmentation Storage',{}), (rtstruct,'RT Structure Set Storage',bare)])
 def test_a_segmentation_among_the_slices_is_named_at_once(tmp_path, uid, kind, tags, syntax):
     "When the cohort is loaded, before anything is prepared; and again when the series is read"
     for p in ('anna','bert'): series(tmp_path/p)
@@ -198,7 +212,8 @@ def test_slices_that_are_a_little_off_their_places(tmp_path, orientation, jitter
     "Beside SimpleITK, which takes the mean of the distances"
     across = np.cross(orientation[:3], orientation[3:])
     off = jitter*np.array([0,1,-1,.5,-.5,1,-1,0])
-    series(tmp_path, 8, ImageOrientationPatient=orientation, each=lambda i: {'ImagePositionPatient':[round(float(o),6) for o in across*3*(i+off[i])]})
+    series(tmp_path, 8, ImageOrientationPatient=orientation,
+           each=lambda i: {'ImagePositionPatient':[round(float(o),6) for o in across*3*(i+off[i])]})
     if not ok:
         assert ('or resample it first, for example with `dcm2niix`, whose file ends in _Eq' in
                 refused(tmp_path, r'slices are 3(\.\d+)? mm apart, but \d.\d+ mm between s\d\d.dcm and s\d\d.dcm'))
@@ -227,7 +242,8 @@ def test_forms_that_differ_by_a_turn(tmp_path, degrees):
 def test_a_sheared_sform_beside_a_qform(tmp_path):
     "As converters write a tilted gantry"
     a = np.arange(60,dtype='i2').reshape(3,4,5)
-    f = patch(nii(tmp_path/'a.nii.gz', a, np.diag([1,1,3,1.]), lambda h: h.set_qform(np.diag([1,1,3,1.]),1)), srow_y=[0,1,.6,0], sform_code=1)
+    f = patch(nii(tmp_path/'a.nii.gz', a, np.diag([1,1,3,1.]), lambda h: h.set_qform(np.diag([1,1,3,1.]),1)),
+              srow_y=[0,1,.6,0], sform_code=1)
     vol,said = read(f)
     assert ('that differ by up to' in said[0]
             and np.allclose(vol.direction, sitk.ReadImage(str(f)).GetDirection(), atol=1e-6))
@@ -250,8 +266,10 @@ nrrd_axes = ['(-1,0,0) (0,2,0) (0,0,3)', '(0,1,0) (0,0,2) (3,0,0)', '(1,0,0) (0,
 def test_nrrd_axes_in_any_order_and_direction(tmp_path, space, axes):
     a = np.arange(60,dtype='<i2').reshape(3,4,5)
     f = tmp_path/'a.nrrd'
-    f.write_bytes('\n'.join(['NRRD0005','type: short','dimension: 3',f'space: {space}','sizes: 5 4 3',f'space directions: {axes}','space origin: (1,2,3)',
-                             'kinds: domain domain domain','centerings: cell cell cell','endian: little','encoding: raw','','']).encode()+a.tobytes())
+    f.write_bytes('\n'.join(['NRRD0005','type: short','dimension: 3',f'space: {space}','sizes: 5 4 3',
+                             f'space directions: {axes}','space origin: (1,2,3)',
+                             'kinds: domain domain domain','centerings: cell cell cell',
+                             'endian: little','encoding: raw','','']).encode()+a.tobytes())
     vol,said = read(f)
     signs = dict(LPS=(1,1,1), RAS=(-1,-1,1)).get(space, (1,-1,1)) # what the header says, by hand
     want = np.array([[float(o) for o in v.strip('()').split(',')] for v in axes.split()]).T
@@ -260,14 +278,19 @@ def test_nrrd_axes_in_any_order_and_direction(tmp_path, space, axes):
     assert np.array_equal(vol.array, a) and np.allclose(vol.direction, sitk.ReadImage(str(f)).GetDirection())
 
 @pytest.mark.parametrize('keys, says', [
-    (('TransformMatrix = 1 0 0 0 1 0 0 0 1','Offset = 7 8 9','Position = 1 1 1'), 'Offset is .7 8 9., but Position, which means the same, is .1 1 1.'),
-    (('TransformMatrix = 1 0 0 0 1 0 0 0 1','Orientation = 0 1 0 0 0 1 1 0 0','Offset = 7 8 9'), 'TransformMatrix is .*, but Orientation'),
-    (('TransformMatrix = 1 0 0 0 1 0 0 0 1','Offset = 7 8 9','ElementByteOrderMSB = True'), 'BinaryDataByteOrderMSB is .*, but ElementByteOrderMSB'),
-    (('Rotation = 1 0 0 0 1 0 0 0 1','TransformMatrix = 1 0 0 0 1.0 0 0 0 1','Origin = 7 8 9','Offset = 7.0 8 9','ElementByteOrderMSB = false'), None)])
+    (('TransformMatrix = 1 0 0 0 1 0 0 0 1','Offset = 7 8 9','Position = 1 1 1'),
+     'Offset is .7 8 9., but Position, which means the same, is .1 1 1.'),
+    (('TransformMatrix = 1 0 0 0 1 0 0 0 1','Orientation = 0 1 0 0 0 1 1 0 0','Offset = 7 8 9'),
+     'TransformMatrix is .*, but Orientation'),
+    (('TransformMatrix = 1 0 0 0 1 0 0 0 1','Offset = 7 8 9','ElementByteOrderMSB = True'),
+     'BinaryDataByteOrderMSB is .*, but ElementByteOrderMSB'),
+    (('Rotation = 1 0 0 0 1 0 0 0 1','TransformMatrix = 1 0 0 0 1.0 0 0 0 1','Origin = 7 8 9','Offset = 7.0 8 9',
+      'ElementByteOrderMSB = false'), None)])
 def test_meta_names_of_one_thing(tmp_path, keys, says):
     a,f = np.arange(60,dtype='<i2').reshape(3,4,5),tmp_path/'a.mha'
-    f.write_bytes('\n'.join(['NDims = 3','BinaryData = True','BinaryDataByteOrderMSB = False',*keys,'ElementSpacing = 1 2 3','ElementSize = 1 1 1',
-                             'DimSize = 5 4 3','ElementType = MET_SHORT','ElementDataFile = LOCAL','']).encode()+a.tobytes())
+    f.write_bytes('\n'.join(['NDims = 3','BinaryData = True','BinaryDataByteOrderMSB = False',*keys,
+                             'ElementSpacing = 1 2 3','ElementSize = 1 1 1','DimSize = 5 4 3',
+                             'ElementType = MET_SHORT','ElementDataFile = LOCAL','']).encode()+a.tobytes())
     if says: refused(f, f'has a damaged header: {says}')
     else:
         vol,_ = read(f)
@@ -323,7 +346,8 @@ def masks_of(tmp_path, *values):
     for i,v in enumerate(values):
         x,m = square(i, values=(0,v[-1]))
         for k,o in enumerate(v): m[:,k,k] = o
-        rows.append(dict(subject=str(i), scan=f's{i}', image=put_nifti(tmp_path/f'{i}.nii.gz', x), mask=put_nifti(tmp_path/f'{i}m.nii.gz', m)))
+        rows.append(dict(subject=str(i), scan=f's{i}', image=put_nifti(tmp_path/f'{i}.nii.gz', x),
+                         mask=put_nifti(tmp_path/f'{i}m.nii.gz', m)))
     return pd.DataFrame(rows, dtype=object)
 
 def test_one_structure_stored_in_two_ways(tmp_path):
@@ -350,8 +374,10 @@ def test_images_instead_of_masks(tmp_path):
 
 # ---- people
 
-@pytest.mark.parametrize('a, b', [('P01','p01'), ('P01','P1'), ('007','7'), (unicodedata.normalize('NFC','Jörg'), unicodedata.normalize('NFD','Jörg')),
-                                  ('P 1','P  1 '), ('sub-A','SUB-a'), (7.,'7'), (7,'007')])
+@pytest.mark.parametrize('a, b', [
+    ('P01','p01'), ('P01','P1'), ('007','7'),
+    (unicodedata.normalize('NFC','Jörg'), unicodedata.normalize('NFD','Jörg')),
+    ('P 1','P  1 '), ('sub-A','SUB-a'), (7.,'7'), (7,'007')])
 def test_one_person_written_in_two_ways(tmp_path, a, b):
     df = cohort(tmp_path, 'abcd').assign(subject=[a,b,'Q','R'])
     with pytest.raises(CohortError, match='1 subject is in several parts'):
@@ -413,7 +439,8 @@ def test_what_names_share_is_the_person(names, first, other):
 def test_a_duplicate_that_was_stored_in_another_order(tmp_path, ext):
     df = cohort(tmp_path, 'abcd')
     im = nibabel.load(df.image[0])
-    turned = im.as_reoriented(nibabel.orientations.ornt_transform(nibabel.io_orientation(im.affine), nibabel.orientations.axcodes2ornt('PSR')))
+    turned = im.as_reoriented(nibabel.orientations.ornt_transform(
+        nibabel.io_orientation(im.affine), nibabel.orientations.axcodes2ornt('PSR')))
     nibabel.save(turned, df.image[2])
     if ext!='.nii.gz': df.loc[2,'image'] = str(write_volume(read_volume(df.image[2]), tmp_path/f'c{ext}'))
     assert find_duplicates(df)==[('a','c')]
@@ -433,9 +460,12 @@ def bids(root, *names):
         for o in names: put_nifti(root/o.format(s=s), x if o.endswith(('T1w.nii.gz','FLAIR.nii.gz')) else m)
     return root
 
-@pytest.mark.parametrize('mask', ['sub-{s}_space-T1w_label-lesion_mask', 'sub-{s}_T1w_label-lesion_mask', 'sub-{s}_space-MNI152NLin2009cAsym_desc-brain_mask'])
+@pytest.mark.parametrize('mask', [
+    'sub-{s}_space-T1w_label-lesion_mask', 'sub-{s}_T1w_label-lesion_mask',
+    'sub-{s}_space-MNI152NLin2009cAsym_desc-brain_mask'])
 def test_bids_masks_of_other_images(tmp_path, mask):
-    bids(tmp_path, 'sub-{s}/anat/sub-{s}_T1w.nii.gz', 'sub-{s}/anat/sub-{s}_FLAIR.nii.gz', f'derivatives/manual/sub-{{s}}/anat/{mask}.nii.gz')
+    bids(tmp_path, 'sub-{s}/anat/sub-{s}_T1w.nii.gz', 'sub-{s}/anat/sub-{s}_FLAIR.nii.gz',
+         f'derivatives/manual/sub-{{s}}/anat/{mask}.nii.gz')
     df,said = told(lambda: load_cohort(tmp_path, suffix='FLAIR'))
     assert (df['mask'].isna().all()
             and '2 masks lie on the grid of a template or of other images than FLAIR' in said
@@ -499,7 +529,8 @@ def test_dicom_files_that_are_compressed_one_by_one(tmp_path, which):
         f = tmp_path/f's{i:02}.dcm'
         (tmp_path/f'{f.name}.gz').write_bytes(gzip.compress(f.read_bytes()))
         f.unlink()
-    refused(tmp_path, f'holds {len(which)} DICOM files? in compressed form, for example s{which[0]:02}.dcm.gz, which cannot be read: unpack')
+    refused(tmp_path, f'holds {len(which)} DICOM files? in compressed form, '
+                      f'for example s{which[0]:02}.dcm.gz, which cannot be read: unpack')
 
 def test_what_other_systems_leave_beside_slices(tmp_path):
     vol,_ = read(series(tmp_path/'a'))
@@ -513,7 +544,8 @@ def test_slices_of_two_scanners_under_one_series(tmp_path):
     series(tmp_path, each=lambda i: dict(Modality='PT' if i==3 else 'CT'))
     refused(tmp_path, r's03.dcm: Modality \(0008,0060\) is another one than in s00.dcm')
 
-@pytest.mark.parametrize('spacing, ok', [((.001,.001,.003),False), ((800,800,3000),False), ((.05,.05,.05),True), ((.15,.15,.3),True), ((4,4,300),True)])
+@pytest.mark.parametrize('spacing, ok', [
+    ((.001,.001,.003),False), ((800,800,3000),False), ((.05,.05,.05),True), ((.15,.15,.3),True), ((4,4,300),True)])
 @pytest.mark.parametrize('ext', ['.nii.gz','.mha','.nrrd'])
 def test_sizes_that_no_patient_has(tmp_path, spacing, ok, ext):
     "Metres or micrometres, which the header does not say"
@@ -547,7 +579,8 @@ def drawn(*values, bg=0, dtype='i2'):
 def auto_of(tmp_path, *masks, **kw):
     rows = []
     for i,m in enumerate(masks):
-        rows.append(dict(subject=f'q{i}', scan=f's{i}', image=put_nifti(tmp_path/f'{i}.nii.gz', square(i)[0]), mask=put_nifti(tmp_path/f'{i}m.nii.gz', m)))
+        rows.append(dict(subject=f'q{i}', scan=f's{i}', image=put_nifti(tmp_path/f'{i}.nii.gz', square(i)[0]),
+                         mask=put_nifti(tmp_path/f'{i}m.nii.gz', m)))
     return told(lambda: Recipe.auto(pd.DataFrame(rows, dtype=object), **kw))
 
 @pytest.mark.parametrize('values', [(254,255), (253,254,255,1), (*range(1,8),*range(248,256)), (4,239,255)])
@@ -569,7 +602,8 @@ def test_masks_of_two_values_are_read_as_meant(tmp_path, mask, labels):
 
 def test_a_mask_whose_background_is_not_0(tmp_path):
     r,said = auto_of(tmp_path/'a', drawn(2, 3, bg=1), drawn(2, 3, bg=1))
-    assert 'no mask holds 0, which is the background; they hold 1, 2, 3. If the first of these is, give Recipe(labels={1: 0, 2: 1, 3: 2})' in said
+    assert ('no mask holds 0, which is the background; they hold 1, 2, 3. '
+            'If the first of these is, give Recipe(labels={1: 0, 2: 1, 3: 2})' in said)
     _,said = auto_of(tmp_path/'b', drawn(*[0]*12, bg=1), drawn(*[0]*12, bg=1))
     assert 'of the voxels of the masks are not 0, the background' in said and 'are they inverted?' in said
     assert not auto_of(tmp_path/'c', drawn(1), drawn(0))[1]
@@ -606,6 +640,7 @@ def test_a_column_that_was_sorted_alone(tmp_path):
 def test_a_data_set_with_a_byte_order_mark(tmp_path):
     for k in 'ab':
         for d in ('imagesTr','labelsTr'): write_volume(Volume(np.ones((3,4,5),'u1')), tmp_path/d/f'{k}.nii.gz')
-    (tmp_path/'dataset.json').write_text(json.dumps(dict(labels={'0':'background','1':'x'}, modality={'0':'CT'})), encoding='utf-8-sig')
+    (tmp_path/'dataset.json').write_text(
+        json.dumps(dict(labels={'0':'background','1':'x'}, modality={'0':'CT'})), encoding='utf-8-sig')
     df = load_cohort(tmp_path)
     assert df.attrs['layout']=='msd' and df.attrs['classes']==('background','x')

@@ -1,4 +1,5 @@
-"""People, what comes back, other systems, and files of ours that get damaged: every kind of fault with inputs that the test writes itself"""
+"""People, what comes back, other systems, and files of ours that get damaged: every kind of fault, with inputs that the
+test writes itself"""
 import errno, json, os, pickle, subprocess, sys, unicodedata, warnings
 from dataclasses import replace
 from pathlib import Path
@@ -56,9 +57,10 @@ def bright(recipe, training=None):
                      dict(arch=dict(arch='threshold'), training=training or {}, provenance={}))
 recipe = Recipe(spacing=2., size=48)
 
-# -- people ----------------------------------------------------------------------------------------------------------------
+# -- people ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('subjects,parts,say', [
-    ('A A B', 'labeled valid labeled', r'1 subject is in several parts, for example A: training \(a\), validation \(b\)'),
+    ('A A B', 'labeled valid labeled',
+     r'1 subject is in several parts, for example A: training \(a\), validation \(b\)'),
     ('A A A', 'unlabeled valid test', r'for example A: training \(a\), validation \(b\), test \(c\)'),
     ('A B B', 'labeled valid test', r'for example B: validation \(b\), test \(c\)')])
 def test_a_subject_in_several_parts(tmp_path, subjects, parts, say):
@@ -86,7 +88,8 @@ def test_duplicates_in_several_parts(tmp_path, how):
     if how=='other type': write_volume(a.like(a.array.astype(np.float64)), df.image[2])
     def go(df): return SliceStore(tmp_path/'s', recipe).prepare(load_cohort(df), workers=0, progress=False)
     with pytest.raises(CohortError, match='1 image is .*several parts.*straddle=True'): go(df)
-    assert len(SliceStore(tmp_path/'s', recipe).prepare(load_cohort(df, straddle=True), workers=0, progress=False).scans)==4
+    straddling = load_cohort(df, straddle=True)
+    assert len(SliceStore(tmp_path/'s', recipe).prepare(straddling, workers=0, progress=False).scans)==4
     with pytest.raises(CohortError): go(df) # prepared already: it is said again
 
 @pytest.mark.parametrize('value', ['train', '', None, 'Validation'])
@@ -116,7 +119,8 @@ def test_names_that_share_a_stem(tmp_path, names, groups):
         assert load_cohort(tmp_path, 'folder', subject=str).subject.tolist()==df.scan.tolist()
         assert load_cohort(tmp_path, 'folder', subject=lambda s: 'one').subject.nunique()==1
 
-@pytest.mark.parametrize('names', [['case1','case2','case3'], ['anna','bert'], [f'heart_{i:03d}' for i in range(9)], ['only']])
+@pytest.mark.parametrize('names', [
+    ['case1','case2','case3'], ['anna','bert'], [f'heart_{i:03d}' for i in range(9)], ['only']])
 def test_names_that_share_nothing_that_matters(tmp_path, names): assert related(names) is None
 
 def test_subject_in_every_layout(tmp_path):
@@ -133,13 +137,15 @@ def test_everything_annotated_or_nothing_unlabelled(tmp_path, capsys):
     none = df.assign(split=['labeled','labeled','valid','test'])
     assert ("take the method 'partial'" in advice(none)
             and "take the method 'full'" in advice(df.assign(split=['labeled','unlabeled','valid','test'])))
-    assert advice(df.assign(split=['labeled','unlabeled','valid','test'], mask=[df['mask'][0],None,*df['mask'][2:]])) is None
+    assert advice(df.assign(split=['labeled','unlabeled','valid','test'],
+                            mask=[df['mask'][0],None,*df['mask'][2:]])) is None
     SliceStore(tmp_path/'s', recipe).prepare(none, workers=0)
     said = capsys.readouterr().out
     assert said.index("method 'partial'")<said.index('[') # before the slices are prepared
 
-# -- what comes back -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize('values,dtype', [((0,3), np.uint8), ((0,850), np.uint16), ((0,70000), np.int32), ((0,-5), np.int8)])
+# -- what comes back ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('values,dtype', [
+    ((0,3), np.uint8), ((0,850), np.uint16), ((0,70000), np.int32), ((0,-5), np.int8)])
 def test_labels_come_back_as_masks_had_them(tmp_path, values, dtype):
     df = cohort(tmp_path, 'ab', ['labeled','valid'], values=(0,min(values[1],30000)))
     r = replace(recipe, labels={0:0, values[1]:1})
@@ -154,7 +160,8 @@ def test_labels_of_a_real_training_are_in_the_model_file(tmp_path):
     for o in df['mask'][:2]: # 1 and 3, nothing between
         m = read_volume(o); a = m.array.copy(); a[0,:4,:4] = 1; write_volume(m.like(a), o)
     from fastmiseg.learner import miseg_learner
-    learn = miseg_learner(MISegDataLoaders.from_cohort(df, Recipe.auto(df), store=tmp_path/'s', workers=0, n_iters=1), width=2)
+    learn = miseg_learner(
+        MISegDataLoaders.from_cohort(df, Recipe.auto(df), store=tmp_path/'s', workers=0, n_iters=1), width=2)
     seg = load_segmenter(export_segmenter(learn, tmp_path/'m.safetensors'), 'cpu')
     assert seg.recipe.labels=={0:0, 1:1, 3:2} and seg.recipe.stored==[0,1,3] and seg.about['training']['scans']==2
     assert set(np.unique(seg.predict(df.image[2]).array))<={0,1,3}
@@ -178,25 +185,32 @@ def test_a_larger_field_of_view(tmp_path, n, at):
 def test_tiles_do_not_depend_on_the_batch_and_one_tile_is_as_before(tmp_path):
     vol = read_volume(put(tmp_path/'a.nii.gz', square(0, n=150, at=(5,90))[0]))
     torch.manual_seed(0)
-    net = Segmenter(create_unet('unet', n_in=1, n_out=2, width=2).eval(), recipe, dict(arch={}, training={}, provenance={}))
+    net = Segmenter(create_unet('unet', n_in=1, n_out=2, width=2).eval(), recipe,
+                    dict(arch={}, training={}, provenance={}))
     for a in ('p','q'): predict_volume(net, vol, probabilities=tmp_path/f'{a}.nii.gz', bs=1 if a=='p' else 7)
     p,q = (read_volume(tmp_path/f'{a}.nii.gz', channels=True).array for a in 'pq')
     assert np.allclose(p, q, atol=1e-5) and np.allclose(p.sum(0), 1, atol=1e-4)
     small = read_volume(put(tmp_path/'b.nii.gz', square(0, n=48)[0]))
     x,where = recipe.slices(small)
-    assert np.array_equal(predict_volume(net, small).array, where.inverse(I._probabilities(net.model, x, 16, '')).argmax(0))
+    assert np.array_equal(predict_volume(net, small).array,
+                          where.inverse(I._probabilities(net.model, x, 16, '')).argmax(0))
 
 def test_preparing_says_what_the_slices_hold(tmp_path, capsys):
-    df = pd.concat([cohort(tmp_path, 'ab'), cohort(tmp_path, 'c', n=96, at=(0,0))], ignore_index=True).assign(split=['labeled','valid','labeled'])
+    df = (pd.concat([cohort(tmp_path, 'ab'), cohort(tmp_path, 'c', n=96, at=(0,0))], ignore_index=True)
+            .assign(split=['labeled','valid','labeled']))
     with pytest.warns(VolumeWarning, match=r'cut off a part of what the mask shows \(100.0%\)'):
         store = SliceStore(tmp_path/'s', recipe).prepare(df, workers=0)
-    assert 'slices hold 75% of the field of view (at least 25% of each scan), and 66.67% of what the masks show (1 masks are cut)' in capsys.readouterr().out
+    assert ('slices hold 75% of the field of view (at least 25% of each scan), '
+            'and 66.67% of what the masks show (1 masks are cut)' in capsys.readouterr().out)
     assert store.scans.share.tolist()==[1,1,.25] and store.scans.lost.tolist()==[0,0,store.scans.total[2]]
 
 @pytest.mark.parametrize('kw,spacing,say', [
-    (dict(), (3.,2.,2.), 'its slices are 3 mm apart, those of the training scans 5 mm'), (dict(), (5.,5.,2.), 'its rows are 5 mm apart'),
-    (dict(gain=50), (5.,2.,2.), 'its intensities .* those of the training scans'), (dict(offset=4000), (5.,2.,2.), 'its intensities'),
-    (dict(gain=-1), (5.,2.,2.), 'its intensities'), ('tilt', (5.,2.,2.), 'its (slices|rows) run 40 degrees away')])
+    (dict(), (3.,2.,2.), 'its slices are 3 mm apart, those of the training scans 5 mm'),
+    (dict(), (5.,5.,2.), 'its rows are 5 mm apart'),
+    (dict(gain=50), (5.,2.,2.), 'its intensities .* those of the training scans'),
+    (dict(offset=4000), (5.,2.,2.), 'its intensities'),
+    (dict(gain=-1), (5.,2.,2.), 'its intensities'),
+    ('tilt', (5.,2.,2.), 'its (slices|rows) run 40 degrees away')])
 def test_a_scan_far_from_the_training_scans(tmp_path, kw, spacing, say):
     df = cohort(tmp_path, 'abc', ['labeled','labeled','valid'])
     seg = bright(recipe, SliceStore(tmp_path/'s', recipe).prepare(df, workers=0, progress=False).summary)
@@ -210,7 +224,7 @@ def test_a_scan_far_from_the_training_scans(tmp_path, kw, spacing, say):
     with pytest.warns(VolumeWarning, match=say):
         predict_cohort(seg, [tmp_path/'far.nii.gz'], tmp_path/'out', progress=False)
 
-# -- other systems ---------------------------------------------------------------------------------------------------------
+# -- other systems -----------------------------------------------------------------------------------------------------
 spawned = '''
 import multiprocessing as mp, sys, warnings
 warnings.filterwarnings('ignore')
@@ -226,7 +240,8 @@ if __name__=='__main__':
             num_workers=n, n_iters=2, bs=2, unlabeled_bs=2, augment=None, device='cpu')
         return list(dls.train)+[b for b in dls.valid]
     for a,b in zip(batches(0), batches(1)):
-        assert len(a)==len(b) and all(torch.equal(x.as_subclass(torch.Tensor), y.as_subclass(torch.Tensor)) for x,y in zip(a, b))
+        assert (len(a)==len(b)
+                and all(torch.equal(x.as_subclass(torch.Tensor), y.as_subclass(torch.Tensor)) for x,y in zip(a, b)))
         if len(a)==2: assert torch.equal(a[1].scan, b[1].scan) and torch.equal(a[1].index, b[1].index)
     print('same')
 '''
@@ -244,9 +259,12 @@ def test_a_loader_can_be_pickled_while_it_runs(tmp_path):
     assert len(pickle.loads(pickle.dumps(dls.train)))==2
 
 @pytest.mark.parametrize('text,encoding', [
-    ('image,mask\nscans/ä.nii.gz,scans/ä_mask.nii.gz\n', 'utf-8'), ('image,mask\r\nscans\\ä.nii.gz,scans\\ä_mask.nii.gz\r\n', 'utf-8-sig'),
-    ('Image; Mask\nscans\\ä.nii.gz ; scans\\ä_mask.nii.gz\n;\n', 'cp1252'), ('sep=;\r\nimage;mask\r\nscans/ä.nii.gz;scans/ä_mask.nii.gz\r\n', 'latin-1'),
-    ('image\tmask\nscans/ä.nii.gz\tscans/ä_mask.nii.gz\n', 'utf-16'), ('"image", "mask"\n"scans/ä.nii.gz", "scans/ä_mask.nii.gz"\n', 'utf-8'),
+    ('image,mask\nscans/ä.nii.gz,scans/ä_mask.nii.gz\n', 'utf-8'),
+    ('image,mask\r\nscans\\ä.nii.gz,scans\\ä_mask.nii.gz\r\n', 'utf-8-sig'),
+    ('Image; Mask\nscans\\ä.nii.gz ; scans\\ä_mask.nii.gz\n;\n', 'cp1252'),
+    ('sep=;\r\nimage;mask\r\nscans/ä.nii.gz;scans/ä_mask.nii.gz\r\n', 'latin-1'),
+    ('image\tmask\nscans/ä.nii.gz\tscans/ä_mask.nii.gz\n', 'utf-16'),
+    ('"image", "mask"\n"scans/ä.nii.gz", "scans/ä_mask.nii.gz"\n', 'utf-8'),
     (unicodedata.normalize('NFD', 'image,mask\nscans/ä.nii.gz,scans/ä_mask.nii.gz\n'), 'utf-8')])
 def test_tables_as_spreadsheets_write_them(tmp_path, text, encoding):
     x,m = square()
@@ -312,7 +330,8 @@ def test_nnunet(tmp_path, version):
     (dict(channel_names=[1]), 'its channels are')])
 def test_nnunet_refused(tmp_path, change, say):
     put(tmp_path/'imagesTr'/'a_0000.nii.gz', square()[0])
-    (tmp_path/'dataset.json').write_text(json.dumps(dict(channel_names={'0':'CT'}, labels={'background':0,'a':1}) | change))
+    (tmp_path/'dataset.json').write_text(json.dumps(
+        dict(channel_names={'0':'CT'}, labels={'background':0,'a':1}) | change))
     with pytest.raises(CohortError, match=say): load_cohort(tmp_path)
 
 def test_a_decathlon_task_stays_one(tmp_path):
@@ -345,7 +364,7 @@ def test_bids(tmp_path):
     with pytest.raises(CohortError, match='derivatives/none: is not a folder; there are auto, manual'):
         load_cohort(tmp_path, suffix='T1w', derivative='none')
 
-# -- files of ours ---------------------------------------------------------------------------------------------------------
+# -- files of ours -----------------------------------------------------------------------------------------------------
 def prepared(tmp_path): 
     df = cohort(tmp_path, 'abc', ['labeled','labeled','valid'])
     return df,SliceStore(tmp_path/'s', recipe).prepare(df, workers=0, progress=False)
@@ -363,8 +382,10 @@ def test_damaged_slices_are_seen_and_made_anew(tmp_path, kind, how):
     file.write_bytes(raw)
     def look(store): return {s:(store.image(s, slice(None)), store.mask(s, slice(None)), store.where(s)) for s in 'abc'}
     def same(got):
-        return all(np.array_equal(a, b) for s in want for a,b in zip(want[s][:2], got[s][:2])) and all(want[s][2]==got[s][2] for s in want)
-    try: assert same(look(SliceStore(tmp_path/'s', recipe).prepare(df, workers=0, progress=False))) # seen at once, and made anew
+        return (all(np.array_equal(a, b) for s in want for a,b in zip(want[s][:2], got[s][:2]))
+                and all(want[s][2]==got[s][2] for s in want))
+    try: # seen at once, and made anew
+        assert same(look(SliceStore(tmp_path/'s', recipe).prepare(df, workers=0, progress=False)))
     except VolumeError as e: assert 'gone or damaged' in str(e) and 'call `prepare` again' in str(e)
     else: return
     assert same(look(SliceStore(tmp_path/'s', recipe).prepare(df, workers=0, progress=False)))
@@ -382,17 +403,20 @@ def test_a_store_for_reading(tmp_path, monkeypatch, lost):
     else: df.image.map(os.utime)               # other times, the same bytes: as after a copy
     def refuse(path, **kw): raise WriteError(f'{path}: cannot be written (Read-only file system; 0 MB are free there)')
     monkeypatch.setattr(P, 'whole_file', refuse); monkeypatch.setattr(os, 'access', lambda path, mode: mode!=os.W_OK)
-    assert np.array_equal(SliceStore(tmp_path/'s', recipe).prepare(df, workers=0, progress=False).verify().image('a', 1), want)
+    again = SliceStore(tmp_path/'s', recipe).prepare(df, workers=0, progress=False).verify()
+    assert np.array_equal(again.image('a', 1), want)
     with pytest.raises(OSError, match='the slice store cannot be written .*Read-only'):
         SliceStore(tmp_path/'s', recipe).prepare(pd.concat([df, cohort(tmp_path, 'z', ['test'], n=50)]),
                                                  workers=0, progress=False)
 
 def untrained(**kw):
     class Learn:
-        model,arch,recipe,cbs,dls = create_unet(n_in=1, n_out=2, size=(48,48), **kw),dict(n_in=1, n_out=2, size=(48,48), **kw),recipe,[],None
+        model,arch,recipe,cbs,dls = (create_unet(n_in=1, n_out=2, size=(48,48), **kw),
+                                     dict(n_in=1, n_out=2, size=(48,48), **kw), recipe, [], None)
     return Learn()
 
-@pytest.mark.parametrize('arch', [dict(arch='unet', width=512), dict(arch='dynamic_unet', width=512), dict(arch='torchvision.models.resnet152')])
+@pytest.mark.parametrize('arch', [
+    dict(arch='unet', width=512), dict(arch='dynamic_unet', width=512), dict(arch='torchvision.models.resnet152')])
 def test_a_small_file_that_asks_for_a_large_network(tmp_path, arch):
     file = export_segmenter(untrained(arch='unet', width=2), tmp_path/'a.safetensors')
     with safe_open(file, 'pt') as f:
@@ -409,7 +433,8 @@ try: load_segmenter(sys.argv[1], 'cpu')
 except Exception as e: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before, type(e).__name__, e)
 '''
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, file], capture_output=True, text=True).stdout
-    assert int(out.split()[0])<200_000 and 'SegmenterError' in out and 'network needs' in out.replace('of its network', 'network needs'), out
+    assert (int(out.split()[0])<200_000 and 'SegmenterError' in out
+            and 'network needs' in out.replace('of its network', 'network needs')), out
 
 @pytest.mark.parametrize('change,say', [
     (lambda a: a['recipe'].update(size=[10**6]*2), 'its recipe cannot be used .*size='),
@@ -457,7 +482,7 @@ def test_a_pipe_as_settings(tmp_path):
     with pytest.raises(SegmenterError, match='m.safetensors: cannot be opened .*pipe'):
         load_segmenter(tmp_path/'m.safetensors', 'cpu')
 
-# -- predict and evaluate --------------------------------------------------------------------------------------------------
+# -- predict and evaluate ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('what', ['predict','evaluate'])
 def test_going_on_after_a_kill(tmp_path, monkeypatch, what):
     df,seg,out = cohort(tmp_path, 'abcde', ['valid']*5),bright(recipe),tmp_path/'out'

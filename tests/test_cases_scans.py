@@ -5,8 +5,9 @@ from pathlib import Path
 
 import nibabel, numpy as np, pydicom, pytest, SimpleITK as sitk
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import (DeflatedExplicitVRLittleEndian, EnhancedMRImageStorage, ExplicitVRBigEndian, ExplicitVRLittleEndian, HTJ2KLossless,
-                         ImplicitVRLittleEndian, MPEG2MPML, MRImageStorage, RLELossless, generate_uid)
+from pydicom.uid import (DeflatedExplicitVRLittleEndian, EnhancedMRImageStorage, ExplicitVRBigEndian,
+                         ExplicitVRLittleEndian, HTJ2KLossless, ImplicitVRLittleEndian, MPEG2MPML, MRImageStorage,
+                         RLELossless, generate_uid)
 
 from fastmiseg.scans import intact
 from fastmiseg.scans.cohort import load_cohort, save_cohort
@@ -39,8 +40,9 @@ def dataset(a, syntax=ExplicitVRLittleEndian, **tags):
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = syntax
     order = '>' if syntax==ExplicitVRBigEndian else '<'
-    basic = dict(SOPClassUID=MRImageStorage, SOPInstanceUID=generate_uid(), SeriesInstanceUID='1.2.3', StudyInstanceUID='1.2', Modality='MR',
-                 ImageOrientationPatient=[1,0,0,0,1,0], ImagePositionPatient=[0,0,0], PixelSpacing=[1.5,.75], SliceThickness=4,
+    basic = dict(SOPClassUID=MRImageStorage, SOPInstanceUID=generate_uid(), SeriesInstanceUID='1.2.3',
+                 StudyInstanceUID='1.2', Modality='MR', ImageOrientationPatient=[1,0,0,0,1,0],
+                 ImagePositionPatient=[0,0,0], PixelSpacing=[1.5,.75], SliceThickness=4,
                  Rows=a.shape[-2], Columns=a.shape[-1], SamplesPerPixel=1, PhotometricInterpretation='MONOCHROME2',
                  BitsAllocated=16, BitsStored=16, HighBit=15, PixelRepresentation=int(a.dtype.kind=='i'),
                  PixelData=a.astype(order+('i2' if a.dtype.kind=='i' else 'u2')).tobytes())
@@ -60,7 +62,8 @@ def pixels(i=0, shape=(4,5)): return np.arange(np.prod(shape), dtype='u2').resha
 def series(folder, n=5, step=4., each=lambda i: {}, prefix='s', **tags):
     "n slices along z; `each(i)` are the tags of one"
     for i in range(n):
-        put(Path(folder)/f'{prefix}{i:02}.dcm', pixels(i), **{'ImagePositionPatient':[-20,10,step*i], **tags, **each(i)})
+        put(Path(folder)/f'{prefix}{i:02}.dcm', pixels(i),
+            **{'ImagePositionPatient':[-20,10,step*i], **tags, **each(i)})
     return Path(folder)
 
 def check_places(vol, files, tol=1e-3):
@@ -94,7 +97,8 @@ def multi(path, frames, shared=None, **tags):
                   PixelMeasuresSequence=[item(PixelSpacing=[1.5,.75], SliceThickness=8)])
     return put(path, np.stack([a for a,*_ in frames]), SOPClassUID=EnhancedMRImageStorage, NumberOfFrames=len(frames),
                ImageOrientationPatient=None, ImagePositionPatient=None, PixelSpacing=None, SliceThickness=None,
-               SharedFunctionalGroupsSequence=[item(**{**groups, **(shared or {})})], PerFrameFunctionalGroupsSequence=own, **tags)
+               SharedFunctionalGroupsSequence=[item(**{**groups, **(shared or {})})],
+               PerFrameFunctionalGroupsSequence=own, **tags)
 
 # ---- DICOM: other slices than the rest
 
@@ -103,16 +107,22 @@ def turned(degrees, axis='x'):
     return [1,0,0,0,round(c,6),round(s,6)] if axis=='x' else [round(c,6),round(s,6),0,round(-s,6),round(c,6),0]
 
 @pytest.mark.parametrize('tag, odd, words', [
-    ('ImageOrientationPatient', [1,0,0,0,0,-1], r'\(0020,0037\) is 1\\0\\0\\0\\0\\-1, but 1\\0\\0\\0\\1\\0 in 4 of its 5 slices'),
-    ('ImageOrientationPatient', turned(1), r'\(0020,0037\)'), ('ImageOrientationPatient', turned(90,'z'), r'\(0020,0037\)'),
-    ('ImageOrientationPatient', [-1,0,0,0,-1,0], r'\(0020,0037\)'), ('ImageOrientationPatient', [1,0,0,0,-1,0], r'\(0020,0037\)'),
-    ('PixelSpacing', [1.5,.8], r'\(0028,0030\) is 1.5\\0.8, but 1.5\\0.75 in 4 of its 5'), ('PixelSpacing', [.75,1.5], r'\(0028,0030\)')])
+    ('ImageOrientationPatient', [1,0,0,0,0,-1],
+     r'\(0020,0037\) is 1\\0\\0\\0\\0\\-1, but 1\\0\\0\\0\\1\\0 in 4 of its 5 slices'),
+    ('ImageOrientationPatient', turned(1), r'\(0020,0037\)'),
+    ('ImageOrientationPatient', turned(90,'z'), r'\(0020,0037\)'),
+    ('ImageOrientationPatient', [-1,0,0,0,-1,0], r'\(0020,0037\)'),
+    ('ImageOrientationPatient', [1,0,0,0,-1,0], r'\(0020,0037\)'),
+    ('PixelSpacing', [1.5,.8], r'\(0028,0030\) is 1.5\\0.8, but 1.5\\0.75 in 4 of its 5'),
+    ('PixelSpacing', [.75,1.5], r'\(0028,0030\)')])
 @pytest.mark.parametrize('which', [0,2,4])
 def test_one_slice_is_otherwise(tmp_path, tag, odd, words, which):
     series(tmp_path, each=lambda i: {tag:odd} if i==which else {})
     assert f's{which:02}.dcm: {tag}' in refused(tmp_path, words)
 
-@pytest.mark.parametrize('shape, says', [((4,6), r'Columns \(0028,0011\) is 6, but 5 in 4 of its 5'), ((3,5), r'Rows \(0028,0010\) is 3, but 4')])
+@pytest.mark.parametrize('shape, says', [
+    ((4,6), r'Columns \(0028,0011\) is 6, but 5 in 4 of its 5'),
+    ((3,5), r'Rows \(0028,0010\) is 3, but 4')])
 def test_one_slice_has_another_size(tmp_path, shape, says):
     series(tmp_path)
     put(tmp_path/'s03.dcm', pixels(3, shape), ImagePositionPatient=[-20,10,12])
@@ -128,7 +138,8 @@ def test_frames_of_other_orientation_or_spacing(tmp_path):
     ('ImagePositionPatient', None, r's01.dcm: has no ImagePositionPatient \(0020,0032\); move it out'),
     ('ImageOrientationPatient', None, r's01.dcm: has no ImageOrientationPatient \(0020,0037\)'),
     ('PixelSpacing', None, r's01.dcm: has no PixelSpacing \(0028,0030\); only images with a known size'),
-    ('PixelSpacing', [0,.75], r'PixelSpacing \(0028,0030\)'), ('PixelSpacing', [-1.5,.75], r'PixelSpacing \(0028,0030\)'),
+    ('PixelSpacing', [0,.75], r'PixelSpacing \(0028,0030\)'),
+    ('PixelSpacing', [-1.5,.75], r'PixelSpacing \(0028,0030\)'),
     ('ImagePositionPatient', [0,0], r'ImagePositionPatient \(0020,0032\) is 0\\0, expected 3 numbers')])
 @pytest.mark.parametrize('everywhere', [False,True])
 def test_geometry_is_missing(tmp_path, tag, value, says, everywhere):
@@ -182,10 +193,13 @@ def test_a_stated_distance_is_taken_where_rounding_allows_it(tmp_path):
     wrong = lambda i: {**at(i), 'SpacingBetweenSlices':'0.7'}
     assert read(series(tmp_path/'b', 9, each=wrong))[0].spacing[0]==pytest.approx(.625, abs=2e-3)
 
-@pytest.mark.parametrize('zs', [(0,4,8,16,20), (0,4,8,12.3,16), (0,4,7,12,16), ('0.00','4.00','8.00','12.20','16.00'), (0,8,12,16,20), (0,5,10,16,20)])
+@pytest.mark.parametrize('zs', [
+    (0,4,8,16,20), (0,4,8,12.3,16), (0,4,7,12,16), ('0.00','4.00','8.00','12.20','16.00'),
+    (0,8,12,16,20), (0,5,10,16,20)])
 def test_gaps_and_uneven_slices(tmp_path, zs):
     series(tmp_path, each=lambda i: {'ImagePositionPatient':[0,0,zs[i]]})
-    refused(tmp_path, r'slices are .* mm apart, but .* mm between s0\d.dcm and s0\d.dcm \(their ImagePositionPatient \(0020,0032\)\): a slice is missing')
+    refused(tmp_path, r'slices are .* mm apart, but .* mm between s0\d.dcm and s0\d.dcm '
+                      r'\(their ImagePositionPatient \(0020,0032\)\): a slice is missing')
 
 def test_a_slice_that_is_there_twice(tmp_path):
     series(tmp_path/'copy')
@@ -193,7 +207,8 @@ def test_a_slice_that_is_there_twice(tmp_path):
     refused(tmp_path/'copy', r's02.dcm: is the same slice as again.dcm \(SOPInstanceUID \(0008,0018\)')
     series(tmp_path/'other')
     put(tmp_path/'other'/'again.dcm', pixels(9), ImagePositionPatient=[-20,10,8])
-    refused(tmp_path/'other', r'6 slices are at 5 places: 2 are at one \(again.dcm, s02.dcm\) and nothing tells them apart')
+    refused(tmp_path/'other', r'6 slices are at 5 places: '
+                              r'2 are at one \(again.dcm, s02.dcm\) and nothing tells them apart')
 
 def test_a_slice_that_is_shifted_sideways(tmp_path):
     for k,at in dict(a=[-19,10,8], b=[-20,13,8]).items():
@@ -203,15 +218,18 @@ def test_a_slice_that_is_shifted_sideways(tmp_path):
 @pytest.mark.parametrize('degrees', [15,-20,.5])
 def test_a_tilted_gantry_is_refused(tmp_path, degrees):
     t = np.radians(degrees)
-    series(tmp_path/'shear', each=lambda i: {'ImagePositionPatient':[0, round(4*i*np.tan(t),4), 4*i]}, GantryDetectorTilt=degrees)
-    refused(tmp_path/'shear', rf'sheared by {abs(degrees):.1f} degrees .* GantryDetectorTilt \(0018,1120\) is {degrees}.*dcm2niix')
+    series(tmp_path/'shear', each=lambda i: {'ImagePositionPatient':[0, round(4*i*np.tan(t),4), 4*i]},
+           GantryDetectorTilt=degrees)
+    refused(tmp_path/'shear', rf'sheared by {abs(degrees):.1f} degrees .* '
+                              rf'GantryDetectorTilt \(0018,1120\) is {degrees}.*dcm2niix')
     series(tmp_path/'table', each=lambda i: {'ImagePositionPatient':[0,0,4*i]}, ImageOrientationPatient=turned(degrees))
     refused(tmp_path/'table', rf'sheared by {abs(degrees):.1f} degrees .* is missing.*straighten it first')
 
 def test_a_tilt_that_was_straightened_and_a_small_drift(tmp_path):
     t = 15
     n = np.array([0,-np.sin(np.radians(t)),np.cos(np.radians(t))])
-    series(tmp_path/'straight', each=lambda i: {'ImagePositionPatient':[round(o,5) for o in n*4*i]}, ImageOrientationPatient=turned(t), GantryDetectorTilt=t)
+    series(tmp_path/'straight', each=lambda i: {'ImagePositionPatient':[round(o,5) for o in n*4*i]},
+           ImageOrientationPatient=turned(t), GantryDetectorTilt=t)
     vol,said = read(tmp_path/'straight')
     check_places(vol, (tmp_path/'straight').iterdir()); assert not said
     series(tmp_path/'drift', each=lambda i: {'ImagePositionPatient':[f'{4*i*1e-3:.5f}',0,4*i]})
@@ -237,7 +255,8 @@ def cine(folder, phases=3, n=4, tags=lambda p,i: {}, names='p{p}_{i}.dcm'):
     return folder
 
 _apart = dict(
-    trigger=lambda p,i: dict(TriggerTime=30*p), echo=lambda p,i: dict(EchoTime=2.3+2.3*p), number=lambda p,i: dict(EchoNumbers=p+1),
+    trigger=lambda p,i: dict(TriggerTime=30*p), echo=lambda p,i: dict(EchoTime=2.3+2.3*p),
+    number=lambda p,i: dict(EchoNumbers=p+1),
     time=lambda p,i: dict(TemporalPositionIdentifier=p+1), acquisition=lambda p,i: dict(AcquisitionNumber=p+1),
     b=lambda p,i: dict(DiffusionBValue=500.*p), clock=lambda p,i: dict(AcquisitionTime=f'10150{p}.5'),
     kind=lambda p,i: dict(ImageType=['ORIGINAL','PRIMARY','ABC'[p]]), by_slice=lambda p,i: dict(TriggerTime=30*p+7*i),
@@ -246,7 +265,8 @@ _apart = dict(
 @pytest.mark.parametrize('how', _apart)
 def test_phases_are_counted_and_chosen(tmp_path, how):
     cine(tmp_path, tags=_apart[how])
-    assert 'choose one with phase=0 to phase=2' in refused(tmp_path, r'holds 3 volumes \(phases, echoes or acquisitions\) in one series, expected one')
+    assert ('choose one with phase=0 to phase=2' in
+            refused(tmp_path, r'holds 3 volumes \(phases, echoes or acquisitions\) in one series, expected one'))
     for p in range(3):
         vol,_ = read(tmp_path, phase=p)
         assert vol.array[:,0,0].tolist()==[100*(10*p+i) for i in range(4)]
@@ -261,14 +281,16 @@ def test_one_slice_in_time(tmp_path):
     assert read(tmp_path, phase=7)[0].array[0,0,0]==700
 
 def test_echoes_between_each_other_are_not_one_volume(tmp_path):
-    for k,tag in dict(a=('EchoTime',(2.3,4.6)), b=('DiffusionBValue',(0.,800.)), c=('TemporalPositionIdentifier',(1,2))).items():
+    for k,tag in dict(a=('EchoTime',(2.3,4.6)), b=('DiffusionBValue',(0.,800.)),
+                      c=('TemporalPositionIdentifier',(1,2))).items():
         series(tmp_path/k, 6, each=lambda i: {tag[0]:tag[1][i%2]})
         refused(tmp_path/k, f'holds 2 volumes .*{tag[0]}')
         vol,_ = read(tmp_path/k, phase=1)
         assert vol.spacing[0]==8 and vol.array[:,0,0].tolist()==[100,300,500]
 
 def test_what_may_differ_between_the_slices_of_one_volume(tmp_path):
-    series(tmp_path, 6, each=lambda i: dict(TriggerTime=13*i, AcquisitionNumber=i%2, AcquisitionTime=f'10150{i}', EchoTime=2.3+1e-4*i, ContentTime=f'10160{i}'))
+    series(tmp_path, 6, each=lambda i: dict(TriggerTime=13*i, AcquisitionNumber=i%2, AcquisitionTime=f'10150{i}',
+                                            EchoTime=2.3+1e-4*i, ContentTime=f'10160{i}'))
     assert read(tmp_path)[0].shape==(6,4,5)
 
 def test_phases_that_are_not_whole(tmp_path):
@@ -283,7 +305,8 @@ def test_phases_that_are_not_whole(tmp_path):
 def test_several_series(tmp_path):
     series(tmp_path, prefix='a', SeriesNumber=4, SeriesDescription='T1 axial')
     series(tmp_path, 3, prefix='b', SeriesInstanceUID='1.2.4', SeriesNumber=5, SeriesDescription='T2 axial fs')
-    text = refused(tmp_path, 'holds 2 DICOM series, expected one; move each into a folder of its own, or choose one with series=')
+    text = refused(tmp_path, 'holds 2 DICOM series, expected one; '
+                             'move each into a folder of its own, or choose one with series=')
     assert '1.2.3 (4, T1 axial, 5 files)' in text and '1.2.4 (5, T2 axial fs, 3 files)' in text
     for k in ('1.2.4', 5, '5', 'T2 axial fs', 't2', 'FS'): assert read(tmp_path, series=k)[0].shape[0]==3
     assert read(choose_volume(tmp_path, series='T1 axial'))[0].shape[0]==5
@@ -294,14 +317,16 @@ def test_cohorts_choose_series_and_phase(tmp_path):
     for s in ('anna','bert'):
         for k,n in dict(T1=1, T2=2).items():
             for p in range(3):
-                series(tmp_path/s, 4, prefix=f'{k}{p}', SeriesInstanceUID=f'1.2.{n}', SeriesDescription=k, TriggerTime=50*p)
+                series(tmp_path/s, 4, prefix=f'{k}{p}', SeriesInstanceUID=f'1.2.{n}', SeriesDescription=k,
+                       TriggerTime=50*p)
     df = load_cohort(tmp_path, 'dicom', series='T2', phase=1)
     assert df.scan.tolist()==['anna','bert'] and df.image[0]==f'{tmp_path/"anna"}#series=T2&phase=1'
     vol = read_volume(df.image[0])
     assert np.array_equal(vol.array, read_volume(tmp_path/'anna', series='T2', phase=1).array)
     again = load_cohort(save_cohort(df, tmp_path/'cohort.csv'))
     assert again.image.tolist()==df.image.tolist()
-    store = lambda **kw: SliceStore(tmp_path/'store', Recipe(size=16, spacing=1)).prepare(load_cohort(tmp_path, 'dicom', **kw), workers=0, progress=False)
+    store = lambda **kw: SliceStore(tmp_path/'store', Recipe(size=16, spacing=1)).prepare(
+        load_cohort(tmp_path, 'dicom', **kw), workers=0, progress=False)
     for n,phase in ((2,1), (4,2), (4,1)): # the choice is a part of what is prepared
         store(series='T2', phase=phase)
         assert len(list((tmp_path/'store').rglob('*.image.npy')))==n
@@ -350,24 +375,28 @@ def test_monochrome1(tmp_path):
     assert np.array_equal(b.array, 4095-a.array) and 'MONOCHROME1' in said[0] and 'inverted' in said[0]
     files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(tmp_path/'b'))
     assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(files)), b.array)
-    series(tmp_path/'ct', Modality='CT', RescaleSlope=1, RescaleIntercept=-1024, RescaleType='HU', PhotometricInterpretation='MONOCHROME1')
+    series(tmp_path/'ct', Modality='CT', RescaleSlope=1, RescaleIntercept=-1024, RescaleType='HU',
+           PhotometricInterpretation='MONOCHROME1')
     vol,said = read(tmp_path/'ct')
     check_places(vol, (tmp_path/'ct').iterdir()); assert 'were kept' in said[0]
     series(tmp_path/'mixed', each=lambda i: dict(PhotometricInterpretation='MONOCHROME1') if i==2 else {})
-    refused(tmp_path/'mixed', r's02.dcm: PhotometricInterpretation \(0028,0004\) is MONOCHROME1, but MONOCHROME2 in other slices')
+    refused(tmp_path/'mixed', r's02.dcm: PhotometricInterpretation \(0028,0004\) is MONOCHROME1, '
+                              'but MONOCHROME2 in other slices')
 
 @pytest.mark.parametrize('tags, says', [
     (dict(ImageType=['ORIGINAL','PRIMARY','M','MOSAIC']), r'ImageType \(0008,0008\) .* a mosaic'),
     (dict(PhotometricInterpretation='PALETTE COLOR'), r'PhotometricInterpretation \(0028,0004\) is PALETTE COLOR'),
     (dict(PhotometricInterpretation='RGB', SamplesPerPixel=3), 'is RGB, expected MONOCHROME1'),
-    (dict(ModalityLUTSequence=[item(ModalityLUTType='HU')]), r'ModalityLUTSequence \(0028,3000\), which is not supported'),
+    (dict(ModalityLUTSequence=[item(ModalityLUTType='HU')]),
+     r'ModalityLUTSequence \(0028,3000\), which is not supported'),
     (dict(NumberOfFrames=1, Rows=0), '1 DICOM files cannot be read')])
 def test_images_of_other_kinds(tmp_path, tags, says):
     refused(series(tmp_path, each=lambda i: tags if i==4 else {}), says)
 
 # ---- DICOM: files
 
-@pytest.mark.parametrize('syntax', [ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian], ids=lambda o: o.name)
+@pytest.mark.parametrize('syntax', [ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian],
+                         ids=lambda o: o.name)
 def test_transfer_syntaxes(tmp_path, syntax):
     series(tmp_path, syntax=syntax)
     vol,_ = read(tmp_path)
@@ -416,7 +445,8 @@ def test_jpeg(tmp_path, how, syntax, signed):
     (tmp_path/'3.dcm').write_bytes(b[:-300])
     refused(tmp_path, '1 DICOM files cannot be read, for example 3.dcm')
 
-@pytest.mark.parametrize('syntax, todo', [(HTJ2KLossless, 'pip install pylibjpeg pylibjpeg-openjpeg'), (MPEG2MPML, 'gdcmconv')], ids=lambda o: str(o)[-20:])
+@pytest.mark.parametrize('syntax, todo', [
+    (HTJ2KLossless, 'pip install pylibjpeg pylibjpeg-openjpeg'), (MPEG2MPML, 'gdcmconv')], ids=lambda o: str(o)[-20:])
 def test_a_compression_that_cannot_be_read(tmp_path, syntax, todo):
     series(tmp_path)
     for f in tmp_path.iterdir():
@@ -425,15 +455,21 @@ def test_a_compression_that_cannot_be_read(tmp_path, syntax, todo):
         ds['PixelData'].is_undefined_length = True
         ds['PixelData'].VR = 'OB'
         ds.file_meta.TransferSyntaxUID = syntax; ds.save_as(f)
-    assert todo in refused(tmp_path, rf's00.dcm: its pixels are compressed as .*Transfer Syntax UID \(0002,0010\) is {syntax}')
+    assert todo in refused(tmp_path, r's00.dcm: its pixels are compressed as .*'
+                                     rf'Transfer Syntax UID \(0002,0010\) is {syntax}')
 
 def test_objects_that_are_not_images_lie_beside(tmp_path):
     vol = read(series(tmp_path))[0]
-    for i,uid in enumerate(('1.2.840.10008.5.1.4.1.1.88.22','1.2.840.10008.5.1.4.1.1.11.1','1.2.840.10008.5.1.4.1.1.481.3','1.2.840.10008.5.1.4.1.1.104.1',
-                            '1.2.840.10008.5.1.4.1.1.88.59','1.2.840.10008.5.1.4.1.1.66','1.3.12.2.1107.5.9.1')):
-        put(tmp_path/f'x{i}.dcm', pixels(), SOPClassUID=uid, SeriesInstanceUID='1.2.9', **dict.fromkeys(('Rows','Columns','PixelData','ImagePositionPatient')))
-    put(tmp_path/'seg.dcm', pixels(), SOPClassUID='1.2.840.10008.5.1.4.1.1.66.4', SeriesInstanceUID='1.2.8', Modality='SEG')
-    put(tmp_path/'dose.dcm', pixels(), SOPClassUID='1.2.840.10008.5.1.4.1.1.481.2', SeriesInstanceUID='1.2.8', Modality='RTDOSE')
+    for i,uid in enumerate((
+        '1.2.840.10008.5.1.4.1.1.88.22','1.2.840.10008.5.1.4.1.1.11.1','1.2.840.10008.5.1.4.1.1.481.3',
+        '1.2.840.10008.5.1.4.1.1.104.1','1.2.840.10008.5.1.4.1.1.88.59','1.2.840.10008.5.1.4.1.1.66',
+        '1.3.12.2.1107.5.9.1')):
+        put(tmp_path/f'x{i}.dcm', pixels(), SOPClassUID=uid, SeriesInstanceUID='1.2.9',
+            **dict.fromkeys(('Rows','Columns','PixelData','ImagePositionPatient')))
+    put(tmp_path/'seg.dcm', pixels(), SOPClassUID='1.2.840.10008.5.1.4.1.1.66.4', SeriesInstanceUID='1.2.8',
+        Modality='SEG')
+    put(tmp_path/'dose.dcm', pixels(), SOPClassUID='1.2.840.10008.5.1.4.1.1.481.2', SeriesInstanceUID='1.2.8',
+        Modality='RTDOSE')
     put(tmp_path/'DICOMDIR', pixels(), SOPClassUID='1.2.840.10008.1.3.10', Rows=None, Columns=None, PixelData=None)
     (tmp_path/'notes.txt').write_text('Dear colleague')
     again,said = read(tmp_path)
@@ -490,7 +526,8 @@ def test_frames_with_gaps_or_without_places(tmp_path):
     multi(tmp_path/'lost'/'m.dcm', [(pixels(i), None if i==2 else [0,0,8*i], {}) for i in range(4)])
     refused(tmp_path/'lost', r'm.dcm, frame 3: has no ImagePositionPatient \(0020,0032\)')
     put(tmp_path/'bare'/'m.dcm', np.stack([pixels(i) for i in range(4)]), NumberOfFrames=4)
-    refused(tmp_path/'bare', r'm.dcm: holds 4 frames, but not where they are \(no PerFrameFunctionalGroupsSequence \(5200,9230\)\)')
+    refused(tmp_path/'bare', r'm.dcm: holds 4 frames, but not where they are '
+                             r'\(no PerFrameFunctionalGroupsSequence \(5200,9230\)\)')
     f = multi(tmp_path/'few'/'m.dcm', [(pixels(i), [0,0,8*i], {}) for i in range(4)])
     ds = pydicom.dcmread(f); del ds.PerFrameFunctionalGroupsSequence[3]; ds.save_as(f)
     refused(tmp_path/'few', r'NumberOfFrames \(0028,0008\) is 4, but 3 frames are described')
@@ -520,7 +557,8 @@ def test_frames_of_several_stacks(tmp_path):
     assert np.allclose(np.reshape(b.direction,(3,3))[:,2], [1,0,0]) and b.spacing==(8,1.5,.75)
 
 def test_frames_over_several_files_and_with_values_of_their_own(tmp_path):
-    scale = lambda i: dict(PixelValueTransformationSequence=[item(RescaleSlope=.5*(i+1), RescaleIntercept=-i, RescaleType='US')])
+    scale = lambda i: dict(PixelValueTransformationSequence=[
+        item(RescaleSlope=.5*(i+1), RescaleIntercept=-i, RescaleType='US')])
     for k in range(2): multi(tmp_path/f'm{k}.dcm', [(pixels(i), [0,0,8*i], scale(i)) for i in (4+k,2+k,0+k)])
     vol,_ = read(tmp_path)
     assert vol.array.dtype==np.float32 and np.allclose(vol.array, [pixels(i)*.5*(i+1)-i for i in range(6)])
@@ -585,7 +623,8 @@ def test_qform_and_sform_differ(tmp_path, codes, taken, mirror):
     assert (len(said)==1 and f'the {taken} was taken; the {other} would put the centre' in said[0]
             and f'form={other!r}' in said[0])
     assert ('axes to LAS' in said[0] or 'instead of LAS' in said[0]) if mirror else '3.0 mm away' in said[0]
-    assert np.allclose(vol.direction, sitk.ReadImage(tmp_path/'i.nii.gz').GetDirection(), atol=1e-6) # as SimpleITK takes it
+    # as SimpleITK takes it
+    assert np.allclose(vol.direction, sitk.ReadImage(tmp_path/'i.nii.gz').GetDirection(), atol=1e-6)
     for form,A in dict(qform=q, sform=s).items():
         for v in (read(tmp_path/'i.nii.gz', form=form)[0], read(f'{tmp_path}/i.nii.gz#form={form}')[0]):
             assert (np.allclose(steps(v), np.diag([-1,-1,1])@A[:3,:3], atol=1e-6)
@@ -597,7 +636,8 @@ def test_qform_and_sform_that_agree_are_silent(tmp_path):
     for k in range(8):
         q,_ = np.linalg.qr(rng.normal(size=(3,3)))
         A = np.eye(4); A[:3,:3] = q*rng.uniform(.4,5,3); A[:3,3] = rng.uniform(-300,300,3)
-        f = nii(tmp_path/f'{k}.nii.gz', rng.integers(0,99,(40,50,30)).astype('i2'), A, lambda h: (h.set_qform(A,1), h.set_sform(A,1)))
+        f = nii(tmp_path/f'{k}.nii.gz', rng.integers(0,99,(40,50,30)).astype('i2'), A,
+                lambda h: (h.set_qform(A,1), h.set_sform(A,1)))
         vol,said = read(f)
         assert not said
         same_as_nibabel(vol, f)
@@ -635,7 +675,8 @@ def test_no_form_at_all_is_said(tmp_path):
 def test_nifti_spacings(tmp_path, value, axis, forms):
     f = nii(tmp_path/'a.nii.gz', np.ones((3,4,5),'u1'))
     p = nibabel.load(f).header['pixdim'].copy(); p[axis] = value
-    refused(patch(f, pixdim=p, qform_code=forms[0], sform_code=forms[1]), r'pixdim is .*, expected positive spacings; correct it')
+    refused(patch(f, pixdim=p, qform_code=forms[0], sform_code=forms[1]),
+            r'pixdim is .*, expected positive spacings; correct it')
 
 @pytest.mark.parametrize('field, value', [
     ('srow_x',[0,0,0,5]), ('srow_y',[0,np.nan,0,0]), ('srow_z',[0,0,4,np.inf]), ('qoffset_x',np.nan),
@@ -650,7 +691,8 @@ def test_shear(tmp_path, ext, shear):
     A = np.diag([1,1,3,1.]); A[0,1] = shear
     f = nii(tmp_path/f'a{ext}', np.ones((3,4,5),'i2'), A, lambda h: h.set_qform(None, 0))
     if shear>1e-3:
-        refused(f, r'has axes that are not perpendicular \(off by .* degrees\): resample it onto a rectangular grid first, for example with nibabel')
+        refused(f, r'has axes that are not perpendicular \(off by .* degrees\): '
+                   'resample it onto a rectangular grid first, for example with nibabel')
     else:
         vol,said = read(f)
         d = np.reshape(vol.direction,(3,3))
@@ -661,7 +703,8 @@ def test_shear(tmp_path, ext, shear):
 @pytest.mark.parametrize('ext', ['.mha','.nrrd'])
 def test_shear_in_other_files(tmp_path, ext, shear):
     f = write_volume(Volume(np.ones((3,4,5),'i2')), tmp_path/f'a{ext}')
-    old,new = (b'TransformMatrix = 1 0 0', f'TransformMatrix = 1 {shear} 0') if ext=='.mha' else (b'(1,0,0) (0,1,0)', f'(1,{shear},0) (0,1,0)')
+    old,new = ((b'TransformMatrix = 1 0 0', f'TransformMatrix = 1 {shear} 0') if ext=='.mha' else
+               (b'(1,0,0) (0,1,0)', f'(1,{shear},0) (0,1,0)'))
     edit(f, old, new)
     if shear>1e-3: refused(f, 'not perpendicular')
     else: assert 'not quite perpendicular' in read(f)[1][0]
@@ -676,7 +719,8 @@ def test_nifti_units(tmp_path, code, factor, forms):
     assert any('converted to mm' in o for o in said)==(factor!=1)
 
 def test_a_unit_that_is_none(tmp_path):
-    refused(patch(nii(tmp_path/'a.nii', np.ones((3,4,5),'u1')), xyzt_units=5), 'the unit of its geometry is code 5, expected 1')
+    refused(patch(nii(tmp_path/'a.nii', np.ones((3,4,5),'u1')), xyzt_units=5),
+            'the unit of its geometry is code 5, expected 1')
     f = write_volume(Volume(np.ones((3,4,5),'i2')), tmp_path/'a.mha')
     edit(f, b'ElementType', 'DistanceUnits = inch\nElementType')
     refused(f, "a geometry in 'inch'")
@@ -691,15 +735,18 @@ def edit(path, old, new):
 @pytest.mark.parametrize('unit, factor', [('um',1e-3),('mm',1),('cm',10),('m',1000)])
 def test_units_of_other_files(tmp_path, ext, unit, factor):
     vol = Volume(np.ones((3,4,5),'i2'), (4.,1.5,1.2), (7.,-8.,9.))
-    f = write_volume(Volume(vol.array, tuple(np.array(vol.spacing)/factor), tuple(np.array(vol.origin)/factor)), tmp_path/f'a{ext}')
-    edit(f, *((b'ElementType', f'DistanceUnits = {unit}\nElementType') if ext[1]=='m' else (b'kinds', f'space units: "{unit}" "{unit}" "{unit}"\nkinds')))
+    f = write_volume(Volume(vol.array, tuple(np.array(vol.spacing)/factor), tuple(np.array(vol.origin)/factor)),
+                     tmp_path/f'a{ext}')
+    edit(f, *((b'ElementType', f'DistanceUnits = {unit}\nElementType') if ext[1]=='m' else
+              (b'kinds', f'space units: "{unit}" "{unit}" "{unit}"\nkinds')))
     back,said = read(f)
     assert np.allclose(back.spacing, vol.spacing) and np.allclose(back.origin, vol.origin) and len(said)==(unit!='mm')
 
 @pytest.mark.parametrize('dtype', ['i2','u1','f4'])
 @pytest.mark.parametrize('order', ['<','>'])
 def test_byte_orders_and_scales(tmp_path, dtype, order):
-    im = nibabel.Nifti1Image(np.arange(60).reshape(3,4,5).astype(order+dtype), np.diag([1.2,1.5,4,1]), header=nibabel.Nifti1Header(endianness=order))
+    im = nibabel.Nifti1Image(np.arange(60).reshape(3,4,5).astype(order+dtype), np.diag([1.2,1.5,4,1]),
+                             header=nibabel.Nifti1Header(endianness=order))
     nibabel.save(im, tmp_path/'a.nii.gz')
     same_as_nibabel(read(tmp_path/'a.nii.gz')[0], tmp_path/'a.nii.gz')
     patch_big = dict(scl_slope=.25, scl_inter=-3)
@@ -710,7 +757,8 @@ def test_byte_orders_and_scales(tmp_path, dtype, order):
     assert vol.array.dtype==np.float32 and nibabel.load(tmp_path/'b.nii').header.endianness==order
     same_as_nibabel(vol, tmp_path/'b.nii')
 
-@pytest.mark.parametrize('slope, inter, ok', [(0,5,True), (np.nan,np.nan,True), (1,0,True), (np.inf,0,False), (2,np.nan,False), (-1,np.inf,False)])
+@pytest.mark.parametrize('slope, inter, ok', [
+    (0,5,True), (np.nan,np.nan,True), (1,0,True), (np.inf,0,False), (2,np.nan,False), (-1,np.inf,False)])
 def test_odd_scales(tmp_path, slope, inter, ok):
     f = patch(nii(tmp_path/'a.nii.gz', np.arange(60,dtype='i2').reshape(3,4,5)), scl_slope=slope, scl_inter=inter)
     if ok: assert np.array_equal(read(f)[0].array.T.ravel(), np.arange(60)) and read(f)[0].array.dtype==np.int16
@@ -805,7 +853,8 @@ def test_meta_geometry(tmp_path, ext, line, bad):
     (b'(0,0,1)','(0,0,0)'), (b'(0,0,1)','(nan,nan,nan)'), (b'(0,0,1)','(0,0,inf)'),
     (b'origin: (0,0,0)','origin: (0,nan,0)'), (b'origin: (0,0,0)','origin: (inf,0,0)')])
 def test_nrrd_geometry(tmp_path, ext, old, new):
-    refused(edit(write_volume(Volume(np.ones((3,4,5),'i2')), tmp_path/f'a{ext}'), old, new), r'has a damaged header: space (directions|origin)')
+    refused(edit(write_volume(Volume(np.ones((3,4,5),'i2')), tmp_path/f'a{ext}'), old, new),
+            r'has a damaged header: space (directions|origin)')
 
 @pytest.mark.parametrize('spacings', ['1 1 0','1 nan 1','-1 1 1','inf 1 1','1 1'])
 def test_nrrd_spacings(tmp_path, spacings):
@@ -818,31 +867,41 @@ def test_nrrd_spacings(tmp_path, spacings):
     vol,said = read(f)
     assert vol.spacing==(3,2,1) and 'does not say how it lies in the patient' in said[0]
 
-@pytest.mark.parametrize('space, flips', [('right-anterior-superior',(-1,-1,1)), ('RAS',(-1,-1,1)), ('left-anterior-superior',(1,-1,1)), ('LPS',(1,1,1))])
+@pytest.mark.parametrize('space, flips', [
+    ('right-anterior-superior',(-1,-1,1)), ('RAS',(-1,-1,1)),
+    ('left-anterior-superior',(1,-1,1)), ('LPS',(1,1,1))])
 def test_nrrd_spaces(tmp_path, space, flips):
-    f = edit(write_volume(Volume(np.ones((3,4,5),'i2'), (3.,2.,1.)), tmp_path/'a.nrrd'), b'left-posterior-superior', space)
+    f = edit(write_volume(Volume(np.ones((3,4,5),'i2'), (3.,2.,1.)), tmp_path/'a.nrrd'),
+             b'left-posterior-superior', space)
     vol,said = read(f)
     assert np.allclose(steps(vol), np.diag(flips)*np.array([1,2,3])) and not said
     assert read(edit(f, space.encode(), 'scanner-xyz'))[1]
 
 def raw_nrrd(path, *lines, a=np.arange(60,dtype='i2').reshape(3,4,5)):
-    path.write_bytes('\n'.join(['NRRD0004','type: short',*lines,'endian: little','encoding: raw','','']).encode()+a.astype('<i2').tobytes())
+    path.write_bytes('\n'.join(['NRRD0004','type: short',*lines,'endian: little','encoding: raw','','']).encode()
+                     +a.astype('<i2').tobytes())
     return path
 
 def test_nrrd_axes_without_a_direction(tmp_path):
     space = ('dimension: 3','space: left-posterior-superior','sizes: 5 4 3')
-    refused(raw_nrrd(tmp_path/'a.nrrd', *space, 'space directions: (1,0,0) (0,1,0) none'), '3 sizes, but space directions are')
-    refused(raw_nrrd(tmp_path/'b.nrrd', *space, 'space directions: (1,0,0) (0,1,0)'), '3 sizes, but space directions are')
+    refused(raw_nrrd(tmp_path/'a.nrrd', *space, 'space directions: (1,0,0) (0,1,0) none'),
+            '3 sizes, but space directions are')
+    refused(raw_nrrd(tmp_path/'b.nrrd', *space, 'space directions: (1,0,0) (0,1,0)'),
+            '3 sizes, but space directions are')
     assert (read(raw_nrrd(tmp_path/'c.nrrd', *space, 'space directions: (1,0,0) (0,1,0) (0,0,1)'))[1]
             ==['does not say where it lies (`space origin`): it is taken to begin at 0'])
-    vector = ('dimension: 4','space: left-posterior-superior','sizes: 3 5 4 1','kinds: vector domain domain domain','space origin: (1,2,3)')
-    vol,said = read(raw_nrrd(tmp_path/'d.nrrd', *vector, 'space directions: none (1,0,0) (0,1,0) (0,0,2)'), channels=True)
+    vector = ('dimension: 4','space: left-posterior-superior','sizes: 3 5 4 1','kinds: vector domain domain domain',
+              'space origin: (1,2,3)')
+    vol,said = read(raw_nrrd(tmp_path/'d.nrrd', *vector, 'space directions: none (1,0,0) (0,1,0) (0,0,2)'),
+                    channels=True)
     assert vol.array.shape==(3,1,4,5) and vol.spacing==(2,1,1) and not said
 
-@pytest.mark.parametrize('space, ok', [('left-posterior-superior-time',True), ('right-anterior-superior-time',False), ('RAST',False)])
+@pytest.mark.parametrize('space, ok', [
+    ('left-posterior-superior-time',True), ('right-anterior-superior-time',False), ('RAST',False)])
 def test_nrrd_spaces_with_time(tmp_path, space, ok):
-    f = raw_nrrd(tmp_path/'a.nrrd', 'dimension: 4', f'space: {space}', 'sizes: 5 4 3 1', 'kinds: domain domain domain domain',
-                 'space directions: (1,0,0,0) (0,1,0,0) (0,0,2,0) (0,0,0,1)', 'space origin: (1,2,3,0)')
+    f = raw_nrrd(tmp_path/'a.nrrd', 'dimension: 4', f'space: {space}', 'sizes: 5 4 3 1',
+                 'kinds: domain domain domain domain', 'space directions: (1,0,0,0) (0,1,0,0) (0,0,2,0) (0,0,0,1)',
+                 'space origin: (1,2,3,0)')
     if ok: assert read(f)[0].origin==(1,2,3) and not read(f)[1]
     else: refused(f, 'has a space that cannot be read')
 
@@ -921,9 +980,11 @@ def test_pipes_in_a_cohort_do_not_hang(tmp_path, column):
     "In a process of its own, with a time limit: opening the pipe would wait for ever"
     for i in range(3):
         for k in ('','m'):
-            write_volume(Volume(np.random.default_rng(i).integers(0,2,(3,16,16)).astype('u1')), tmp_path/f'{i}{k}.nii.gz')
+            write_volume(Volume(np.random.default_rng(i).integers(0,2,(3,16,16)).astype('u1')),
+                         tmp_path/f'{i}{k}.nii.gz')
     os.mkfifo(tmp_path/'p.nii.gz')
-    rows = [f'{"p" if i==1 and column=="image" else i}.nii.gz,{"p" if i==1 and column=="mask" else f"{i}m"}.nii.gz,s{i}' for i in range(3)]
+    rows = [f'{"p" if i==1 and column=="image" else i}.nii.gz,{"p" if i==1 and column=="mask" else f"{i}m"}.nii.gz,s{i}'
+            for i in range(3)]
     (tmp_path/'c.csv').write_text('image,mask,scan\n'+'\n'.join(rows))
     code = '''
         import sys
@@ -937,10 +998,13 @@ def test_pipes_in_a_cohort_do_not_hang(tmp_path, column):
         df = split_cohort(df, 1, 1)
         try: SliceStore(sys.argv[1]+'/store', Recipe(size=16, spacing=1)).prepare(df, workers=0, progress=False)
         except VolumeError as e: print(e)'''
-    p = subprocess.run([sys.executable, '-c', textwrap.dedent(code), str(tmp_path)], capture_output=True, text=True, timeout=120)
+    p = subprocess.run([sys.executable, '-c', textwrap.dedent(code), str(tmp_path)],
+                       capture_output=True, text=True, timeout=120)
     assert p.returncode==0 and p.stdout.count('is a named pipe (FIFO), not a regular file')>=2, (p.stdout, p.stderr)
 
-@pytest.mark.parametrize('name', ['/etc/passwd','../secret.raw','sub/../../secret.raw','~/secret.raw','C:\\secret.raw','..\\secret.raw','\\\\server\\x.raw'])
+@pytest.mark.parametrize('name', [
+    '/etc/passwd','../secret.raw','sub/../../secret.raw','~/secret.raw','C:\\secret.raw','..\\secret.raw',
+    '\\\\server\\x.raw'])
 @pytest.mark.parametrize('ext', ['.mha','.mhd','.nrrd','.nhdr'])
 def test_headers_read_nothing_outside_their_folder(tmp_path, ext, name):
     (tmp_path/'secret.raw').write_bytes(b'secret'*1000)
@@ -962,7 +1026,8 @@ def test_a_data_file_below_its_header_is_read(tmp_path):
             and scan_files(tmp_path/'a.mhd')[1]==str(tmp_path/'raw'/'a.raw'))
 
 @pytest.mark.parametrize('ext, old, new', [
-    ('.mha', b'ElementDataFile', 'HeaderSize = -1\nElementDataFile'), ('.mhd', b'ElementDataFile', 'HeaderSize = -1\nElementDataFile'),
+    ('.mha', b'ElementDataFile', 'HeaderSize = -1\nElementDataFile'),
+    ('.mhd', b'ElementDataFile', 'HeaderSize = -1\nElementDataFile'),
     ('.mha', b'ElementDataFile', 'HeaderSize = -7\nElementDataFile'),
     ('.nrrd', b'kinds', 'byte skip: -1\nkinds'), ('.nhdr', b'kinds', 'byteskip: -1\nkinds')])
 def test_unknown_lengths(tmp_path, ext, old, new):
@@ -984,7 +1049,8 @@ def test_ranges_that_float32_cannot_hold(tmp_path, ext, lo, hi):
     refused(tmp_path/f'a{ext}', 'float32 cannot hold', nan_to_zero=True)
 
 def test_ranges_by_scale(tmp_path):
-    refused(patch(nii(tmp_path/'a.nii.gz', np.arange(60,dtype='i2').reshape(3,4,5)), scl_slope=3e37), 'float32 cannot hold')
+    refused(patch(nii(tmp_path/'a.nii.gz', np.arange(60,dtype='i2').reshape(3,4,5)), scl_slope=3e37),
+            'float32 cannot hold')
     f = edit(write_volume(Volume(np.arange(60,dtype='i2').reshape(3,4,5)), tmp_path/'a.mha'),
              b'ElementType', 'ElementToIntensityFunctionSlope = 1e38\nElementType')
     refused(f, 'float32 cannot hold')
@@ -995,7 +1061,8 @@ def test_sizes_are_compared_with_free_memory(tmp_path, ext, monkeypatch):
     assert f.stat().st_size<10**6
     unpacked = []
     monkeypatch.setattr(intact, 'free_memory', lambda: 10**8)
-    monkeypatch.setattr(intact, '_count', lambda pieces, limit, keep=None: unpacked.append(limit) or intact_count(pieces, limit, keep))
+    monkeypatch.setattr(intact, '_count',
+                        lambda pieces, limit, keep=None: unpacked.append(limit) or intact_count(pieces, limit, keep))
     refused(f, r'needs about 0.2 GB of memory, but 0.1 GB are free: close other programs, crop or resample')
     assert max(unpacked, default=0)<1000 # no more than the header
 
@@ -1031,7 +1098,8 @@ def test_an_sform_without_the_spacings(tmp_path, name, sform):
     im.header.set_zooms((1.5,1.5,10)); im.set_sform(sform, 2, update_affine=False); im.header.set_sform(sform, 2)
     nibabel.save(im, p:=tmp_path/'a.nii.gz')
     assert nibabel.load(p).header['qform_code']==0
-    with pytest.warns(UserWarning, match=r'has spacings \(1.5, 1.5, 10\) mm in pixdim, but .* those of the pixdim were taken, as SimpleITK does'):
+    with pytest.warns(UserWarning, match=r'has spacings \(1.5, 1.5, 10\) mm in pixdim, but .* '
+                                         'those of the pixdim were taken, as SimpleITK does'):
         vol = read_volume(p)
     itk = sitk.ReadImage(str(p))
     assert np.allclose(vol.spacing[::-1], itk.GetSpacing()) and np.allclose(vol.origin, itk.GetOrigin())

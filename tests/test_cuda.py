@@ -1,4 +1,5 @@
-"""On a CUDA device: right to the last digit where that can be asked for, the same as on the CPU elsewhere, and without waiting.
+"""On a CUDA device: right to the last digit where that can be asked for, the same as on the CPU elsewhere, and
+without waiting.
 
 `FASTMISEG_DEVICE=cpu pytest -m cuda tests/test_cuda.py` runs what makes sense on a CPU, so that the tests cannot rot.
 """
@@ -23,13 +24,20 @@ from fastmiseg.projectors import GlobalProjector, LocalProjector
 from toy import hooks, learner, loaders, quiet, small_mireg
 
 DEVICE = os.environ.get('FASTMISEG_DEVICE', 'cuda')
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(DEVICE=='cuda' and not torch.cuda.is_available(), reason='needs a CUDA device')]
+pytestmark = [pytest.mark.cuda,
+              pytest.mark.skipif(DEVICE=='cuda' and not torch.cuda.is_available(), reason='needs a CUDA device')]
 only_cuda = pytest.mark.skipif(DEVICE!='cuda', reason='means nothing on a CPU')
 
-METHODS = {'labels only': lambda: [], 'entropy': lambda: [EntropyMinCallback(.1)], 'consistency': lambda: [ConsistencyCallback()],
-           'teacher': lambda: [EMATeacherCallback()], 'mi': lambda: [small_mireg()], 'mi and teacher': lambda: [small_mireg(), EMATeacherCallback()],
-           'pseudo-labels': lambda: [PseudoLabelCallback(threshold=.5), EMATeacherCallback(.9)],
-           'copy-paste': lambda: [CopyPasteCallback(largest=False), EMATeacherCallback(.9)]} # which is the largest piece hangs on a pixel
+METHODS = {
+    'labels only': lambda: [],
+    'entropy': lambda: [EntropyMinCallback(.1)],
+    'consistency': lambda: [ConsistencyCallback()],
+    'teacher': lambda: [EMATeacherCallback()],
+    'mi': lambda: [small_mireg()],
+    'mi and teacher': lambda: [small_mireg(), EMATeacherCallback()],
+    'pseudo-labels': lambda: [PseudoLabelCallback(threshold=.5), EMATeacherCallback(.9)],
+    # not the largest piece alone: which one that is hangs on a pixel
+    'copy-paste': lambda: [CopyPasteCallback(largest=False), EMATeacherCallback(.9)]}
 methods = pytest.mark.parametrize('method', METHODS)
 
 @pytest.fixture(autouse=True)
@@ -92,13 +100,15 @@ def test_losses(name, how):
     def run(device, to, mixed):
         ins = [o.to(device, to).requires_grad_() for o in xs]
         with torch.autocast(device, dtype=dtype) if mixed else nullcontext(): value = loss(*ins)
-        scale = 2**12 if dtype==torch.float16 else 1 # as a gradient scaler does, for small gradients are no numbers of this type
+        # as a gradient scaler does, for small gradients become 0 in this type
+        scale = 2**12 if dtype==torch.float16 else 1
         return value, *torch.autograd.grad(value*scale, ins, allow_unused=True)
     want = run('cpu', torch.float64, False)
     got = run(DEVICE, dtype, dtype!=torch.float32)
     assert got[0].dtype==torch.float32 and got[0].device.type==DEVICE
     assert far(got[0], want[0])<1e-5
-    # of the gradient, which comes in the type of its input; 4e-5 is what centring leaves in float32 near uniform distributions
+    # of the gradient, which comes in the type of its input;
+    # 4e-5 is what centring leaves in float32 near uniform distributions
     rounding = {torch.float32:4e-5, torch.float16:2e-3, torch.bfloat16:1e-2}[dtype]
     for a,b in zip(got[1:], want[1:]):
         assert (a is None)==(b is None)
@@ -113,8 +123,9 @@ class Keep(Callback):
             self.losses.append((self.learn.loss_grad if hasattr(self.learn, 'loss_grad') else self.learn.loss).detach())
 
 def train(path, device, method, epochs=2, cbs=(), **kw):
-    """A short training in which rounding stays rounding: plain SGD, no dropout, more than one pixel in the deepest maps, and
-    a small step (with 1e-2 and maps of one pixel, weights that are changed by 3e-7 change the eighth loss by 6 %)"""
+    """A short training in which rounding stays rounding: plain SGD, no dropout, more than one pixel in the deepest
+    maps, and a small step (with 1e-2 and maps of one pixel, weights that are changed by 3e-7 change the eighth loss
+    by 6 %)"""
     dls = loaders(device=device, size=32, bs=4)
     learn = quiet(learner(path, width=4, dls=dls, opt_func=partial(SGD, mom=.9), **kw))
     cbs = [*METHODS[method](), keep:=Keep(), *cbs]
@@ -133,10 +144,12 @@ def test_training_is_that_of_the_cpu(tmp_path, method):
         torch.testing.assert_close(a.cpu().float(), b.float(), rtol=5e-3, atol=5e-4, msg=lambda m: f'{n}: {m}')
 
 @methods
-@pytest.mark.parametrize('precision', ['fp32', pytest.param('fp16', marks=only_cuda), pytest.param('bf16', marks=only_cuda)])
+@pytest.mark.parametrize('precision', [
+    'fp32', pytest.param('fp16', marks=only_cuda), pytest.param('bf16', marks=only_cuda)])
 @pytest.mark.parametrize('layout', ['plain','channels last'])
 def test_precision(tmp_path, method, precision, layout):
-    "fastai's mixed precision, both layouts: every logged number is finite, and the losses are near those of plain float32"
+    """fastai's mixed precision, both layouts: every logged number is finite, and the losses are near those of plain
+    float32"""
     def run(how):
         net = create_unet('unet', n_in=1, n_out=2, width=4) if layout=='channels last' else UNet(1,2,width=4)
         set_seed(0)
@@ -169,7 +182,7 @@ class Stop(Callback):
 @methods
 @pytest.mark.parametrize('there', ['device','cpu'])
 def test_resume(tmp_path, method, there):
-    "Interrupted in the second epoch on the device, gone on with there or on the CPU: the weights of a training that nobody disturbed"
+    "Interrupted in the second epoch on the device, continued there or on the CPU: weights as if undisturbed"
     there = DEVICE if there=='device' else 'cpu'
     whole = train(tmp_path, DEVICE, method)
     with pytest.raises(KeyboardInterrupt):
@@ -197,7 +210,8 @@ def test_resume_where_there_is_no_cuda(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, DEVICE, method, cbs=[ResumeCallback(tmp_path/'run', every=1), Stop(6)])
     env = {**os.environ, 'CUDA_VISIBLE_DEVICES':'', 'FASTMISEG_DEVICE':'cpu'}
-    res = subprocess.run([sys.executable, '-c', WITHOUT, str(Path(__file__).parent), str(tmp_path), method], env=env, capture_output=True, text=True)
+    res = subprocess.run([sys.executable, '-c', WITHOUT, str(Path(__file__).parent), str(tmp_path), method],
+                         env=env, capture_output=True, text=True)
     assert res.returncode==0, res.stderr[-3000:]
     rest = torch.load(tmp_path/'rest.pt', weights_only=True)
     for k,o in whole.model.state_dict().items():
@@ -335,8 +349,10 @@ def test_slices_that_do_not_fit_are_read(monkeypatch):
 # two processes on one device
 def test_two_processes_on_one_device(tmp_path):
     "gloo, whose messages travel through the host: two halves of a batch give the weights of the whole"
-    run = lambda world: [subprocess.Popen([sys.executable, str(Path(__file__).with_name('two_on_one_device.py')), str(tmp_path), DEVICE, str(rank), str(world)],
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in range(world)]
+    run = lambda world: [subprocess.Popen([sys.executable, str(Path(__file__).with_name('two_on_one_device.py')),
+                                           str(tmp_path), DEVICE, str(rank), str(world)],
+                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                         for rank in range(world)]
     for p in run(2)+run(1):
         out,_ = p.communicate(timeout=180)
         assert p.returncode==0, out[-3000:]

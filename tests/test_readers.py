@@ -25,7 +25,8 @@ def put(folder, name, mask_name=None, seed=0, values=(0,1), shape=(4,10,12)):
 
 def all_read(df):
     for o in df.itertuples():
-        x,y = read_scan(o.image, o.mask, channels=df.attrs['channels']>1, classes=df.attrs['classes'], labels=df.attrs['labels'])
+        x,y = read_scan(o.image, o.mask, channels=df.attrs['channels']>1,
+                        classes=df.attrs['classes'], labels=df.attrs['labels'])
         assert (y is None)==(o.mask is None)
     return True
 
@@ -44,7 +45,8 @@ def acdc(root, flat=False):
 @pytest.mark.parametrize('flat', [False,True])
 def test_acdc(flat, tmp_path, capsys):
     df = load_cohort(acdc(tmp_path, flat))
-    assert capsys.readouterr().out=='acdc: 6 scans of 3 subjects, 6 with masks (3 subjects); classes background, RV, Myo, LV\n'
+    assert capsys.readouterr().out==('acdc: 6 scans of 3 subjects, 6 with masks (3 subjects); '
+                                     'classes background, RV, Myo, LV\n')
     assert df.scan.tolist()==[f'patient{n}_frame{f}' for n in ('001','002','101') for f in ('01','12')]
     assert df.group.tolist()==['DCM']*2+['NOR']*2+[None]*2 and df.phase.tolist()==['ED','ES']*2+[None]*2
     assert not df.image.str.contains('4d').any() and all_read(df)
@@ -58,7 +60,8 @@ def test_acdc_without_folders(tmp_path):
 
 def test_promise12(tmp_path, capsys):
     for n in range(3):
-        put(tmp_path/f'TrainingData_Part{n%2+1}', f'Case{n:02d}.mhd', f'Case{n:02d}_segmentation.mhd', seed=n, shape=(3,8+n,8))
+        put(tmp_path/f'TrainingData_Part{n%2+1}', f'Case{n:02d}.mhd', f'Case{n:02d}_segmentation.mhd',
+            seed=n, shape=(3,8+n,8))
     put(tmp_path/'TestData', 'Case00.mhd', seed=9)
     assert len(list(tmp_path.rglob('*.zraw')))==7                 # compressed MetaImage in two files
     df = load_cohort(tmp_path)
@@ -71,7 +74,8 @@ def msd(root, name, ids, test=(), shape=(4,10,12), modality=None, labels=None, s
     modality = {'0':'MRI'} if modality is None else modality
     labels = labels or {'0':'background','1':'A','2':'B'}
     for i in ids:
-        put(root, f'imagesTr/{stem}_{i:03d}.nii.gz', f'labelsTr/{stem}_{i:03d}.nii.gz', seed=i, values=tuple(range(len(labels))), shape=shape)
+        put(root, f'imagesTr/{stem}_{i:03d}.nii.gz', f'labelsTr/{stem}_{i:03d}.nii.gz',
+            seed=i, values=tuple(range(len(labels))), shape=shape)
     for i in test: put(root, f'imagesTs/{stem}_{i:03d}.nii.gz', seed=i, shape=shape)
     for d in ('imagesTr','labelsTr'): (root/d/f'._{stem}_{ids[0]:03d}.nii.gz').write_bytes(b'Mac OS X        ')
     (root/'dataset.json').write_text(json.dumps(dict(name=name, modality=modality, labels=labels, numTraining=len(ids),
@@ -82,8 +86,9 @@ def msd(root, name, ids, test=(), shape=(4,10,12), modality=None, labels=None, s
 
 def test_msd_hippocampus(tmp_path):
     df = load_cohort(msd(tmp_path, 'Hippocampus', [1,3,4,6], test=[2,8]))
-    assert dict(zip(df.scan, df.subject))=={'hippocampus_001':'subject_001','hippocampus_002':'subject_001','hippocampus_003':'subject_002',
-        'hippocampus_004':'subject_002','hippocampus_006':'subject_003','hippocampus_008':'subject_004'}
+    assert dict(zip(df.scan, df.subject))=={
+        'hippocampus_001':'subject_001', 'hippocampus_002':'subject_001', 'hippocampus_003':'subject_002',
+        'hippocampus_004':'subject_002', 'hippocampus_006':'subject_003', 'hippocampus_008':'subject_004'}
     assert df['mask'].isna().sum()==2 and df.attrs['classes']==('background','A','B') and all_read(df)
 
 def test_msd_spleen_is_not_paired(tmp_path):
@@ -123,7 +128,8 @@ def test_folder(tmp_path, capsys):
     for i,s in enumerate(['P1_a','P1_b','P2_a']):
         put(tmp_path, f'images/{s}.nrrd', f'masks/{s}.nii.gz' if i else None, seed=i)
     df = load_cohort(tmp_path, subject=r'^(P\d)', classes=('background','organ'))
-    assert 'folder: 3 scans of 2 subjects, 2 with masks (2 subjects); classes background, organ' in capsys.readouterr().out
+    assert ('folder: 3 scans of 2 subjects, 2 with masks (2 subjects); classes background, organ'
+            in capsys.readouterr().out)
     assert df['mask'].isna().tolist()==[True,False,False] and all_read(df)
     assert load_cohort(tmp_path, 'folder', subject=lambda s: s[-1]).subject.tolist()==['a','b','a']
     with pytest.raises(CohortError, match=r"subject='\(X\)': does not match the scan 'P1_a'"):
@@ -170,7 +176,8 @@ def test_dicom_in_images_and_masks(tmp_path):
 
 def test_csv_and_frame(tmp_path, monkeypatch):
     put(tmp_path/'sub', 'a.nii.gz', 'a_m.nii.gz'); put(tmp_path/'sub', 'b.nii.gz', seed=1)
-    (tmp_path/'list.csv').write_text(f'image,mask,subject,age\nsub/a.nii.gz,sub/a_m.nii.gz,007,61\n{tmp_path}/sub/b.nii.gz,,NA,\n')
+    (tmp_path/'list.csv').write_text('image,mask,subject,age\n'
+        f'sub/a.nii.gz,sub/a_m.nii.gz,007,61\n{tmp_path}/sub/b.nii.gz,,NA,\n')
     df = load_cohort(tmp_path/'list.csv', classes=['background','x'])
     assert (df.subject.tolist()==['007','NA'] and df.scan.tolist()==['a','b']
             and df['mask'][1] is None and df.age.tolist()==['61',None] and all_read(df))
@@ -188,7 +195,8 @@ def test_csv_and_frame(tmp_path, monkeypatch):
         load_cohort(tmp_path/'twice.csv')
 
 def test_nothing_recognised(tmp_path):
-    with pytest.raises(CohortError, match=r'root=None: expected a folder with scans, a \.csv file or a DataFrame; name where the scans are'):
+    with pytest.raises(CohortError, match=r'root=None: expected a folder with scans, a \.csv file or a DataFrame; '
+                                          'name where the scans are'):
         load_cohort(None)
     (tmp_path/'notes.txt').write_text('x')
     with pytest.raises(CohortError) as e: load_cohort(tmp_path)
@@ -217,27 +225,31 @@ def test_too_few_masks_to_split(tmp_path):
     for i in range(3): put(tmp_path/'images', f'{i}.nii.gz')
     asked = 'labeled=1, valid=2, test=10: '
     none = asked+r'none of the 3 scans of this cohort has a mask\. Expected '
-    with pytest.raises(CohortError, match=none+r"a folder `images` \(and `masks`\).*\(layout 'folder'\); put the masks there, or"):
+    with pytest.raises(CohortError, match=none+r"a folder `images` \(and `masks`\).*"
+                                               r"\(layout 'folder'\); put the masks there, or"):
         split_cohort(load_cohort(tmp_path), 1, 2, 10)
     with pytest.raises(CohortError, match=none+'names of files in the column `mask`;'):
         split_cohort(load_cohort(pd.DataFrame(dict(load_cohort(tmp_path)))), 1, 2, 10)
     masks = [str(tmp_path/'m'/f'{i}.nii.gz') for i in range(2)]
-    with pytest.raises(CohortError, match=asked+'these are 13 subjects with masks, and there are 2 in this cohort; ask for fewer'):
+    with pytest.raises(CohortError, match=asked+'these are 13 subjects with masks, '
+                                                'and there are 2 in this cohort; ask for fewer'):
         split_cohort(load_cohort(tmp_path).assign(mask=[*masks, None]), 1, 2, 10)
     with pytest.raises(CohortError, match='there is 1 subject with a mask in this cohort, and a split needs two'):
         split_cohort(load_cohort(tmp_path).assign(mask=[masks[0], None, None]), duplicates=False)
 
 def ten(annotated, n=10):
-    return pd.DataFrame([dict(subject=f's{i}', scan=f's{i}', image=f's{i}.nii', mask=f'm{i}.nii' if i<annotated else None)
-                         for i in range(n)], dtype=object)
+    return pd.DataFrame([dict(subject=f's{i}', scan=f's{i}', image=f's{i}.nii',
+                              mask=f'm{i}.nii' if i<annotated else None) for i in range(n)], dtype=object)
 
-@pytest.mark.parametrize('annotated,parts', [(2,(1,1,0)), (3,(2,1,0)), (4,(3,1,0)), (5,(4,1,0)), (8,(6,2,0)), (10,(6,2,2))])
+@pytest.mark.parametrize('annotated,parts', [
+    (2,(1,1,0)), (3,(2,1,0)), (4,(3,1,0)), (5,(4,1,0)), (8,(6,2,0)), (10,(6,2,2))])
 def test_ten_scans_are_enough(annotated, parts, capsys):
     s = split_cohort(ten(annotated), duplicates=False)
     assert tuple((s.split==o).sum() for o in ('labeled','valid','test'))==parts
     assert set(s.scan[s.split=='unlabeled'])==set(s.scan[s['mask'].isna()])       # nothing annotated is left unused
     labeled,valid,test = parts
-    assert capsys.readouterr().out==f'split of {annotated} annotated subjects: {labeled} labelled, {valid} for validation, {test} for test\n'
+    assert capsys.readouterr().out==(f'split of {annotated} annotated subjects: '
+                                     f'{labeled} labelled, {valid} for validation, {test} for test\n')
     assert split_cohort(ten(annotated), duplicates=False, show=False).equals(s) and not capsys.readouterr().out
 
 def test_any_column_can_divide():
@@ -261,9 +273,11 @@ def test_some_parts_asked_for():
     assert n(10, labeled=8)==dict(labeled=8, valid=2, unlabeled=20)
     assert n(10, labeled=9)==dict(labeled=9, valid=1, unlabeled=20)
     assert n(3, test=1)==dict(labeled=1, valid=1, test=1, unlabeled=27)
-    with pytest.raises(CohortError, match='labeled=10, valid=1, test=0: these are 11 subjects with masks, and there are 10'):
+    with pytest.raises(CohortError, match='labeled=10, valid=1, test=0: '
+                                          'these are 11 subjects with masks, and there are 10'):
         n(10, labeled=10)
-    with pytest.raises(CohortError, match='labeled=all others, valid=1, test=2: these are 4 subjects with masks, and there are 3'):
+    with pytest.raises(CohortError, match='labeled=all others, valid=1, test=2: '
+                                          'these are 4 subjects with masks, and there are 3'):
         n(3, test=2)
 
 @settings(max_examples=80, deadline=None)
@@ -277,7 +291,8 @@ def test_laws_of_folds(seed, n, folds, test, scans, stratify):
     def split(fold, df=df, **kw):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            return split_cohort(df, test=test, seed=seed, scans=scans, stratify=stratify, duplicates=ties, folds=folds, fold=fold, show=False, **kw)
+            return split_cohort(df, test=test, seed=seed, scans=scans, stratify=stratify, duplicates=ties,
+                                folds=folds, fold=fold, show=False, **kw)
     if len(annotated)<folds+test+4: return
     parts = [split(k) for k in range(folds)]
     tests = [set(o.subject[o.split=='test']) for o in parts]
@@ -354,13 +369,14 @@ def test_split_laws(seed, n, scans, stratify):
 
 def test_growing_cohort_keeps_its_order():
     df = table(40, np.random.default_rng(0), 1)
-    a = split_cohort(df[df.subject!='s7'], 5, 5, 5, duplicates=False).drop_duplicates('subject').set_index('subject').split
-    b = split_cohort(df, 5, 5, 5, duplicates=False).drop_duplicates('subject').set_index('subject').split
+    parts = lambda df: split_cohort(df, 5, 5, 5, duplicates=False).drop_duplicates('subject').set_index('subject').split
+    a,b = parts(df[df.subject!='s7']),parts(df)
     assert (a!=b[a.index]).sum()<=3
 
 def test_as_in_the_paper():
     "100 patients with two scans each: 8 labelled, 25 validation scans"
-    df = pd.DataFrame([dict(subject=f'p{i}', scan=f'p{i}_{j}', image='x', mask='y') for i in range(100) for j in (1,12)])
+    df = pd.DataFrame([dict(subject=f'p{i}', scan=f'p{i}_{j}', image='x', mask='y')
+                       for i in range(100) for j in (1,12)])
     n = split_cohort(df, labeled=8, valid=25, scans=True, duplicates=False).split.value_counts()
     assert n['labeled']==8 and n['valid'] in (24,26) and n.sum()==200
 
@@ -370,12 +386,14 @@ def test_seeds_differ():
 
 def test_duplicates_like_acdc(tmp_path):
     acdc(tmp_path)
-    for f in (1,12):                                                     # patient050 is patient001 with other masks and in another type
+    for f in (1,12): # patient050 is patient001 with other masks and in another type
         v = read_volume(tmp_path/f'training/patient001/patient001_frame{f:02d}.nii.gz')
         write_volume(v.like(v.array.astype(np.float32)), tmp_path/f'training/patient050/patient050_frame{f:02d}.nii.gz')
-        write_volume(v.like((v.array>400).astype(np.uint8)), tmp_path/f'training/patient050/patient050_frame{f:02d}_gt.nii.gz')
+        write_volume(v.like((v.array>400).astype(np.uint8)),
+                     tmp_path/f'training/patient050/patient050_frame{f:02d}_gt.nii.gz')
     df = load_cohort(tmp_path)
-    assert find_duplicates(df)==[('patient001_frame01','patient050_frame01'),('patient001_frame12','patient050_frame12')]
+    assert find_duplicates(df)==[('patient001_frame01','patient050_frame01'),
+                                 ('patient001_frame12','patient050_frame12')]
     for seed in range(8):
         with pytest.warns(UserWarning, match='patient001_frame01 = patient050_frame01'):
             s = split_cohort(df, labeled=1, valid=1, seed=seed)

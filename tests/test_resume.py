@@ -20,7 +20,9 @@ from killing import EPOCHS, METHODS, Noise, plain_loaders, steps
 class Stop(Callback):
     "Interrupts after the nth step that this callback sees, or after the nth epoch"
     order = 95
-    def __init__(self, n, after='batch'): super().__init__(); self.n,self.after,self.count = n,after,itertools.count(1) # no part of a checkpoint
+    def __init__(self, n, after='batch'):
+        super().__init__()
+        self.n,self.after,self.count = n,after,itertools.count(1) # no part of a checkpoint
     def _at(self, what):
         if what==self.after and next(self.count)==self.n: raise KeyboardInterrupt
     def after_batch(self):
@@ -52,7 +54,8 @@ def test_killed_and_called_again(killed, method):
     same(a, b)
 
 def test_log_is_whole(killed):
-    logs = [[l.split(',')[:-1] for l in (killed/'tracked'/o/'history.csv').read_text().splitlines()] for o in ('whole','cut')]
+    logs = [[l.split(',')[:-1] for l in (killed/'tracked'/o/'history.csv').read_text().splitlines()]
+            for o in ('whole','cut')]
     assert logs[0]==logs[1] and len(logs[0])==EPOCHS+1
 
 def test_half_written_file_is_not_taken(tmp_path):
@@ -88,7 +91,8 @@ def test_no_number_after_going_on(tmp_path):
         order = 91
         def before_batch(self):
             if self.training and self.iter==3: self.learn.xb = (self.x*float('nan'),)
-    fit = lambda cb: quiet(learner(tmp_path)).fit(1, 1e-3, cbs=[small_mireg(), ResumeCallback(tmp_path/'c', every=1), cb])
+    fit = lambda cb: quiet(learner(tmp_path)).fit(
+        1, 1e-3, cbs=[small_mireg(), ResumeCallback(tmp_path/'c', every=1), cb])
     with pytest.raises(KeyboardInterrupt): fit(Stop())
     with pytest.raises(FloatingPointError, match=r'batch 3.*The batch came from labelled: \d.*; unlabelled: \d'):
         fit(Broken())
@@ -112,7 +116,9 @@ def test_several_fits_share_one_callback(tmp_path, kind, every, freeze_epochs, a
         seen.clear()
         set_seed(seed)
         learn = quiet(learner(tmp_path, net=Noise, seed=seed, dls=plain_loaders() if files else None,
-                              splitter=lambda m: [list(m.net.Conv1.parameters()), [p for n,p in m.named_parameters() if not n.startswith('net.Conv1.')]]))
+                              splitter=lambda m: [
+                                  list(m.net.Conv1.parameters()),
+                                  [p for n,p in m.named_parameters() if not n.startswith('net.Conv1.')]]))
         learn.fine_tune(2, 1e-2, freeze_epochs=freeze_epochs,
                         cbs=[small_mireg(unlabeled=list(range(9,16)) if files else None), Epochs(),
                              ResumeCallback(tmp_path/path, every=every), *cbs])
@@ -126,7 +132,8 @@ def test_interrupted_at_an_epochs_end_and_in_the_next(tmp_path):
     def fit(seed, path, cbs):
         set_seed(seed)
         learn = quiet(learner(tmp_path, net=Noise, seed=seed, dls=plain_loaders()))
-        learn.fit(3, 1e-2, cbs=[ConsistencyCallback(unlabeled=list(range(9,16))), ResumeCallback(tmp_path/path, every=1), *cbs])
+        learn.fit(3, 1e-2, cbs=[ConsistencyCallback(unlabeled=list(range(9,16))),
+                                ResumeCallback(tmp_path/path, every=1), *cbs])
         return learn.model.state_dict()
     same(attempts(fit, 'a'), attempts(fit, 'b', Stop(1, 'epoch'), Stop(2), Stop(4), Stop(1), Stop(1, 'epoch')))
 
@@ -151,7 +158,8 @@ def test_gradients_across_epochs_and_fits(tmp_path, stop):
     "Five batches to an epoch, a step every two: one batch's gradients are left, also at the end of the first fit"
     def fit(seed, path, cbs):
         learn = quiet(learner(tmp_path, seed=seed, dls=loaders(n_iters=5)))
-        mine = [mi:=small_mireg(), teacher:=EMATeacherCallback(decay=.9), GradientAccumulation(4), ResumeCallback(tmp_path/path, every=100), *cbs]
+        mine = [mi:=small_mireg(), teacher:=EMATeacherCallback(decay=.9), GradientAccumulation(4),
+                ResumeCallback(tmp_path/path, every=100), *cbs]
         for n in (1,2): learn.fit_one_cycle(n, 1e-2, cbs=mine)
         return dict(model=learn.model.state_dict(), heads=mi.projectors.state_dict(), teacher=teacher.average.tensors)
     same(attempts(fit, 'a'), attempts(fit, 'b', Stop(*stop)))
@@ -174,7 +182,10 @@ def test_validation_is_no_fit(tmp_path):
     same(whole, run(4, 'b', []))                                    # goes on
     learn = make(5, 'b'); learn.fit(2, 1e-2); ask(learn); same(whole, learn.model.state_dict()) # is passed over
     same(whole, run(6, 'b', []))
-    learn = make(7, 'b'); learn.fit(2, 1e-2); learn.validate(); learn.fit(1, 1e-2)  # the second fit is the second, whatever was asked between
+    learn = make(7, 'b')
+    learn.fit(2, 1e-2)
+    learn.validate()
+    learn.fit(1, 1e-2) # the second fit is the second, whatever was asked between
     assert (last:=load_state(checkpoints(tmp_path/'b')[-1]))['fit']==1 and last['over'] and last['done']==1
 
 def test_what_constructors_take_is_taken_from_them(tmp_path):
@@ -185,7 +196,8 @@ def test_what_constructors_take_is_taken_from_them(tmp_path):
     class Heir(Mine):
         def __init__(self, **kw): super().__init__(**kw)
     def fit(cbs, stop=None):
-        quiet(learner(tmp_path)).fit(3, 1e-2, cbs=[*cbs, ResumeCallback(tmp_path/'c', every=1), *([stop] if stop else [])])
+        quiet(learner(tmp_path)).fit(3, 1e-2, cbs=[*cbs, ResumeCallback(tmp_path/'c', every=1),
+                                                   *([stop] if stop else [])])
         return cbs
     kinds = lambda n: [Mine(n), Heir(limit=n), EarlyStoppingCallback(patience=10*n)]
     with pytest.raises(KeyboardInterrupt): fit(kinds(1), Stop(7))
@@ -195,7 +207,8 @@ def test_what_constructors_take_is_taken_from_them(tmp_path):
 
 def test_log_of_a_training_that_stopped_early(tmp_path):
     def fit(seed):
-        quiet(learner(tmp_path, seed=seed)).fit(4, 0., cbs=[EarlyStoppingCallback(min_delta=10.), CSVLogger(), ResumeCallback(tmp_path/'c')])
+        quiet(learner(tmp_path, seed=seed)).fit(
+            4, 0., cbs=[EarlyStoppingCallback(min_delta=10.), CSVLogger(), ResumeCallback(tmp_path/'c')])
         return (tmp_path/'history.csv').read_text()
     log = fit(0)
     assert 2<len(log.splitlines())<5 and fit(1)==log
@@ -221,19 +234,27 @@ OTHER = {
     'batch size': (dict(dls=lambda: loaders(bs=3)), ['batch size: 2, here 3']),
     'unlabelled batch size': (dict(dls=lambda: loaders(unlabeled_bs=4)), ['unlabelled batch size: 3, here 4']),
     'seed of the draws': (dict(dls=lambda: loaders(seed=5)), ['seed of the draws: 0, here 5']),
-    'unlabelled images': (dict(dls=lambda: loaders(n=21)), [r'unlabelled images: 11 from 9 to 19 \(\w+\), here 12 from 9 to 20 \(\w+\)']),
+    'unlabelled images': (dict(dls=lambda: loaders(n=21)),
+                          [r'unlabelled images: 11 from 9 to 19 \(\w+\), here 12 from 9 to 20 \(\w+\)']),
     'weight': (dict(cbs=mireg(global_weight=.2)), ['MIRegCallback, weight of global_mi: 0.1, here 0.2']),
     'schedule of a weight': (dict(cbs=mireg(consistency_weight=sigmoid_rampup(5., .8))),
-                             [r'weight of consistency: 5, here sigmoid_rampup\(5\.0, 0\.8\): 0\.033.* at 0%, .*5 at 100%']),
-    'clusters': (dict(cbs=mireg(n_clusters=4)), ['MIRegCallback, n_clusters: {Conv5: 3, Upconv3: 3}, here {Conv5: 4, Upconv3: 4}']),
-    'decay': (dict(cbs=lambda: [small_mireg(), EMATeacherCallback(decay=.8)]), ['EMATeacherCallback, decay: 0.9, here 0.8']),
-    'T': (dict(cbs=mireg(T=RandomFlips((-1,))+RandomShifts(.5))), [r'T: RandomFlips\(axes=\(-2, -1\), p=0\.5\), here _Pools\(.*RandomShifts\(most=0\.5\)']),
-    'method': (dict(cbs=lambda: [ConsistencyCallback()]), ['methods: MIRegCallback, EMATeacherCallback, here ConsistencyCallback']),
+                             [r'weight of consistency: 5, '
+                              r'here sigmoid_rampup\(5\.0, 0\.8\): 0\.033.* at 0%, .*5 at 100%']),
+    'clusters': (dict(cbs=mireg(n_clusters=4)),
+                 ['MIRegCallback, n_clusters: {Conv5: 3, Upconv3: 3}, here {Conv5: 4, Upconv3: 4}']),
+    'decay': (dict(cbs=lambda: [small_mireg(), EMATeacherCallback(decay=.8)]),
+              ['EMATeacherCallback, decay: 0.9, here 0.8']),
+    'T': (dict(cbs=mireg(T=RandomFlips((-1,))+RandomShifts(.5))),
+          [r'T: RandomFlips\(axes=\(-2, -1\), p=0\.5\), here _Pools\(.*RandomShifts\(most=0\.5\)']),
+    'method': (dict(cbs=lambda: [ConsistencyCallback()]),
+               ['methods: MIRegCallback, EMATeacherCallback, here ConsistencyCallback']),
     'no method': (dict(cbs=list), ['methods: MIRegCallback, EMATeacherCallback, here none']),
     'weight decay': (dict(wd=.1), ['wd: 0.01, here 0.1']),
     'optimiser': (dict(opt_func=SGD), ['optimizer: .*adam_step, here .*sgd_step']),
-    'accumulation': (dict(cbs=lambda: [*mireg()(), GradientAccumulation(4)]), [r'GradientAccumulation: nothing, here \{n_acc: 4\}']),
-    'loss': (dict(loss_func=with_weight(2.)), [r'loss function: CrossEntropyLossFlat\(.*, here CrossEntropyLossFlat\(.*weight=\(1, 2\)']),
+    'accumulation': (dict(cbs=lambda: [*mireg()(), GradientAccumulation(4)]),
+                     [r'GradientAccumulation: nothing, here \{n_acc: 4\}']),
+    'loss': (dict(loss_func=with_weight(2.)),
+             [r'loss function: CrossEntropyLossFlat\(.*, here CrossEntropyLossFlat\(.*weight=\(1, 2\)']),
 }
 
 @pytest.fixture(scope='module')
@@ -279,7 +300,7 @@ def test_other_settings_on_purpose(interrupted, tmp_path, what):
     same(*results)
     new = dict(epochs=2, batches=4)
     if what in ('epochs','batches'): new[what] = {'epochs':3, 'batches':6}[what]
-    begun = 2 if what=='batches' else 0                                           # the epoch that was interrupted begins anew
+    begun = 2 if what=='batches' else 0 # the epoch that was interrupted begins anew
     assert results[0]['steps']==begun+new['epochs']*new['batches']
     if what=='rate': assert results[0]['lrs'][2:]==[1e-5]*6
 
@@ -336,8 +357,10 @@ def test_training_on_after_an_early_end(tmp_path, when):
 def test_settings_of_a_fit_that_is_over(tmp_path):
     "Each fit of a callback has its own plan, and is compared with it"
     def tune(base_lr, stop=None):
-        learn = quiet(learner(tmp_path, splitter=lambda m: [list(m.Conv1.parameters()), [p for n,p in m.named_parameters() if not n.startswith('Conv1.')]]))
-        learn.fine_tune(2, base_lr, cbs=[small_mireg(), ResumeCallback(tmp_path/'c', every=1), *([stop] if stop else [])])
+        learn = quiet(learner(tmp_path, splitter=lambda m: [
+            list(m.Conv1.parameters()), [p for n,p in m.named_parameters() if not n.startswith('Conv1.')]]))
+        learn.fine_tune(2, base_lr, cbs=[small_mireg(), ResumeCallback(tmp_path/'c', every=1),
+                                         *([stop] if stop else [])])
     with pytest.raises(KeyboardInterrupt): tune(1e-2, Stop(6))
     with pytest.raises(ValueError, match='lr: .*, here '): tune(1e-3)
     tune(1e-2)
@@ -351,7 +374,8 @@ def test_log_with_other_columns(interrupted, tmp_path):
 
 def test_data_of_the_same_number_are_told_apart():
     "By names, order, or what they hold; nothing is read for it"
-    for a,b in ((['a','b'],['a','c']), (['a','b','c'],['b','a','c']), (pd.DataFrame({'f':[1,2]}), pd.DataFrame({'f':[1,3]})),
+    for a,b in ((['a','b'],['a','c']), (['a','b','c'],['b','a','c']),
+                (pd.DataFrame({'f':[1,2]}), pd.DataFrame({'f':[1,3]})),
                 ([torch.zeros(3)],[torch.ones(3)]), ([('a',0)],[('a',1)]), (range(3), range(1,4))):
         assert (items_in_words(a)!=items_in_words(b)
                 and items_in_words(a)==items_in_words(type(a)(a) if isinstance(a, list) else a))
@@ -403,7 +427,8 @@ def test_last_intact_checkpoint_is_taken_and_said(finished, tmp_path):
     raw = bytearray(last.read_bytes())
     raw[len(raw)//2] ^= 1
     last.write_bytes(raw)
-    with pytest.warns(UserWarning, match=f'{last.name}: is damaged.*The last intact checkpoint is taken, .*{before.name}'):
+    with pytest.warns(UserWarning, match=f'{last.name}: is damaged.*'
+                                         f'The last intact checkpoint is taken, .*{before.name}'):
         plan(path, epochs=1)
     for f in checkpoints(path/'c'): f.write_bytes(f.read_bytes()[:-1]+b'x')
     with pytest.raises(ValueError, match='There is no intact checkpoint in .*delete the folder to begin anew'):
@@ -431,13 +456,16 @@ class Wait(Callback):
         if self.training and self.train_iter==2: print('ready', flush=True); time.sleep(120)
 torch.set_num_threads(1)
 dls = loaders(num_workers=int(sys.argv[3]))
-quiet(learner(sys.argv[2], dls=dls)).fit(2, 1e-3, cbs=[small_mireg(), EMATeacherCallback(decay=.9), ResumeCallback(Path(sys.argv[2])/'c', every=1), Wait()])
+cbs = [small_mireg(), EMATeacherCallback(decay=.9), ResumeCallback(Path(sys.argv[2])/'c', every=1), Wait()]
+quiet(learner(sys.argv[2], dls=dls)).fit(2, 1e-3, cbs=cbs)
 """
 
 def started(path, code=TRAIN, workers=0):
     "A training in a process of its own, at its second step"
-    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, str(Path(__file__).parent), str(path), str(workers)],
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS':'1'})
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code,
+                          str(Path(__file__).parent), str(path), str(workers)],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         env={**os.environ, 'OMP_NUM_THREADS':'1'})
     for line in p.stdout:
         if line.strip()=='ready': return p
     raise AssertionError(p.stderr.read())
@@ -544,7 +572,8 @@ def test_full_disk_is_said_with_the_files_name(tmp_path):
 def test_last_good_checkpoint_survives_a_nan(tmp_path):
     class Breaks(ConsistencyCallback):
         def penalty(self, v): return super().penalty(v)*(float('nan') if v.pct>.5 else 1.)
-    with pytest.raises(FloatingPointError, match=r'consistency is nan at step 3 \(epoch 0, batch 3\).*labelled: .*unlabelled: '):
+    with pytest.raises(FloatingPointError, match=r'consistency is nan at step 3 \(epoch 0, batch 3\).*'
+                                                 'labelled: .*unlabelled: '):
         quiet(learner(tmp_path)).fit(1, 1e-2, cbs=[Breaks(), ResumeCallback(tmp_path/'c', every=1)])
     last = load_state(checkpoints(tmp_path/'c')[-1])
     assert (last['train_iter'], last['iter'])==(3,3) and all(o.isfinite().all() for o in last['model'].values())

@@ -1,4 +1,7 @@
-"Batches a second from the slice store, with augmentation, against the training step of the paper's U-Net on the same batch: python benchmarks/data.py [DATA]"
+"""Batches a second from the slice store, with augmentation, against the training step of the
+paper's U-Net on the same batch:
+
+    python benchmarks/data.py [DATA]"""
 import argparse, os, platform, tempfile, time, warnings
 from dataclasses import replace
 warnings.filterwarnings('ignore')
@@ -15,7 +18,8 @@ from fastmiseg.learner import miseg_learner
 
 def rate(it, n, work=lambda b: None):
     "Milliseconds to a batch, the first one (start of workers, warming up) left out"
-    work(next(it)); t = time.perf_counter()
+    work(next(it))
+    t = time.perf_counter()
     for _ in range(n): work(next(it))
     return (time.perf_counter()-t)/n*1e3
 
@@ -28,7 +32,8 @@ cases = {'loading and augmentation': (0,'light',0), 'the same in one worker': (1
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('data', nargs='?', default=os.environ.get('FASTMISEG_DATA'), help='a cohort; by default FASTMISEG_DATA, or else the phantom')
+    p.add_argument('data', nargs='?', default=os.environ.get('FASTMISEG_DATA'),
+                   help='a cohort; by default FASTMISEG_DATA, or else the phantom')
     p.add_argument('--repeats', type=int, default=3)
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as tmp:
@@ -36,19 +41,26 @@ def main():
         df = split_cohort(df, labeled=4, valid=4)
         recipe = Recipe.auto(df)
         recipe = replace(recipe, rotate=10., flip='hv', jitter=.3)
-        print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; slices {recipe.size}; batches of 4 labelled + 10 unlabelled\n')
+        print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; '
+              f'slices {recipe.size}; batches of 4 labelled + 10 unlabelled\n')
         print('| | ms to a batch | times faster than the step |\n|---|---|---|')
         best = {}
         SliceStore(Path(tmp)/'store', recipe).prepare(df, progress=False)
         for _ in range(a.repeats):
             for k,(workers,augment,foreground) in cases.items():
-                dls = MISegDataLoaders.from_cohort(df, replace(recipe, augment=augment), store=Path(tmp)/'store', n_iters=200, num_workers=workers, foreground=foreground)
+                dls = MISegDataLoaders.from_cohort(
+                    df, replace(recipe, augment=augment), store=Path(tmp)/'store', n_iters=200,
+                    num_workers=workers, foreground=foreground)
                 best[k] = min(best.get(k, 1e9), rate(iter(dls.train), 150))
-            learn = miseg_learner(dls); learn.create_opt()
+            learn = miseg_learner(dls)
+            learn.create_opt()
             def step(b):
                 x_l,x_u,y = b
-                loss = learn.loss_func(learn.model(torch.cat([x_l,x_u,x_u]).as_subclass(torch.Tensor))[:len(x_l)], y)
-                loss.backward(); learn.opt.step(); learn.opt.zero_grad()
+                loss = learn.loss_func(
+                    learn.model(torch.cat([x_l,x_u,x_u]).as_subclass(torch.Tensor))[:len(x_l)], y)
+                loss.backward()
+                learn.opt.step()
+                learn.opt.zero_grad()
             b = dls.one_batch()
             best['step'] = min(best.get('step', 1e9), rate(iter([b]*8), 6, step))
         it,memory = endless(dls.train),psutil.Process().memory_info

@@ -1,4 +1,5 @@
-"""What the parts of `gpu.sh` share: rows of results in OUT/results.jsonl, the clock of the device; and the page that is made of them.
+"""What the parts of `gpu.sh` share: rows of results in OUT/results.jsonl, the clock of the device,
+and the page that is made of the rows.
 
     python benchmarks/gpu.py about OUT    # the machine
     python benchmarks/gpu.py report OUT   # the page, to stdout
@@ -24,7 +25,9 @@ def rows(out, part=None):
 
 def table(head, lines):
     "Markdown"
-    return '\n'.join(['| '+' | '.join(head)+' |', '|---'*len(head)+'|', *('| '+' | '.join(map(str, o))+' |' for o in lines)])
+    return '\n'.join(['| '+' | '.join(head)+' |',
+                      '|---'*len(head)+'|',
+                      *('| '+' | '.join(map(str, o))+' |' for o in lines)])
 
 class Clock:
     "Marks in the device's stream, and the milliseconds between them"
@@ -51,7 +54,9 @@ def take_turns(things, rounds, steps, warm=3):
         for k,f in things.items():
             clock = Clock()
             clock.mark()
-            for _ in range(steps): f(); clock.mark()
+            for _ in range(steps):
+                f()
+                clock.mark()
             times[k] += clock.gaps()
     return {k:median(t) for k,t in times.items()}
 
@@ -61,25 +66,32 @@ def about():
     def version(n):
         try: return importlib.metadata.version(n)
         except importlib.metadata.PackageNotFoundError: return None
-    row = dict(device=platform.processor() or platform.machine(), python=platform.python_version(), cores=os.cpu_count(), versions={n:v for n in names if (v:=version(n))})
+    row = dict(device=platform.processor() or platform.machine(), python=platform.python_version(),
+               cores=os.cpu_count(), versions={n:v for n in names if (v:=version(n))})
     if DEVICE=='cuda':
         p = torch.cuda.get_device_properties(0)
-        row.update(device=p.name, memory_gb=round(p.total_memory/2**30, 1), multiprocessors=p.multi_processor_count, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), driver=driver())
+        row.update(device=p.name, memory_gb=round(p.total_memory/2**30, 1),
+                   multiprocessors=p.multi_processor_count, cuda=torch.version.cuda,
+                   cudnn=torch.backends.cudnn.version(), driver=driver())
     print(row)
     add('about', **row)
 
 def driver():
     import subprocess
-    try: return subprocess.run(['nvidia-smi','--query-gpu=driver_version','--format=csv,noheader'], capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(['nvidia-smi','--query-gpu=driver_version','--format=csv,noheader'],
+                              capture_output=True, text=True).stdout.strip()
     except OSError: return None
 
-_stand_in = '''"""Stands where a package would be that is not here: it can be imported, and says so when it is used."""
+_stand_in = '''\
+"""Stands where a package would be that is not here: it can be imported, and says so when it is used."""
 import sys
 class Absent(type):
     def __getattr__(cls, name):
         if name.startswith('__'): raise AttributeError(name)
         return Absent(name, (), {})
-    def __call__(cls, *args, **kwargs): raise ImportError(f'{cls.__name__} belongs to a package that is not on this machine')
+    def __call__(cls, *args, **kwargs):
+        raise ImportError(f'{cls.__name__} belongs to a package that is not on this machine')
 class LoggerBase:
     def __getattr__(self, name): return lambda *args: None
 def __getattr__(name):
@@ -94,7 +106,8 @@ def stand_ins(folder, names):
     for name in names:
         if importlib.util.find_spec(name): continue
         (Path(folder)/name).mkdir(parents=True, exist_ok=True)
-        for part in ('__init__', *parts.get(name, ())): (Path(folder)/name/f'{part}.py').write_text(_stand_in)
+        for part in ('__init__', *parts.get(name, ())):
+            (Path(folder)/name/f'{part}.py').write_text(_stand_in)
         print(f'{name} is not installed: a stand-in')
 
 def _latest(found, *keys):
@@ -103,19 +116,27 @@ def _latest(found, *keys):
 
 def report(out):
     made = _latest(rows(out, 'about'), 'part')
-    text = ['# On a CUDA device', '', 'Made by `bash benchmarks/gpu.sh OUT` and `python benchmarks/gpu.py report OUT`.', '']
+    text = ['# On a CUDA device', '',
+            'Made by `bash benchmarks/gpu.sh OUT` and `python benchmarks/gpu.py report OUT`.', '']
     for o in made[-1:]:
-        text += [f"{o['device']}" + (f", {o['memory_gb']} GB, driver {o['driver']}, CUDA {o['cuda']}, cuDNN {o['cudnn']}" if 'driver' in o else '') +
-                 f"; {o['cores']} cores, Python {o['python']}, " + ', '.join(f'{k} {v}' for k,v in o['versions'].items()) + '.', '']
+        text += [f"{o['device']}"
+                 + (f", {o['memory_gb']} GB, driver {o['driver']}, CUDA {o['cuda']}, cuDNN {o['cudnn']}"
+                    if 'driver' in o else '')
+                 + f"; {o['cores']} cores, Python {o['python']}, "
+                 + ', '.join(f'{k} {v}' for k,v in o['versions'].items()) + '.', '']
     notes = _latest(rows(out, 'note'), 'of')
-    if notes: text += ['## Parts', '', table(['part','outcome','seconds'], [(o['of'], {0:'done',124:'stopped at its limit',137:'stopped at its limit'}.get(o['status'], f"failed ({o['status']})"), o['seconds']) for o in notes]), '']
+    if notes:
+        lines = [(o['of'], _OUTCOMES.get(o['status'], f"failed ({o['status']})"), o['seconds'])
+                 for o in notes]
+        text += ['## Parts', '', table(['part','outcome','seconds'], lines), '']
     found = rows(out)
     for part,head in _SECTIONS.items():
         mine = [o for o in found if o['part']==part]
         if not mine: continue
         text += [f'## {head}', '']
         for name in dict.fromkeys(o.get('table','') for o in mine):
-            some = [{k:v for k,v in o.items() if k not in ('part','table')} for o in mine if o.get('table','')==name]
+            some = [{k:v for k,v in o.items() if k not in ('part','table')}
+                    for o in mine if o.get('table','')==name]
             keys = list(dict.fromkeys(k for o in some for k in o))
             if name: text += [f'{name}:', '']
             text += [table(keys, [[_said(o.get(k, '')) for k in keys] for o in some]), '']
@@ -132,9 +153,20 @@ def curves(file):
     plt.tight_layout()
     plt.savefig(Path(file).with_suffix('.png'), dpi=120)
 
-_SECTIONS = dict(waiting='Without waiting', step='Milliseconds to a step', mutual_info='The local information loss', loading='Reading', network='What makes the step fast', train="At the paper's size")
+_OUTCOMES = {0: 'done', 124: 'stopped at its limit', 137: 'stopped at its limit'} # by exit status
+_SECTIONS = dict(
+    waiting='Without waiting',
+    step='Milliseconds to a step',
+    mutual_info='The local information loss',
+    loading='Reading',
+    network='What makes the step fast',
+    train="At the paper's size",
+)
 
-def _said(v): return f'{v:.3g}' if isinstance(v, float) and abs(v)<100 else f'{v:.0f}' if isinstance(v, float) else str(v).replace('|', '\\|')
+def _said(v):
+    return (f'{v:.3g}' if isinstance(v, float) and abs(v)<100 else
+            f'{v:.0f}' if isinstance(v, float) else
+            str(v).replace('|', '\\|'))
 
 if __name__=='__main__':
     what,out,*more = sys.argv[1:]

@@ -1,4 +1,5 @@
-"""A pytest plugin: what fails is written at once to OUT/failures.txt, with its text, and what took long to OUT/durations.txt (`-p gpu_failures`)."""
+"""A pytest plugin (`-p gpu_failures`): what fails is written at once to OUT/failures.txt, with its text,
+and the outcome and seconds of every test to OUT/tests.txt."""
 import os
 from pathlib import Path
 
@@ -7,6 +8,8 @@ OUT = Path(os.environ.get('OUT', '.'))
 def pytest_runtest_logreport(report):
     if 'PYTEST_XDIST_WORKER' in os.environ: return
     if report.failed:
-        with open(OUT/'failures.txt', 'a') as f: f.write(f'== {report.nodeid} ({report.when})\n{report.longreprtext[-2500:]}\n\n')
+        with open(OUT/'failures.txt', 'a') as f:
+            f.write(f'== {report.nodeid} ({report.when})\n{report.longreprtext[-2500:]}\n\n')
     if report.when=='call':
-        with open(OUT/'tests.txt', 'a') as f: f.write(f'{report.outcome} {report.duration:.1f} {report.nodeid}\n')
+        with open(OUT/'tests.txt', 'a') as f:
+            f.write(f'{report.outcome} {report.duration:.1f} {report.nodeid}\n')

@@ -3,8 +3,8 @@
     python benchmarks/gpu_mutual_info.py                        # everything, about a minute (--seconds)
     python benchmarks/gpu_mutual_info.py --device cpu --tiny    # a trial of the script itself
 
-Prints errors against float64, times of the kernels for several ways to launch them, and a table; all of it goes to --out too, as it is found.
-Times are of CUDA events, the median of repeats in alternation.
+Prints errors against float64, times of the kernels for several ways to launch them, and a table; all
+of it goes to --out too, as it is found. Times are of CUDA events, the median of repeats in alternation.
 """
 import argparse, os, subprocess, sys, time
 from contextlib import contextmanager, nullcontext
@@ -14,8 +14,10 @@ from statistics import median
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument('--device', default=os.environ.get('FASTMISEG_DEVICE', 'cuda'))
-parser.add_argument('--tiny', action='store_true', default=bool(os.environ.get('DRY')), help='small maps, few repeats')
-parser.add_argument('--out', default=str(Path(os.environ.get('OUT', '.'))/'gpu_mutual_info.md'), help='file for the table')
+parser.add_argument('--tiny', action='store_true', default=bool(os.environ.get('DRY')),
+                    help='small maps, few repeats')
+parser.add_argument('--out', default=str(Path(os.environ.get('OUT', '.'))/'gpu_mutual_info.md'),
+                    help='file for the table')
 parser.add_argument('--processes', type=int, default=12, help='compile kernels in this many at once')
 parser.add_argument('--compile', type=int, help=argparse.SUPPRESS)
 parser.add_argument('--seconds', type=float, default=50, help='the search for the best launches ends then')
@@ -31,8 +33,11 @@ from fastmiseg.projectors import LocalProjector
 
 DEVICE, CUDA = args.device, args.device == 'cuda'
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-STAGES = {'224×224, 7×7': dict(n_in=16, shape=(224, 224), size=7), '112×112, 3×3': dict(n_in=32, shape=(112, 112), size=3)}
-if args.tiny: STAGES = {'12×16, 7×7': dict(n_in=16, shape=(12, 16), size=7), '8×8, 3×3': dict(n_in=32, shape=(8, 8), size=3)}
+STAGES = {'224×224, 7×7': dict(n_in=16, shape=(224, 224), size=7),
+          '112×112, 3×3': dict(n_in=32, shape=(112, 112), size=3)}
+if args.tiny:
+    STAGES = {'12×16, 7×7': dict(n_in=16, shape=(12, 16), size=7),
+              '8×8, 3×3': dict(n_in=32, shape=(8, 8), size=3)}
 BATCH, S, K = (2, 1, 10) if args.tiny else (10, 5, 10)
 lines, short = [], []
 
@@ -44,11 +49,13 @@ def say(text=''):
 # Ways to the sums: (forward, backward) with the arguments of pair_sums.sums and sums_backward
 
 def spectra(x, weight, bias, padded):
-    p = x if weight is None else (torch.einsum('skc,nc...->nsk...', weight, x.float()) + bias[:, :, None, None]).softmax(2)
+    p = x if weight is None else (torch.einsum('skc,nc...->nsk...', weight, x.float())
+                                  + bias[:, :, None, None]).softmax(2)
     c = p.mean((0, 3, 4), keepdim=True)
     return p, c, torch.fft.rfft2(p - c, s=padded)
 
-def padded_size(shape, w): return [next(m for m in range(n + o//2, 2*n + 64) if smooth(m)) for n, o in zip(shape, w)]
+def padded_size(shape, w):
+    return [next(m for m in range(n + o//2, 2*n + 64) if smooth(m)) for n, o in zip(shape, w)]
 
 def smooth(n):
     for o in (2, 3, 5, 7):
@@ -66,14 +73,15 @@ def fft_sums(x, y, weight, bias, w):
 def fft_gradient(G, x, y, weight, bias, w, needs):
     shape = padded_size(x.shape[-2:], w)
     (p, _, P), (q, _, Q) = [spectra(o, weight, bias, shape) for o in (x, y)]
-    kernel = F.pad(G.movedim((3, 4), (1, 2)).float(), (0, shape[1] - w[1], 0, shape[0] - w[0])).roll([-(o//2) for o in w], (-2, -1))
-    kernel = torch.fft.rfft2(kernel)
+    kernel = F.pad(G.movedim((3, 4), (1, 2)).float(), (0, shape[1] - w[1], 0, shape[0] - w[0]))
+    kernel = torch.fft.rfft2(kernel.roll([-(o//2) for o in w], (-2, -1)))
     out = []
     for eq, o, f in (('skluv,nsluv->nskuv', Q, kernel.conj()), ('skluv,nskuv->nsluv', P, kernel)):
         out.append(torch.fft.irfft2(torch.einsum(eq, f, o), s=shape)[..., :x.shape[-2], :x.shape[-1]])
     z = [torch._softmax_backward_data(o, r, 2, f32) for o, r in zip(out, (p, q))]
     gw = sum(torch.einsum('nskhw,nchw->skc', a, o.float()) for a, o in zip(z, (x, y)))
-    return *[torch.einsum('nskhw,skc->nchw', a, weight).to(x.dtype) for a in z], gw, sum(a.sum((0, 3, 4)) for a in z)
+    return (*[torch.einsum('nskhw,skc->nchw', a, weight).to(x.dtype) for a in z],
+            gw, sum(a.sum((0, 3, 4)) for a in z))
 
 WAYS = {'kernels': (pair_kernels.cuda_pair_sums, pair_kernels.cuda_pair_sums_backward),
         'one half': (pair_kernels.cuda_pair_sums, pair_kernels.cuda_pair_sums_backward),
@@ -87,11 +95,13 @@ class Sums(torch.autograd.Function):
     def forward(ctx, x, y, weight, bias, w):
         ctx.save_for_backward(x, y, weight, bias)
         ctx.w, ctx.way = w, Sums.way
-        with pair_sums._plain_float32(x): return WAYS[ctx.way][0](x, y, weight, bias, w).flatten(1, 2)
+        with pair_sums._plain_float32(x):
+            return WAYS[ctx.way][0](x, y, weight, bias, w).flatten(1, 2)
     @staticmethod
     def backward(ctx, G):
         G = G.view(len(G), *ctx.w, *G.shape[2:])
-        with pair_sums._plain_float32(G): grads = WAYS[ctx.way][1](G, *ctx.saved_tensors, ctx.w, ctx.needs_input_grad[:4])
+        with pair_sums._plain_float32(G):
+            grads = WAYS[ctx.way][1](G, *ctx.saved_tensors, ctx.w, ctx.needs_input_grad[:4])
         return *[g if g is None else g.to(o.dtype) for g, o in zip(grads, ctx.saved_tensors)], None
 
 def textbook(head, f, g, size):
@@ -102,7 +112,8 @@ def textbook(head, f, g, size):
         P = F.conv2d(p.transpose(0, 1), q.transpose(0, 1), padding=size//2).flatten(2).movedim(-1, 0)
         P = P/P.sum((1, 2), keepdim=True)
         P = (P + P.mT)/2
-        loss = loss - (P*(log(P) - log(P.sum(1, keepdim=True)) - log(P.sum(2, keepdim=True)))).sum((1, 2)).mean()
+        loss = loss - (P*(log(P) - log(P.sum(1, keepdim=True))
+                          - log(P.sum(2, keepdim=True)))).sum((1, 2)).mean()
     return loss/S
 
 def case(n_in, shape, size, dtype=f32, batch=BATCH, scale=1., seed=0):
@@ -120,8 +131,11 @@ def loss_of(name, proj, f, g, size):
     if name == 'textbook': return textbook(proj.head, f, g, size)
     if name == 'projector': return proj.loss(f, g, size)
     from fastmiseg.mutual_info import _mi_loss
-    Sums.way, pair_kernels.split_16_bit = name, name != 'one half' # the backward pass follows before the next call
-    return _mi_loss(Sums.apply(f, g, proj.head.weight.view(S, K, -1), proj.head.bias.view(S, K), (size, size)), True, None)
+    # the backward pass follows before the next call
+    Sums.way, pair_kernels.split_16_bit = name, name != 'one half'
+    return _mi_loss(
+        Sums.apply(f, g, proj.head.weight.view(S, K, -1), proj.head.bias.view(S, K), (size, size)),
+        True, None)
 
 def gradients(name, proj, f, g, size):
     loss = loss_of(name, proj, f, g, size)
@@ -142,21 +156,27 @@ def tf32(allowed):
         for o, was in zip(flags, before): o.fp32_precision = was
 
 def errors():
-    say('Relative errors against float64 on the CPU: loss (absolute), gradients of both features and of the head')
+    say('Relative errors against float64 on the CPU: '
+        'loss (absolute), gradients of both features and of the head')
     from copy import deepcopy
     names, worst = ['kernels', 'products', 'loop', 'textbook', 'projector'], 0
-    shapes = [dict(o, shape=tuple(n//4 + 3 for n in o['shape'])) if not args.tiny else o for o in STAGES.values()]
+    shapes = [dict(o, shape=tuple(n//4 + 3 for n in o['shape'])) if not args.tiny else o
+              for o in STAGES.values()]
     for o, scale in product(shapes, (.003, .1, 1, 30)):
         for dtype, mode in ((f32, ''), (f32, 'TF32 allowed'), (f16, 'autocast'), (bf16, 'autocast')):
             if not CUDA and (dtype != f32 or mode): continue
             proj, f, g, size = case(**o, dtype=dtype, batch=2, scale=scale)
             twin = deepcopy(proj).double().cpu()
             ref = gradients('loop', twin, *[x.detach().double().cpu().requires_grad_() for x in (f, g)], size)
-            for name in names if not mode else names[-1:] if mode.startswith('TF32') else ('kernels', 'one half', 'products', 'projector'):
-                with tf32(mode == 'TF32 allowed'), torch.autocast(DEVICE, dtype) if mode == 'autocast' else nullcontext():
+            for name in (names if not mode else
+                         names[-1:] if mode.startswith('TF32') else
+                         ('kernels', 'one half', 'products', 'projector')):
+                with (tf32(mode == 'TF32 allowed'),
+                      torch.autocast(DEVICE, dtype) if mode == 'autocast' else nullcontext()):
                     out = gradients(name, proj, f, g, size)
                 e = [abs(out[0].item() - ref[0].item()), *map(far, out[1:], ref[1:])]
-                say(f"  {o['shape']}, {size}×{size}, scale {scale}, {str(dtype)[6:]} {mode}: {name:9}" + ' '.join(f'{v:.1e}' for v in e))
+                say(f"  {o['shape']}, {size}×{size}, scale {scale}, {str(dtype)[6:]} {mode}: {name:9}"
+                    + ' '.join(f'{v:.1e}' for v in e))
                 if name == 'kernels' and dtype == f32: worst = max(worst, *e[1:])
     say(f'Worst of the kernels in float32: {worst:.1e}' + ('' if worst < 1e-4 else ' TOO MUCH'))
     if not CUDA: return
@@ -175,7 +195,9 @@ def events(f, repeats):
     if not CUDA:
         out = []
         for _ in range(repeats):
-            start = time.perf_counter(); f(); out.append(1e3*(time.perf_counter() - start))
+            start = time.perf_counter()
+            f()
+            out.append(1e3*(time.perf_counter() - start))
         return out
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     marks[0].record()
@@ -187,13 +209,21 @@ def sweep_list():
     "(stage, exact, options of one kernel)"
     out = []
     for stage, exact in product(STAGES, (True,)):
-        for BX, warps, stages in ((32, 4, 2), (32, 4, 1), (16, 4, 3), (16, 4, 1), (32, 8, 2), (64, 4, 2), (64, 8, 2)): out.append((stage, exact, 'sums', dict(BX=BX, num_warps=warps, num_stages=stages)))
+        for BX, warps, stages in ((32, 4, 2), (32, 4, 1), (16, 4, 3), (16, 4, 1),
+                                  (32, 8, 2), (64, 4, 2), (64, 8, 2)):
+            out.append((stage, exact, 'sums', dict(BX=BX, num_warps=warps, num_stages=stages)))
         for T in (1024, 4096): out.append((stage, exact, 'sums', dict(T=T)))
-        for BX, warps, stages, rows, piece in ((128, 4, 2, 3, 16), (128, 4, 3, 3, 16), (64, 4, 2, 3, 16), (64, 2, 2, 3, 16), (128, 8, 2, 3, 16), (256, 8, 2, 3, 16), (256, 4, 2, 3, 16),
-                                               (128, 4, 1, 3, 16), (128, 4, 2, 6, 16), (64, 4, 2, 6, 16), (128, 4, 2, 3, 32)):
-            out.append((stage, exact, 'gradient', dict(BX=BX, num_warps=warps, num_stages=stages, ROWS=rows, MP=32 if rows == 3 else 64, PIECE=piece)))
-        out += [(stage, exact, 'head', dict(BP=BP, num_warps=w)) for BP, w in ((128, 4), (64, 4), (32, 4), (32, 1), (64, 2), (32, 2), (16, 1))]
-        out += [(stage, exact, 'line', dict(BP=BP, num_warps=w)) for BP, w in ((128, 4), (64, 4), (256, 4), (256, 8), (128, 2), (64, 2))]
+        for BX, warps, stages, rows, piece in (
+                (128, 4, 2, 3, 16), (128, 4, 3, 3, 16), (64, 4, 2, 3, 16), (64, 2, 2, 3, 16),
+                (128, 8, 2, 3, 16), (256, 8, 2, 3, 16), (256, 4, 2, 3, 16), (128, 4, 1, 3, 16),
+                (128, 4, 2, 6, 16), (64, 4, 2, 6, 16), (128, 4, 2, 3, 32)):
+            out.append((stage, exact, 'gradient',
+                        dict(BX=BX, num_warps=warps, num_stages=stages, ROWS=rows,
+                             MP=32 if rows == 3 else 64, PIECE=piece)))
+        out += [(stage, exact, 'head', dict(BP=BP, num_warps=w))
+                for BP, w in ((128, 4), (64, 4), (32, 4), (32, 1), (64, 2), (32, 2), (16, 1))]
+        out += [(stage, exact, 'line', dict(BP=BP, num_warps=w))
+                for BP, w in ((128, 4), (64, 4), (256, 4), (256, 8), (128, 2), (64, 2))]
     return out[:3] + out[-3:] if args.tiny else out
 
 def one_kernel(stage, exact, kernel, opts, repeats):
@@ -217,14 +247,18 @@ def one_kernel(stage, exact, kernel, opts, repeats):
             run[kernel]()
             return median(events(run[kernel], repeats))
     except Exception as e: return f'{type(e).__name__}: {str(e)[:60]}'
-    finally: pair_kernels.launch_options[kernel].clear(); pair_kernels.launch_options[kernel].update(before)
+    finally:
+        pair_kernels.launch_options[kernel].clear()
+        pair_kernels.launch_options[kernel].update(before)
 
 def sweep():
     jobs = sweep_list()
     if time.time() > STOP - 15: return say('No time for a search of the best launches')
     if CUDA:
         start = time.time()
-        procs = [subprocess.Popen([sys.executable, __file__, '--compile', str(i), '--processes', str(args.processes), '--out', args.out]) for i in range(args.processes)]
+        procs = [subprocess.Popen([sys.executable, __file__, '--compile', str(i),
+                                   '--processes', str(args.processes), '--out', args.out])
+                 for i in range(args.processes)]
         for p in procs:
             try: p.wait(max(1, STOP - 10 - time.time()))
             except subprocess.TimeoutExpired: p.kill()
@@ -233,33 +267,45 @@ def sweep():
     for stage, exact, kernel, opts in jobs:
         if time.time() > STOP: break
         t = one_kernel(stage, exact, kernel, opts, 3 if not CUDA else 15)
-        say(f"  {stage} {'both halves' if exact else 'one half'} {kernel:8} " + ' '.join(f'{k}={v}' for k, v in opts.items()) + (f': {t:.3f}' if isinstance(t, float) else f': {t}'))
+        say(f"  {stage} {'both halves' if exact else 'one half'} {kernel:8} "
+            + ' '.join(f'{k}={v}' for k, v in opts.items())
+            + (f': {t:.3f}' if isinstance(t, float) else f': {t}'))
 
 def tables():
-    "Information of the tables of joints, from their sums: its gradient as a closed form, and as autograd finds it"
+    "The information in tables of joints, from their sums: its gradient in closed form, and by autograd"
     say('Tables of joints, 5 heads, forward and backward: ms (launches)')
-    ways = {'closed form': mutual_info._MILoss.apply, 'autograd': lambda *o: -mutual_info._information(*o)[0].mean()}
+    ways = {'closed form': mutual_info._MILoss.apply,
+            'autograd': lambda *o: -mutual_info._information(*o)[0].mean()}
     for name, D in {'global': 1, '3×3': 9, '7×7': 49}.items():
         R = torch.rand(S, D, K, K, device=DEVICE).requires_grad_()
-        steps = {k: (lambda way=way: torch.autograd.grad(way(R, True, None, 1.), R)) for k, way in ways.items()}
+        steps = {k: (lambda way=way: torch.autograd.grad(way(R, True, None, 1.), R))
+                 for k, way in ways.items()}
         times = {k: [] for k in steps}
         for _ in range(3 if CUDA else 1):
             for k, step in steps.items(): times[k] += events(step, 20 if CUDA else 2)[CUDA:]
-        say(f'  {name}: ' + ', '.join(f'{k} {median(times[k]):.3f} ({launches(step)[0]})' for k, step in steps.items()))
+        say(f'  {name}: ' + ', '.join(f'{k} {median(times[k]):.3f} ({launches(step)[0]})'
+                                      for k, step in steps.items()))
 
 def launches(step):
     if not CUDA: return 0, 0, []
     from torch.profiler import profile, ProfilerActivity
-    with profile(activities=[ProfilerActivity.CUDA]) as prof: step(); torch.cuda.synchronize()
-    found = [e for e in prof.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.name.startswith(('Memset', 'Memcpy'))]
+    with profile(activities=[ProfilerActivity.CUDA]) as prof:
+        step()
+        torch.cuda.synchronize()
+    found = [e for e in prof.events() if e.device_type == torch.autograd.DeviceType.CUDA
+             and not e.name.startswith(('Memset', 'Memcpy'))]
     top = sorted(prof.key_averages(), key=lambda e: -e.device_time_total)[:14]
-    return len(found), sum(e.device_time_total for e in found)/1e3, [f'{e.device_time_total/1e3:.3f} ms ×{e.count} {e.key[:70]}' for e in top]
+    return (len(found), sum(e.device_time_total for e in found)/1e3,
+            [f'{e.device_time_total/1e3:.3f} ms ×{e.count} {e.key[:70]}' for e in top])
 
 def extra_memory(step, clear):
     if not CUDA: return ''
-    clear(); torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
+    clear()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    step(); torch.cuda.synchronize()
+    step()
+    torch.cuda.synchronize()
     return f'{(torch.cuda.max_memory_allocated() - before)/2**20:.0f}'
 
 def steps():
@@ -273,23 +319,34 @@ def steps():
         def step_of(name):
             def step():
                 clear()
-                with torch.autocast(DEVICE, dtype) if dtype != f32 else nullcontext(): loss = loss_of(name, proj, f, g, size)
+                with torch.autocast(DEVICE, dtype) if dtype != f32 else nullcontext():
+                    loss = loss_of(name, proj, f, g, size)
                 loss.backward()
             return step
-        names = ['kernels', *['one half']*(dtype == bf16), 'products', 'projector', 'loop', 'textbook', 'fft (cost only)']
+        names = ['kernels', *['one half']*(dtype == bf16), 'products', 'projector',
+                 'loop', 'textbook', 'fft (cost only)']
         fns = {}
         for name in names:
-            try: step_of(name)(); step_of(name)(); fns[name] = step_of(name)
-            except Exception as e: rows.append(f'| {stage} | {str(dtype)[6:]} | {name} | {type(e).__name__}: {str(e)[:80]} | | | |')
+            try:
+                step_of(name)()
+                step_of(name)()
+                fns[name] = step_of(name)
+            except Exception as e:
+                rows.append(f'| {stage} | {str(dtype)[6:]} | {name} | '
+                            f'{type(e).__name__}: {str(e)[:80]} | | | |')
         times = {name: [] for name in fns}
         for _ in range(4 if CUDA else 1):
-            for name, fn in fns.items(): times[name] += events(fn, 1 if not CUDA else 2 if name in ('loop', 'textbook') else 5)[CUDA:]
+            for name, fn in fns.items():
+                times[name] += events(
+                    fn, 1 if not CUDA else 2 if name in ('loop', 'textbook') else 5)[CUDA:]
         for name, fn in fns.items():
             n, busy, top = launches(fn)
-            rows.append(f"| {stage} | {str(dtype)[6:]} | {name} | {median(times[name]):.2f} | {busy:.2f} | {n} | {extra_memory(fn, clear)} |")
+            rows.append(f"| {stage} | {str(dtype)[6:]} | {name} | {median(times[name]):.2f} | "
+                        f"{busy:.2f} | {n} | {extra_memory(fn, clear)} |")
             say(rows[-1])
             total[dtype, name] = total.get((dtype, name), 0) + median(times[name])
-            if name in ('kernels', 'products'): tops += [f'  {stage} {str(dtype)[6:]} {name}: {t}' for t in top]
+            if name in ('kernels', 'products'):
+                tops += [f'  {stage} {str(dtype)[6:]} {name}: {t}' for t in top]
         if CUDA:
             graph, fn = torch.cuda.CUDAGraph(), fns.get('kernels')
             try:
@@ -298,12 +355,18 @@ def steps():
                 torch.cuda.current_stream().wait_stream(side)
                 clear()
                 with torch.cuda.graph(graph): fn()
-                rows.append(f"| {stage} | {str(dtype)[6:]} | kernels, as a CUDA graph | {median(events(graph.replay, 20)):.2f} | | | |")
-            except Exception as e: rows.append(f'| {stage} | {str(dtype)[6:]} | kernels, as a CUDA graph | {type(e).__name__}: {str(e)[:80]} | | | |')
+                rows.append(f"| {stage} | {str(dtype)[6:]} | kernels, as a CUDA graph | "
+                            f"{median(events(graph.replay, 20)):.2f} | | | |")
+            except Exception as e:
+                rows.append(f'| {stage} | {str(dtype)[6:]} | kernels, as a CUDA graph | '
+                            f'{type(e).__name__}: {str(e)[:80]} | | | |')
     say('Where the time goes')
     for t in tops: say(t)
-    say(f'{torch.cuda.get_device_name() if CUDA else "CPU"}, torch {torch.__version__}, triton {pair_kernels.triton.__version__}; batch {BATCH}, {S} heads, K={K}; launches: {pair_kernels.launch_options}')
-    short.extend([*rows, '', *[f'both stages, {str(dtype)[6:]}, {name}: {t:.2f} ms' for (dtype, name), t in total.items()]])
+    say(f'{torch.cuda.get_device_name() if CUDA else "CPU"}, torch {torch.__version__}, '
+        f'triton {pair_kernels.triton.__version__}; batch {BATCH}, {S} heads, K={K}; '
+        f'launches: {pair_kernels.launch_options}')
+    short.extend([*rows, '', *[f'both stages, {str(dtype)[6:]}, {name}: {t:.2f} ms'
+                               for (dtype, name), t in total.items()]])
     table()
 
 def table():
@@ -316,7 +379,8 @@ for part in [tables, errors, steps, *([] if args.skip_sweep else [sweep, table])
     start = time.time()
     try: part()
     except Exception as e: # the other parts are worth having
-        import traceback; traceback.print_exc()
+        import traceback
+        traceback.print_exc()
         say(f'{part.__name__}: {type(e).__name__}: {str(e)[:300]}')
         failed = True
     print(f'{part.__name__}: {time.time() - start:.0f} s', flush=True)

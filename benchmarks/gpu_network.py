@@ -1,6 +1,8 @@
-"""What makes the network's part of the step fast: precision, memory format, the optimiser's way of stepping, CUDA graphs, torch.compile; and what reading costs (a part of `gpu.sh`).
+"""What makes the network's part of the step fast: precision, memory format, the optimiser's way of
+stepping, CUDA graphs, torch.compile; and what reading costs (a part of `gpu.sh`).
 
-A step by hand: forward on 24 images of 224×224, cross-entropy, backward, Adam. Each variant is run whatever happens to the others.
+A step by hand: forward on 24 images of 224×224, cross-entropy, backward, Adam. Each variant is run
+whatever happens to the others.
 """
 import sys, time, traceback
 from contextlib import nullcontext
@@ -20,8 +22,10 @@ def network(last=True, seed=0):
 
 def batch(last=True):
     g = torch.Generator().manual_seed(0)
-    x,y = torch.rand(IMAGES,1,SIZE,SIZE, generator=g),torch.randint(4, (IMAGES,SIZE,SIZE), generator=g)
-    return x.to(DEVICE, memory_format=torch.channels_last if last else torch.contiguous_format),y.to(DEVICE)
+    x,y = (torch.rand(IMAGES,1,SIZE,SIZE, generator=g),
+           torch.randint(4, (IMAGES,SIZE,SIZE), generator=g))
+    return (x.to(DEVICE, memory_format=torch.channels_last if last else torch.contiguous_format),
+            y.to(DEVICE))
 
 def cast(how): return torch.autocast(DEVICE, dtype=torch.bfloat16) if how=='bf16' else nullcontext()
 
@@ -45,7 +49,9 @@ def step(how, last=True, opt='foreach', run=lambda net: net):
         with cast(how): pred = f(x)
         loss = nn.functional.cross_entropy(pred.float(), y)
         loss.backward()
-        if o is not None: o.step(); o.zero_grad()
+        if o is not None:
+            o.step()
+            o.zero_grad()
         else:
             for p in net.parameters(): p.grad = None
         return loss
@@ -63,7 +69,9 @@ def graphed(how):
     precision(how)
     net,(x,y) = network(),batch()
     def go():
-        with torch.autocast(DEVICE, dtype=torch.bfloat16, cache_enabled=False) if how=='bf16' else nullcontext(): loss = nn.functional.cross_entropy(net(x).float(), y)
+        with (torch.autocast(DEVICE, dtype=torch.bfloat16, cache_enabled=False) if how=='bf16'
+              else nullcontext()):
+            loss = nn.functional.cross_entropy(net(x).float(), y)
         loss.backward()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -82,12 +90,16 @@ def variants():
         yield f'{how}, torch foreach Adam', partial(step, how)
         yield f'{how}, contiguous', partial(step, how, last=False)
     how = 'bf16' if DEVICE=='cuda' else 'fp32'
-    for opt in ('none','fastai','miseg',*(['fused'] if DEVICE=='cuda' else [])): yield f'{how}, {opt} optimiser', partial(step, how, opt=opt)
+    for opt in ('none','fastai','miseg',*(['fused'] if DEVICE=='cuda' else [])):
+        yield f'{how}, {opt} optimiser', partial(step, how, opt=opt)
     yield f'{how}, forward only', partial(forward, how)
     if DEVICE=='cuda':
-        for o in ('fp32','bf16'): yield f'{o}, CUDA graph of forward and backward', partial(graphed, o)
-        yield 'bf16, torch.compile, no optimiser', partial(step, 'bf16', opt='none', run=torch.compile)
-        yield 'bf16, torch.compile reduce-overhead, no optimiser', partial(step, 'bf16', opt='none', run=partial(torch.compile, mode='reduce-overhead'))
+        for o in ('fp32','bf16'):
+            yield f'{o}, CUDA graph of forward and backward', partial(graphed, o)
+        yield ('bf16, torch.compile, no optimiser',
+               partial(step, 'bf16', opt='none', run=torch.compile))
+        yield ('bf16, torch.compile reduce-overhead, no optimiser',
+               partial(step, 'bf16', opt='none', run=partial(torch.compile, mode='reduce-overhead')))
 
 def network_rows():
     for name,make in variants():
@@ -96,7 +108,8 @@ def network_rows():
             f = make()
             f()
             if DEVICE=='cuda': torch.cuda.synchronize()
-            row = dict(variant=name, first_s=round(time.perf_counter()-begun, 1), ms=round(take_turns({name:f}, 1, 2 if DRY else 30)[name], 3))
+            row = dict(variant=name, first_s=round(time.perf_counter()-begun, 1),
+                       ms=round(take_turns({name:f}, 1, 2 if DRY else 30)[name], 3))
         except Exception as e:
             traceback.print_exc(limit=3)
             row = dict(variant=name, error=f'{type(e).__name__}: {e}'[:200])
@@ -104,14 +117,16 @@ def network_rows():
         print(row, flush=True)
 
 def loading_rows():
-    "Batches of the paired loader: 4 and 10 random slices of 384×384, cropped to 224 and augmented as the recipe for ACDC says; one by one, and from the device"
+    """Batches of the paired loader: 4 and 10 random slices of 384×384, cropped to 224 and augmented as
+    the recipe for ACDC says; one by one, and from the device"""
     from gpu_slices import Noise, loaders
     n,store = (4,Noise(48, 32)) if DRY else (40,Noise(384, 224))
     for resident in (False,True):
         for augment in (False,True):
             name = f"{'from the device' if resident else 'one by one'}{', augmented' if augment else ''}"
             try:
-                dl = loaders(store, ('labeled','valid',('unlabeled',)), augment=augment, n_iters=n, device=DEVICE, resident=resident).train
+                dl = loaders(store, ('labeled','valid',('unlabeled',)), augment=augment, n_iters=n,
+                             device=DEVICE, resident=resident).train
                 for _ in range(2):
                     if DEVICE=='cuda': torch.cuda.synchronize()
                     begun = time.perf_counter()

@@ -4,11 +4,13 @@
     python benchmarks/gpu_studies.py run CARRIED OUT --processes 14 --limit 500 PLAN@acdc-64 PLAN@hippocampus:1,2
     python benchmarks/gpu_studies.py merge studies OUT
 
-`pack`, here: the prepared slices of each cohort, at the recipe of the preset of that name, in CARRIED/PRESET.slices.npz. `run`, there: every
-run of the plans that is not in CARRIED/runs.jsonl (what an earlier call brought back) or in OUT, scored on the slices (valid-slices; --score);
-seed after seed, so that what a limit cuts off is the last seed of all rows. `:1,2` are numbers of labelled subjects instead of the preset's.
-Many processes share a device best behind NVIDIA's multiplexer (`nvidia-cuda-mps-control -d` before).
-OUT gets runs.jsonl, scores.csv and scans.csv after each run. `merge`, here: OUT's runs into a folder of evidence, of which
+`pack`, here: the prepared slices of each cohort, at the recipe of the preset of that name, in
+CARRIED/PRESET.slices.npz. `run`, there: every run of the plans that is not in CARRIED/runs.jsonl (what
+an earlier call brought back) or in OUT, scored on the slices (valid-slices; --score); seed after seed,
+so that what a limit cuts off is the last seed of all rows. `:1,2` are numbers of labelled subjects
+instead of the preset's. Many processes share a device best behind NVIDIA's multiplexer
+(`nvidia-cuda-mps-control -d` before). OUT gets runs.jsonl, scores.csv and scans.csv after each run.
+`merge`, here: OUT's runs into a folder of evidence, of which
 `fastmiseg-compare PLAN --preset acdc-64 --score valid-slices` (with `--labeled 1`) then writes the table.
 """
 import argparse, os, shutil, sys, tempfile, time
@@ -37,7 +39,8 @@ def pack(folder, cohorts):
         name,_,data = cohort.partition('=')
         with tempfile.TemporaryDirectory() as tmp:
             df = load_cohort(data) if data else make_phantom(Path(tmp)/'scans', n_subjects=40, seed=0)
-            file = pack_slices(df, Recipe.named(presets[name].recipe, df), Path(folder)/f'{name}.slices.npz', Path(tmp)/'slices')
+            file = pack_slices(df, Recipe.named(presets[name].recipe, df),
+                               Path(folder)/f'{name}.slices.npz', Path(tmp)/'slices')
         print(f'{file}: {file.stat().st_size/2**20:.1f} MiB')
 
 def plans_of(words):
@@ -78,7 +81,8 @@ def run(carried, out, words, args):
     there = Evidence(evidence)
     for o in (carried, out): there.merge(o)
     jobs = all_jobs(carried, evidence, words, args)
-    print(f'{versions()}: {len(jobs)} runs to make, {len(there.runs())} are there, {time.monotonic()-begun:.0f} s so far', flush=True)
+    print(f'{versions()}: {len(jobs)} runs to make, {len(there.runs())} are there, '
+          f'{time.monotonic()-begun:.0f} s so far', flush=True)
     done = []
     def ended(label):
         copy(evidence, out)
@@ -95,7 +99,8 @@ def merge(folder, outs):
     for o in outs: print(f'{o}: {Evidence(folder).merge(o)} new runs')
 
 if __name__=='__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', choices=['pack','run','merge'])
     parser.add_argument('folder')
     parser.add_argument('more', nargs='+')

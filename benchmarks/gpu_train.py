@@ -1,8 +1,12 @@
-"""Trainings at the paper's size, several in processes of their own on the one device; curves and scores as they go (a part of `gpu.sh`).
+"""Trainings at the paper's size, several in processes of their own on the one device; curves and scores
+as they go (a part of `gpu.sh`).
 
-Slices from FASTMISEG_SLICES (see gpu_slices.py), else discs on noise. SECONDS_TO_TRAIN (none): a short run of each method says how many steps are
-made in that time, the same for all; a training that is still not done then stops, and is scored as it is. It goes on from its last epoch in another call with the same OUT and STEPS, as one does that the machine lost.
-STEPS (6000, or what SECONDS_TO_TRAIN allows), METHODS (names, separated by commas; all), PROCESSES (4), SEED (0).
+Slices from FASTMISEG_SLICES (see gpu_slices.py), else discs on noise. SECONDS_TO_TRAIN (none): a short
+run of each method says how many steps are made in that time, the same for all; a training that is
+still not done then stops, and is scored as it is. It goes on from its last epoch in another call with
+the same OUT and STEPS, and so does one that was lost with its machine.
+STEPS (6000, or what SECONDS_TO_TRAIN allows), METHODS (names, separated by commas; all),
+PROCESSES (4), SEED (0).
 """
 import json, os, subprocess, sys, time, traceback
 from contextlib import suppress
@@ -30,7 +34,9 @@ UNTIL = float(os.environ.get('UNTIL', 'inf')) # seconds since 1970
 EPOCH = min(STEPS, 4 if DRY else 300)
 WIDTH = 4 if DRY else 16
 
-METHODS = { # as in the benchmark: Dice beside cross-entropy and labelled images in a pass of their own, but for the paper
+# as in the benchmark: Dice beside cross-entropy and labelled images in a pass of their own,
+# but for the paper
+METHODS = {
     'labels only':             lambda: [],
     'Mean Teacher':            lambda: [EMATeacherCallback(.99, sigmoid_rampup(15., .8))],
     'the paper':               lambda: [MIRegCallback.paper()],
@@ -49,7 +55,9 @@ class Log(Callback):
     def __init__(self, method): self.method,self.begun = method,time.perf_counter()
     def after_epoch(self):
         row = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1]))
-        row = dict(method=self.method, seed=SEED, step=(self.epoch+1)*EPOCH, seconds=round(time.perf_counter()-self.begun, 1), **{k:round(float(v), 5) for k,v in row.items() if k!='time'})
+        row = dict(method=self.method, seed=SEED, step=(self.epoch+1)*EPOCH,
+                   seconds=round(time.perf_counter()-self.begun, 1),
+                   **{k:round(float(v), 5) for k,v in row.items() if k!='time'})
         with open(OUT/'curves.jsonl', 'a') as f: f.write(json.dumps(row)+'\n')
 
 class TimeIsUp(Exception): "For `ResumeCallback` a training that was interrupted, not one that is finished"
@@ -67,7 +75,8 @@ def learner(name, work, store):
     make = METHODS[name]
     torch.set_float32_matmul_precision('high')
     parts = ('labeled','valid',('unlabeled',)) if make() else ('labeled','valid')
-    dls = loaders(store, parts, n_iters=EPOCH, seed=SEED, device=DEVICE, **(dict(bs=2, unlabeled_bs=3) if DRY else {}))
+    dls = loaders(store, parts, n_iters=EPOCH, seed=SEED, device=DEVICE,
+                  **(dict(bs=2, unlabeled_bs=3) if DRY else {}))
     set_seed(SEED)
     loss = None if name=='the paper' else CrossEntropyDiceLoss()
     learn = miseg_learner(dls, width=WIDTH, loss_func=loss, metrics=VolumeDice(), path=work)
@@ -87,7 +96,9 @@ def train(name):
     learn,cbs = learner(name, work, store)
     begun = time.perf_counter()
     with learn.no_bar(), learn.no_logging(), suppress(TimeIsUp):
-        learn.fit(STEPS//EPOCH, 1e-3 if not DRY else 1e-2, cbs=[schedule(1e-3), *cbs, ResumeCallback(work/'run', every=10**6), Log(name), until:=Deadline()])
+        learn.fit(STEPS//EPOCH, 1e-3 if not DRY else 1e-2,
+                  cbs=[schedule(1e-3), *cbs, ResumeCallback(work/'run', every=10**6), Log(name),
+                       until:=Deadline()])
     if DEVICE=='cuda': torch.cuda.synchronize()
     seconds = time.perf_counter()-begun
     print(f'{name}: {until.steps} of {STEPS} steps in {seconds:.0f} s', flush=True)
@@ -103,13 +114,18 @@ def train(name):
                 with learn.no_bar(), learn.no_logging(): learn.validate(dl=test)
                 found.append(metric.to_frame())
                 mean = found[-1].groupby('class')[metric.base].mean()
-                add('train', table=f"{metric.base} of the test scans, {what}", **row, mean=round(float(metric.value), 4), **{k:round(float(v), 4) for k,v in mean.items()},
+                add('train', table=f"{metric.base} of the test scans, {what}", **row,
+                    mean=round(float(metric.value), 4),
+                    **{k:round(float(v), 4) for k,v in mean.items()},
                     seconds=round(seconds, 1), steps_a_second=round(until.steps/seconds, 1))
                 print({**row, metric.base:float(metric.value)}, flush=True)
             except Exception as e:
                 traceback.print_exc(limit=3)
-                add('train', table='Failures', method=name, who=who, error=f'{metric.base}: {type(e).__name__}: {e}'[:300])
-        if found: scores.append(found[0].assign(**({found[1].columns[-1]: found[1].iloc[:,-1]} if len(found)>1 else {}), **row))
+                add('train', table='Failures', method=name, who=who,
+                    error=f'{metric.base}: {type(e).__name__}: {e}'[:300])
+        if found:
+            distances = {found[1].columns[-1]: found[1].iloc[:,-1]} if len(found)>1 else {}
+            scores.append(found[0].assign(**distances, **row))
     file = OUT/'scores.csv'
     if scores: pd.concat(scores).to_csv(file, mode='a', header=not file.exists(), index=False)
 
@@ -147,15 +163,18 @@ def done(name):
     return bool(((d.method==name) & (d.seed==SEED) & (d.steps==STEPS)).any())
 
 def main():
-    names,env,begun = os.environ['METHODS'].split(',') if 'METHODS' in os.environ else list(METHODS),dict(os.environ),time.time()
     global STEPS
+    names = os.environ['METHODS'].split(',') if 'METHODS' in os.environ else list(METHODS)
+    env,begun = dict(os.environ),time.time()
     if LIMIT:
         env['UNTIL'] = str(begun+LIMIT)
         if 'STEPS' not in os.environ:
             try:
                 paces = pace(names)
-                for k,(busy,ms) in paces.items(): add('train', table='Pace alone', method=k, busy_ms=round(busy, 2), ms=round(ms, 2))
-                slow = [k for k in paces if paces[k][0]>60] # the mutual information of before would leave no time for the others
+                for k,(busy,ms) in paces.items():
+                    add('train', table='Pace alone', method=k, busy_ms=round(busy, 2), ms=round(ms, 2))
+                # methods with such long steps would leave no time for the others
+                slow = [k for k in paces if paces[k][0]>60]
                 names = [k for k in names if k not in slow] or names
                 STEPS = steps_for(SHARE*(begun+LIMIT-time.time()-8), {k:paces[k] for k in names})
                 print(f'pace {paces}, left out {slow}, {STEPS} steps', flush=True)

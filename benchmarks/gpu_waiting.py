@@ -1,7 +1,9 @@
-"""Where the host waits for the device during an epoch of each method, and what is copied between them (a part of `gpu.sh`).
+"""Where the host waits for the device during an epoch of each method, and what is copied between them
+(a part of `gpu.sh`).
 
-Every synchronisation that `torch.cuda.set_sync_debug_mode` notices is put down to the innermost line of fastmiseg or fastai that caused it;
-copies and launches are counted by the profiler. On a CPU only the counting is exercised.
+Every synchronisation that `torch.cuda.set_sync_debug_mode` notices is put down to the innermost line of
+fastmiseg or fastai that caused it; copies and launches are counted by the profiler. On a CPU only the
+counting is exercised.
 """
 import collections, traceback, warnings
 import torch
@@ -35,7 +37,9 @@ def whose():
     frames = [f for f in traceback.extract_stack()[:-2] if f.filename!=__file__]
     for f in reversed(frames):
         for package in ('fastmiseg','fastai'):
-            if f'/{package}/' in f.filename: return f"{package}/{f.filename.rsplit(f'/{package}/', 1)[1]}:{f.lineno} {f.name}: {f.line}"
+            if f'/{package}/' in f.filename:
+                return (f"{package}/{f.filename.rsplit(f'/{package}/', 1)[1]}:{f.lineno} "
+                        f"{f.name}: {f.line}")
     return 'elsewhere: ' + ' < '.join(f'{f.name}:{f.lineno}' for f in reversed(frames[-3:]))
 
 def copies(learn, steps):
@@ -58,10 +62,12 @@ def main():
             watch = Watch(3 if not DRY else 0)
             learn.fit(1, 1e-4, cbs=watch)
             for where,n in watch.seen.most_common() or [('none',0)]:
-                add('waiting', table='Synchronisations', method=name, line=where, times_a_step=round(n/max(1, watch.steps), 2))
+                add('waiting', table='Synchronisations', method=name, line=where,
+                    times_a_step=round(n/max(1, watch.steps), 2))
                 print(f'{name}: {n/max(1, watch.steps):.2f} a step: {where}')
             for kind,n in (copies(learn, steps) or {'none':0}).items():
-                add('waiting', table='Copies (the end of the epoch and its validation included)', method=name, kind=kind, times_a_step=n)
+                add('waiting', table='Copies (the end of the epoch and its validation included)',
+                    method=name, kind=kind, times_a_step=n)
                 print(f'{name}: {n} a step: {kind}')
         except Exception as e:
             traceback.print_exc()

@@ -1,4 +1,5 @@
-"Validation metrics over 2,000 slices of 256x256, 4 classes: fastmiseg, fastai, monai and a numpy loop. Prints a markdown table."
+"""Validation metrics over 2,000 slices of 256x256, 4 classes: fastmiseg, fastai, monai and a numpy loop.
+Prints a markdown table."""
 import argparse, platform, time, warnings
 from importlib.metadata import version
 from types import SimpleNamespace
@@ -12,8 +13,10 @@ def batches(n, size, C, bs, device, per_volume=20):
     "`n` slices in batches of `bs`; a few distinct batches of logits, used again and again"
     g, pool = torch.Generator().manual_seed(0), []
     for _ in range(3):
-        y = torch.nn.functional.interpolate(torch.rand(bs, 1, 8, 8, generator=g), size=size)[:,0].mul(C).long()
-        logits = (torch.randn(bs, C, size, size, generator=g) + 2*torch.nn.functional.one_hot(y, C).movedim(-1, 1)).contiguous()
+        y = torch.nn.functional.interpolate(
+            torch.rand(bs, 1, 8, 8, generator=g), size=size)[:,0].mul(C).long()
+        logits = (torch.randn(bs, C, size, size, generator=g)
+                  + 2*torch.nn.functional.one_hot(y, C).movedim(-1, 1)).contiguous()
         pool.append((logits.to(device), y.to(device)))
     for k,i in enumerate(range(0, n, bs)):
         m = min(bs, n-i)
@@ -61,12 +64,20 @@ def main():
     for k,v in dict(n=2000, size=256, bs=32, repeats=3).items(): p.add_argument(f'--{k}', type=int, default=v)
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     a = p.parse_args()
-    rows = {'fastmiseg `VolumeDice`': ('volume', ours(VolumeDice())),
-            'fastmiseg `VolumeDice`, per class, sensitivity, precision (6 metrics)': ('volume', ours(VolumeDice(), *VolumeDice.per_class('0123'), VolumeSensitivity(), VolumePrecision())),
-            'fastai `DiceMulti`': ('epoch, with background', fastai), 'monai `DiceMetric`': ('slice', monai), 'numpy loop': ('volume', numpy_loop), 'torch `argmax` alone': ('', argmax_only)}
+    rows = {
+        'fastmiseg `VolumeDice`': ('volume', ours(VolumeDice())),
+        'fastmiseg `VolumeDice`, per class, sensitivity, precision (6 metrics)': (
+            'volume', ours(VolumeDice(), *VolumeDice.per_class('0123'),
+                           VolumeSensitivity(), VolumePrecision())),
+        'fastai `DiceMulti`': ('epoch, with background', fastai),
+        'monai `DiceMetric`': ('slice', monai),
+        'numpy loop': ('volume', numpy_loop),
+        'torch `argmax` alone': ('', argmax_only),
+    }
     sync = torch.cuda.synchronize if a.device.startswith('cuda') else lambda: None
     names = ['torch','fastai','monai','numpy']
-    print(f'{a.n} slices of {a.size}x{a.size}, 4 classes, batches of {a.bs}, {a.device}, {torch.get_num_threads()} thread(s), Python {platform.python_version()}, '
+    print(f'{a.n} slices of {a.size}x{a.size}, 4 classes, batches of {a.bs}, {a.device}, '
+          f'{torch.get_num_threads()} thread(s), Python {platform.python_version()}, '
           + ', '.join(f'{o} {version(o)}' for o in names) + f'; best of {a.repeats}\n')
     print('| metric | Dice per | seconds | CPU seconds | value |\n|---|---|---|---|---|')
     for name,(per,f) in rows.items():
@@ -75,9 +86,12 @@ def main():
             for _ in range(a.repeats):
                 data = batches(a.n, a.size, 4, a.bs, a.device)
                 data = [*data]                                # builds the pool, which is not timed
-                sync(); t, c = time.perf_counter(), time.process_time()
+                sync()
+                t, c = time.perf_counter(), time.process_time()
                 v = f(data)
-                sync(); ts.append(time.perf_counter()-t); cpu.append(time.process_time()-c)
+                sync()
+                ts.append(time.perf_counter()-t)
+                cpu.append(time.process_time()-c)
             print(f'| {name} | {per} | {min(ts):.2f} | {min(cpu):.2f} | {v:.4f} |', flush=True)
         except ImportError as e: print(f'| {name} | {per} | not installed: {e.name} | | |')
 

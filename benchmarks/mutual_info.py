@@ -1,13 +1,13 @@
 """Cost of the local information loss against the textbook convolution, features to heads to loss to gradients.
 
-Two ways are measured: `LocalProjector.loss`, straight from the features, which is what a training step calls, and
-`local_mi_loss` on the probabilities that the projector makes.
+Two ways are measured: `LocalProjector.loss`, straight from the features, which is what a training step
+calls, and `local_mi_loss` on the probabilities that the projector makes.
 
-    OMP_NUM_THREADS=1 python benchmarks/mutual_info.py             # the table in mutual_info.md (about two minutes)
+    OMP_NUM_THREADS=1 python benchmarks/mutual_info.py   # the table in mutual_info.md (about two minutes)
     OMP_NUM_THREADS=1 python benchmarks/mutual_info.py --scaling   # how the cost grows: mutual_info_scaling.md and .png
 
-Processor time of this process (`time.process_time`), one thread, in alternation; the median of the repeats.
-Ratios are what to compare.
+Processor time of this process (`time.process_time`), one thread, in alternation; the median of the
+repeats. Ratios are what to compare.
 """
 import argparse, os, platform, subprocess, sys, time
 from pathlib import Path
@@ -32,7 +32,8 @@ def textbook(heads, f, g, size):
         P = P/P.sum((1, 2), keepdim=True)
         P = (P + P.mT)/2
         log = lambda x: x.clamp_min(1e-16).log()
-        loss = loss - (P*(log(P) - log(P.sum(1, keepdim=True)) - log(P.sum(2, keepdim=True)))).sum((1, 2)).mean()
+        loss = loss - (P*(log(P) - log(P.sum(1, keepdim=True))
+                          - log(P.sum(2, keepdim=True)))).sum((1, 2)).mean()
     return loss/len(heads)
 
 def setup(shape, size, n_in=16, batch=10, n_heads=5, n_clusters=10):
@@ -91,37 +92,53 @@ def peak(name, impl):
     before, top, done = rss(), [0], Event()
     def watch():
         while not done.wait(.001): top[0] = max(top[0], rss())
-    t = Thread(target=watch); t.start()
+    t = Thread(target=watch)
+    t.start()
     fns[impl]()
     top[0] = max(top[0], rss())
-    done.set(); t.join()
+    done.set()
+    t.join()
     print(top[0] - before)
 
 def scaling():
     "Our cost along each axis; writes the list and the picture"
-    import matplotlib; matplotlib.use('agg')
+    import matplotlib
+    matplotlib.use('agg')
     import matplotlib.pyplot as plt
     base = dict(shape=(112, 112), size=5, batch=4, n_in=16)
-    axes = {'window': ('size', (1, 3, 5, 7, 9, 11)), 'clusters K': ('n_clusters', (2, 5, 10, 16, 20, 32, 40)), 'heads': ('n_heads', (1, 2, 5, 10)),
-            'batch': ('batch', (1, 2, 4, 8, 16)), 'side of the map': ('shape', (28, 56, 112, 224, 336)), 'side of a 3D map, 3×3×3': ('shape', (8, 16, 24, 32, 48))}
-    lines = ['# How the cost of the local loss grows', '', f'{machine()}.', 'Processor time of one step in ms, median of 5. What is not named is 112×112, 5×5, batch 4, 5 heads, K=10, 16 channels.',
-             'Made by `OMP_NUM_THREADS=1 python benchmarks/mutual_info.py --scaling`.', '', '![growth](mutual_info_scaling.png)', '']
+    axes = {'window': ('size', (1, 3, 5, 7, 9, 11)),
+            'clusters K': ('n_clusters', (2, 5, 10, 16, 20, 32, 40)),
+            'heads': ('n_heads', (1, 2, 5, 10)),
+            'batch': ('batch', (1, 2, 4, 8, 16)),
+            'side of the map': ('shape', (28, 56, 112, 224, 336)),
+            'side of a 3D map, 3×3×3': ('shape', (8, 16, 24, 32, 48))}
+    lines = ['# How the cost of the local loss grows', '',
+             f'{machine()}.',
+             ('Processor time of one step in ms, median of 5. '
+              'What is not named is 112×112, 5×5, batch 4, 5 heads, K=10, 16 channels.'),
+             'Made by `OMP_NUM_THREADS=1 python benchmarks/mutual_info.py --scaling`.', '',
+             '![growth](mutual_info_scaling.png)', '']
     fig, axs = plt.subplots(1, len(axes), figsize=(15, 2.6))
     for (label, (key, values)), ax in zip(axes.items(), axs):
         ndim = 3 if '3D' in label else 2
-        ms = [1e3*ours(**{**base, **(dict(size=3) if ndim == 3 else {}), key: (v,)*ndim if key == 'shape' else v}) for v in values]
-        ax.plot(values, ms, 'o-'); ax.set(xlabel=label, ylim=(0, None))
+        ms = [1e3*ours(**{**base, **(dict(size=3) if ndim == 3 else {}),
+                          key: (v,)*ndim if key == 'shape' else v}) for v in values]
+        ax.plot(values, ms, 'o-')
+        ax.set(xlabel=label, ylim=(0, None))
         lines.append(f'- {label}: ' + ', '.join(f'{v}: {t:.0f}' for v, t in zip(values, ms)))
         print(lines[-1], flush=True)
     axs[0].set_ylabel('ms')
-    fig.tight_layout(); fig.savefig(here/'mutual_info_scaling.png', dpi=60)
+    fig.tight_layout()
+    fig.savefig(here/'mutual_info_scaling.png', dpi=60)
     (here/'mutual_info_scaling.md').write_text('\n'.join(lines) + '\n')
 
 def machine():
     name = platform.processor() or platform.machine()
     if Path('/proc/cpuinfo').exists():
-        name = next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')), name)
-    return f'{name}, {os.cpu_count()} cores, {torch.get_num_threads()} thread used; torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}'
+        name = next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines()
+                     if l.startswith('model name')), name)
+    return (f'{name}, {os.cpu_count()} cores, {torch.get_num_threads()} thread used; '
+            f'torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}')
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -134,16 +151,21 @@ def main():
     if args.scaling: return scaling()
     limit = matmul_gflops()
     lines = ['# Local mutual information: cost of features → heads → loss → gradients', '',
-             f'{machine()}. Float32, 5 heads, K=10, batch 10 (2 in 3D). Processor time, median of {args.repeats} rounds in alternation.',
-             f'The matmul limit is the time of the products alone at the rate of a 2048×2048 matrix product ({limit:.0f} GFLOP/s here).', '',
-             'Made by `OMP_NUM_THREADS=1 python benchmarks/mutual_info.py`; how the cost grows is in [mutual_info_scaling.md](mutual_info_scaling.md).', '',
-             '| case | | time | times less | of the matmul limit | extra peak memory |', '|---|---|---|---|---|---|']
+             (f'{machine()}. Float32, 5 heads, K=10, batch 10 (2 in 3D). '
+              f'Processor time, median of {args.repeats} rounds in alternation.'),
+             ('The matmul limit is the time of the products alone at the rate of a 2048×2048 matrix '
+              f'product ({limit:.0f} GFLOP/s here).'), '',
+             ('Made by `OMP_NUM_THREADS=1 python benchmarks/mutual_info.py`; '
+              'how the cost grows is in [mutual_info_scaling.md](mutual_info_scaling.md).'), '',
+             '| case | | time | times less | of the matmul limit | extra peak memory |',
+             '|---|---|---|---|---|---|']
     for case, settings in CASES.items():
         t = compare(settings, args.repeats)
         for impl, seconds in t.items():
             less = f"{t['textbook']/seconds:.1f}" if impl in OURS else ''
             share, name = f'{useful_gflop(**settings)/limit/seconds:.0%}', OURS.get(impl, impl)
-            lines.append(f'| {case} | {name} | {seconds:.2f} s | {less} | {share} | {peak_mb(case, impl):.0f} MB |')
+            lines.append(f'| {case} | {name} | {seconds:.2f} s | {less} | {share} | '
+                         f'{peak_mb(case, impl):.0f} MB |')
             print(lines[-1], flush=True)
     (here/'mutual_info.md').write_text('\n'.join(lines) + '\n')
 

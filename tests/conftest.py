@@ -24,7 +24,8 @@ def hearts(tmp_path_factory):
     from fastmiseg.scans.recipe import Recipe
     root = tmp_path_factory.mktemp('heart')
     df = split_cohort(make_phantom(root/'scans', n_subjects=12, seed=0), labeled=9, valid=2, test=1, seed=0)
-    return SimpleNamespace(root=root, df=df, recipe=Recipe(spacing=2., size=(64,64), classes=df.attrs['classes'], flip='hv', rotate=30., jitter=.1))
+    recipe = Recipe(spacing=2., size=(64,64), classes=df.attrs['classes'], flip='hv', rotate=30., jitter=.1)
+    return SimpleNamespace(root=root, df=df, recipe=recipe)
 
 @pytest.fixture(scope='session')
 def heart(hearts):
@@ -32,7 +33,8 @@ def heart(hearts):
     from fastai.basics import set_seed
     from fastmiseg.data import MISegDataLoaders
     from fastmiseg.learner import miseg_learner
-    dls = MISegDataLoaders.from_cohort(hearts.df, hearts.recipe, store=hearts.root/'slices', bs=8, n_iters=120, workers=0)
+    dls = MISegDataLoaders.from_cohort(hearts.df, hearts.recipe, store=hearts.root/'slices',
+                                       bs=8, n_iters=120, workers=0)
     set_seed(0)
     learn = miseg_learner(dls, width=8, path=hearts.root)
     with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(2, 2e-2)

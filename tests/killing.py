@@ -39,24 +39,29 @@ METHODS = dict(
     mireg=lambda: [small_mireg()],
     both=lambda: [small_mireg(), EMATeacherCallback(decay=.9)],
     accumulated=lambda: [small_mireg(), GradientAccumulation(4)],
-    accumulated_across=lambda: [small_mireg(), EMATeacherCallback(decay=.9), GradientAccumulation(4)], # gradients are left at an epoch's end
+    # gradients are left at an epoch's end
+    accumulated_across=lambda: [small_mireg(), EMATeacherCallback(decay=.9), GradientAccumulation(4)],
     tracked=lambda: [small_mireg(), SaveModelCallback(), EarlyStoppingCallback(patience=2), CSVLogger()],
     files=lambda: [small_mireg(unlabeled=list(range(9,16)))],
-    torch_loader=lambda: [ConsistencyCallback(unlabeled=torch.utils.data.DataLoader([disc(i)[0] for i in range(9,16)], batch_size=3, shuffle=True))])
+    torch_loader=lambda: [ConsistencyCallback(unlabeled=torch.utils.data.DataLoader(
+        [disc(i)[0] for i in range(9,16)], batch_size=3, shuffle=True))])
 
 def steps(method): return EPOCHS*(5 if method in ('files','torch_loader','accumulated_across') else STEPS)
 
 def train(method, folder, log):
-    "A whole training; the number of each step is written to `log`. Where there is something to go on from, it begins with other weights and random numbers"
+    """A whole training; the number of each step is written to `log`. Where there is something to go on from, it begins
+    with other weights and random numbers"""
     seed = os.getpid() if list(folder.glob('ckpt/*.pt')) else 0
     class Tick(Callback):
         order = 80
         def after_batch(self):
             if self.training: os.write(log, bytes([self.train_iter]))
     set_seed(seed)
-    learn = quiet(learner(folder, net=Noise, seed=seed, dls=plain_loaders() if method in ('files','torch_loader') else loaders(n_iters=steps(method)//EPOCHS)))
+    dls = plain_loaders() if method in ('files','torch_loader') else loaders(n_iters=steps(method)//EPOCHS)
+    learn = quiet(learner(folder, net=Noise, seed=seed, dls=dls))
     cbs = METHODS[method]()
-    learn.fit_one_cycle(EPOCHS, 1e-2, cbs=[*cbs, Tick(), ResumeCallback(folder/'ckpt', every={'partial':3, 'accumulated_across':100}.get(method, 1))])
+    every = {'partial':3, 'accumulated_across':100}.get(method, 1)
+    learn.fit_one_cycle(EPOCHS, 1e-2, cbs=[*cbs, Tick(), ResumeCallback(folder/'ckpt', every=every)])
     res = dict(model=learn.model.state_dict(), losses=torch.stack(list(learn.recorder.losses)),
                lrs=tensor(learn.recorder.lrs), values=tensor(learn.recorder.values))
     for i,cb in enumerate(cbs):

@@ -7,7 +7,8 @@ from fastmiseg.mutual_info import consistency_loss
 from fastmiseg.transforms import boxes
 
 notebook = Path(__file__).parents[1]/'nbs'/'88_own_methods.ipynb'
-sources = [''.join(c['source']) for c in json.loads(notebook.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']
+sources = [''.join(c['source']) for c in json.loads(notebook.read_text(encoding='utf-8'))['cells']
+           if c['cell_type']=='code']
 shown = [s for s in sources if s.startswith('class') and '(SemiSupCallback)' in s]
 for source in shown: exec(source)
 METHODS = [SameSizeCallback, CutMixCallback, PasteCallback] # noqa: F821

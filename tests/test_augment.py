@@ -87,7 +87,8 @@ def test_the_same_numbers_for_the_same_seed():
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_cuda_nobody_waits():
-    aug = Augment.from_recipe(Recipe(augment='strong', rotate=20., flip='hv', jitter=.3, elastic=1., **dict.fromkeys(Recipe().shares, .5)))
+    aug = Augment.from_recipe(Recipe(augment='strong', rotate=20., flip='hv', jitter=.3, elastic=1.,
+                                     **dict.fromkeys(Recipe().shares, .5)))
     x,y = TensorImage(images(16).cuda()),TensorMask(torch.zeros(16,20,28).long().cuda())
     torch.manual_seed(6)
     aug((x,y), split_idx=0) # kernels are loaded

@@ -30,7 +30,8 @@ def command(name, *args, start=False, **kw):
 def prepared(hearts, tmp_path_factory):
     out = tmp_path_factory.mktemp('cli')/'prepared'
     df = hearts.df[:8].drop(columns='split'); df.attrs.update(hearts.df.attrs)
-    prepare_run(save_cohort(df, hearts.root/'eight.csv'), out, recipe=hearts.recipe, labeled=2, valid=2, test=2, workers=0)
+    prepare_run(save_cohort(df, hearts.root/'eight.csv'), out, recipe=hearts.recipe,
+                labeled=2, valid=2, test=2, workers=0)
     return out
 
 @pytest.fixture(scope='module')
@@ -42,14 +43,16 @@ def weights(run): return {k:v for k,v in load_segmenter(run/'model.safetensors',
 
 def test_figures_of_a_finished_run(run):
     "Figures 2, 5 and 6 of the paper, the curves, the scores, the worst scans"
-    assert {o.name for o in (run/'figures').iterdir()}=={'training.png','joints.png','clusters.png','tsne.png','dice.png','hd95.png','worst.png'}
+    assert {o.name for o in (run/'figures').iterdir()}=={
+        'training.png','joints.png','clusters.png','tsne.png','dice.png','hd95.png','worst.png'}
     assert all(o.stat().st_size>5000 for o in (run/'figures').iterdir())
 
-# -- processes -------------------------------------------------------------------------------------------------------------
+# -- processes ---------------------------------------------------------------------------------------------------------
 def test_ctrl_c_and_resume(prepared, tmp_path):
     "An interrupted run says how to go on, and ends with the weights of one that nobody disturbed"
     long = {**tiny, 'epochs':3, 'n_iters':90} # so long that it can be interrupted
-    p = command('train', prepared, '--out', tmp_path/'run', *[f'--{k.replace("_","-")}={v}' for k,v in long.items()], start=True)
+    p = command('train', prepared, '--out', tmp_path/'run',
+                *[f'--{k.replace("_","-")}={v}' for k,v in long.items()], start=True)
     try:
         for _ in range(3000):
             if list((tmp_path/'run').glob('checkpoints/*.pt')) or p.poll() is not None: break
@@ -100,13 +103,14 @@ def test_weights_reach_their_terms(prepared, tmp_path, capsys, option):
     for w in (.1, [5.,.8]):
         with pytest.raises(SystemExit, match='2'):
             cli.train(str(prepared), str(tmp_path/'run'), method='partial', **{option:w})
-        assert capsys.readouterr().err==f"fastmiseg-train: --{option.replace('_','-')}: the method 'partial' has no {option} term; it has none\n"
+        assert capsys.readouterr().err==(f"fastmiseg-train: --{option.replace('_','-')}: "
+                                         f"the method 'partial' has no {option} term; it has none\n")
     with pytest.raises(SystemExit, match='2'):
         cli.train(str(prepared), str(tmp_path/'run'), method='entropy', entropy=0.)
     assert '--entropy: 0 leaves the unlabelled scans out; for that, take the method partial' in capsys.readouterr().err
     assert not (tmp_path/'run').exists()
 
-# -- run folders -----------------------------------------------------------------------------------------------------------
+# -- run folders -------------------------------------------------------------------------------------------------------
 def test_split_is_taken(run, prepared):
     a,b = (load_cohort(o/'split.csv', 'csv') for o in (run, prepared))
     assert a.equals(b) and a.split.value_counts().to_dict()==dict(labeled=2, valid=2, test=2, unlabeled=2)
@@ -126,9 +130,11 @@ def test_folder_moves(run, prepared, tmp_path):
     assert evaluate_run(tmp_path/'elsewhere', progress=False).equals(evaluate_run(run, progress=False))
 
 def test_other_format(run, tmp_path):
-    (tmp_path/'config.json').write_text(json.dumps({**json.loads((run/'config.json').read_text()), 'format':7, 'fastmiseg':'3.1'}))
+    (tmp_path/'config.json').write_text(json.dumps(
+        {**json.loads((run/'config.json').read_text()), 'format':7, 'fastmiseg':'3.1'}))
     for f in (resume_run, evaluate_run, lambda o: predict_scans(o, o, o)):
-        with pytest.raises(RunError, match=r'config.json: has format 7 and was written by fastmiseg 3.1, this is fastmiseg .* knows format 1'):
+        with pytest.raises(RunError, match=r'config.json: has format 7 and was written by fastmiseg 3.1, '
+                                           'this is fastmiseg .* knows format 1'):
             f(tmp_path)
     (tmp_path/'config.json').write_text('{')
     with pytest.raises(RunError, match='config.json: is not JSON'): resume_run(tmp_path)
@@ -210,7 +216,8 @@ def test_bad_scan_while_training(hearts, tmp_path):
     df = hearts.df[:6].drop(columns='split'); df.attrs.update(hearts.df.attrs)
     (tmp_path/'bad.nii.gz').write_bytes(b'x'); df.loc[5,'image'] = str(tmp_path/'bad.nii.gz')
     df['split'] = ['unlabeled','labeled','labeled','valid','test','test']
-    csv,kw = save_cohort(df, tmp_path/'c.csv'),dict(recipe=hearts.recipe, workers=0, **{**tiny, 'epochs':1, 'n_iters':2})
+    csv = save_cohort(df, tmp_path/'c.csv')
+    kw = dict(recipe=hearts.recipe, workers=0, **{**tiny, 'epochs':1, 'n_iters':2})
     with pytest.raises(VolumeError, match='1 of 6 scans cannot be used'): train_run(csv, tmp_path/'a', **kw)
     assert sorted(o.name for o in (tmp_path/'a').iterdir()) in ([], ['slices'])
     scores = train_run(csv, tmp_path/'a', skip_bad=True, global_mi=.001, consistency=[1.,.5], shift=.5, jitter=.5, **kw)
@@ -220,7 +227,7 @@ def test_bad_scan_while_training(hearts, tmp_path):
             and {k:about['training'][k] for k in ('flips','shift','jitter','consistency')}
                 ==dict(flips=None, shift=.5, jitter=.5, consistency=[1.,.5]))
 
-# -- real scans ------------------------------------------------------------------------------------------------------------
+# -- real scans --------------------------------------------------------------------------------------------------------
 def test_hippocampus(tmp_path):
     "prepare, train, evaluate and predict as processes, on a few real scans"
     data = os.environ.get('FASTMISEG_DATA')
@@ -234,10 +241,12 @@ def test_hippocampus(tmp_path):
     assert r.returncode==0, r.stderr
     r = command('train', tmp_path/'prepared', '--out', tmp_path/'run', *_tiny, '--lr', .01)
     assert r.returncode==0 and 'Anterior' in r.stdout, r.stderr
-    assert {o.name for o in (tmp_path/'run').iterdir()}>={'config.json','split.csv','log.csv','checkpoints','model.safetensors','metrics.csv','figures'}
+    assert {o.name for o in (tmp_path/'run').iterdir()}>={
+        'config.json','split.csv','log.csv','checkpoints','model.safetensors','metrics.csv','figures'}
     r = command('evaluate', tmp_path/'run', '--split', 'valid', '--out', tmp_path/'scores')
     assert r.returncode==0 and (tmp_path/'scores'/'figures'/'worst.png').exists(), r.stderr
-    r = command('predict', tmp_path/'run'/'model.safetensors', df.image.iloc[0], '--out', tmp_path/'segs', '--probabilities')
+    r = command('predict', tmp_path/'run'/'model.safetensors', df.image.iloc[0],
+                '--out', tmp_path/'segs', '--probabilities')
     assert r.returncode==0, r.stderr
     name = f'{df.scan.iloc[0]}.nii.gz'
     a,b = nib.load(df.image.iloc[0]),nib.load(tmp_path/'segs'/name)

@@ -47,7 +47,8 @@ def test_one_epoch_is_one_epoch(capsys):
 
 def test_classes_without_names_are_said(hearts):
     said = []
-    C._tell_preparation(said.append, hearts.df, replace(hearts.recipe, classes=('background','class1','class2')), 'slices')
+    C._tell_preparation(said.append, hearts.df, replace(hearts.recipe, classes=('background','class1','class2')),
+                        'slices')
     assert 'the classes have no names: --classes background,NAME,NAME gives them' in said
     said.clear()
     C._tell_preparation(said.append, hearts.df, hearts.recipe, 'slices')
@@ -61,7 +62,8 @@ def test_every_option_of_the_readers_is_one_of_the_commands():
     for command in (cli.prepare, cli.train, cli.predict, cli.evaluate):
         assert of_readers|of_load<=set(inspect.signature(command).parameters)
 
-@pytest.mark.parametrize('name,value', [('series',2), ('phase',0), ('suffix','T1w'), ('derivative','manual'), ('mask','desc-x'), ('channel','CT'),
+@pytest.mark.parametrize('name,value', [
+    ('series',2), ('phase',0), ('suffix','T1w'), ('derivative','manual'), ('mask','desc-x'), ('channel','CT'),
     ('subject',r'^\w+?(?=_)'), ('form','qform'), ('straddle',True), ('layout','bids'), ('image_suffix','_t1')])
 def test_options_reach_the_reader(monkeypatch, name, value):
     def seen(root, **options): raise ValueError(repr(options))
@@ -105,7 +107,8 @@ def test_nothing_unlabelled_is_said_before_slices_are_prepared(hearts, prepared,
     def never(*args, **kwargs): raise AssertionError('slices were prepared')
     csv = cohort_of(hearts, 6, tmp_path/'c.csv', split=['labeled']*4+['valid','test'])
     monkeypatch.setattr(C.SliceStore, 'prepare', never)
-    with pytest.raises(ValueError, match="method: 'recommended' learns from unlabelled scans, and there are none.*method='partial'"):
+    with pytest.raises(ValueError, match="method: 'recommended' learns from unlabelled scans, and there are none"
+                                         ".*method='partial'"):
         train_run(csv, tmp_path/'run', recipe=hearts.recipe, workers=0, **tiny)
     with pytest.raises(ValueError, match="mireg: MIRegCallback takes no 'heads' here"):
         train_run(csv, tmp_path/'run', recipe=hearts.recipe, mireg=dict(heads=3), workers=0, **tiny)
@@ -170,7 +173,8 @@ def test_slices_elsewhere_must_be_there(run, prepared, tmp_path):
     assert Path(config['store'])==(prepared/'slices').resolve()
     for store in (str(tmp_path.parent/'nowhere'), '../nowhere'):
         (tmp_path/'config.json').write_text(json.dumps({**config, 'store':store}))
-        with pytest.raises(RunError, match="nowhere, which is not a folder that is there; put it back, or write 'slices'"):
+        with pytest.raises(RunError, match="nowhere, which is not a folder that is there; "
+                                           "put it back, or write 'slices'"):
             resume_run(tmp_path, 0)
         with pytest.raises(RunError, match='nowhere'): train_run(tmp_path, tmp_path/'run', workers=0, **tiny)
     assert not (tmp_path.parent/'nowhere').exists() and not (tmp_path/'run').exists()
@@ -238,7 +242,8 @@ def test_prepare_says_what_it_found_and_chose(ten, capsys):
 
 def test_train_says_what_it_does(ten, capsys):
     out = ten.parent/'run'
-    cli.train(str(ten), str(out), size=[32], epochs=2, n_iters=2, width=2, bs=2, unlabeled_bs=2, method='consistency', workers=0)
+    cli.train(str(ten), str(out), size=[32], epochs=2, n_iters=2, width=2, bs=2, unlabeled_bs=2,
+              method='consistency', workers=0)
     said = capsys.readouterr().out
     assert 'method consistency: predictions for x and T(x) agree' in said and 'T: RandomFlips' in said
     assert '2 epochs of 2 steps with 2 labelled and 2 unlabelled slices, on ' in said
@@ -255,7 +260,8 @@ def test_fewer_labelled_than_annotated_is_said(ten, capsys):
 
 def test_folds(ten, capsys, monkeypatch):
     "A model for each; each annotated subject validates once; interrupted and gone on"
-    out,kw = ten.parent/'folds',dict(size=[32], epochs=1, n_iters=2, width=2, bs=2, unlabeled_bs=2, method='consistency', workers=0)
+    out = ten.parent/'folds'
+    kw = dict(size=[32], epochs=1, n_iters=2, width=2, bs=2, unlabeled_bs=2, method='consistency', workers=0)
     export,done = C.export_segmenter,[]
     def stop(learn, path, **kwargs):
         if len(done)==1: raise KeyboardInterrupt
@@ -287,8 +293,10 @@ def test_folds_of_what_is_prepared(prepared, tmp_path):
         now = load_cohort(tmp_path/'run'/f'fold{k}'/'split.csv', 'csv').set_index('scan').split
         assert (set(now.index[now=='test'])==set(before.index[before=='test'])
                 and set(now.index[now=='unlabeled'])==set(before.index[before=='unlabeled']))
-    whole,one = (predict_scans(o, prepared/'split.csv', tmp_path/o.name, probabilities=True, progress=False) for o in (tmp_path/'run', tmp_path/'run'/'fold0'))
-    two = predict_scans(tmp_path/'run'/'fold1', prepared/'split.csv', tmp_path/'fold1', probabilities=True, progress=False)
+    whole,one = (predict_scans(o, prepared/'split.csv', tmp_path/o.name, probabilities=True, progress=False)
+                 for o in (tmp_path/'run', tmp_path/'run'/'fold0'))
+    two = predict_scans(tmp_path/'run'/'fold1', prepared/'split.csv', tmp_path/'fold1',
+                        probabilities=True, progress=False)
     read = lambda df, folder: read_volume(tmp_path/folder/f'{df.scan[0]}_probabilities.nii.gz', channels=True).array
     np.testing.assert_allclose(read(whole, 'run'), (read(one, 'fold0')+read(two, 'fold1'))/2, atol=1e-5)
     assert set(evaluate_run(tmp_path/'run', out=tmp_path/'scores', progress=False).split)=={'test'}
@@ -304,7 +312,8 @@ def test_scans_that_a_run_knows_keep_their_part(run, prepared, hearts, tmp_path)
     assert set(scores.split)=={'labeled'}
     others = hearts.df[8:10].drop(columns='split')
     others.attrs.update(hearts.df.attrs)
-    assert set(evaluate_run(run, save_cohort(others, tmp_path/'b.csv'), tmp_path/'b', progress=False).split)=={'unknown'}
+    scores = evaluate_run(run, save_cohort(others, tmp_path/'b.csv'), tmp_path/'b', progress=False)
+    assert set(scores.split)=={'unknown'}
 
 def test_copies_of_training_scans_are_known_by_their_voxels(run, prepared, hearts, tmp_path, capsys):
     "Under another name, in another format or compression; by the run, and by the model file alone"
@@ -312,21 +321,25 @@ def test_copies_of_training_scans_are_known_by_their_voxels(run, prepared, heart
     old,new = df[df.split=='labeled'][:2],hearts.df[8:9].drop(columns='split')
     (tmp_path/'c').mkdir()
     files = [str(write_volume(read_volume(o), tmp_path/'c'/name)) for o,name in zip(old.image, ('x.mha','y.nii'))]
-    mixed = pd.concat([old.drop(columns='split').assign(image=files, scan=['x','y'], subject=['x','y']), new], ignore_index=True)
+    mixed = pd.concat([old.drop(columns='split').assign(image=files, scan=['x','y'], subject=['x','y']), new],
+                      ignore_index=True)
     mixed.attrs.update(df.attrs)
     for o in ('scans.csv','copies.csv'): save_cohort(mixed[:2 if o=='copies.csv' else 3], tmp_path/o)
-    for model,names in ((run, f'(x of {old.scan.iloc[0]}, y of {old.scan.iloc[1]})'), (run/'model.safetensors', '(x, y)')):
+    for model,names in ((run, f'(x of {old.scan.iloc[0]}, y of {old.scan.iloc[1]})'),
+                        (run/'model.safetensors', '(x, y)')):
         out = tmp_path/f'out of {model.name}'
         with pytest.warns(UserWarning) as said: scores = evaluate_run(model, tmp_path/'scans.csv', out, progress=False)
-        assert any(f'2 scans have the voxels of some that the network was trained on, under another name or in another file {names}: left out; '
-                   "split='all' scores them, too" in str(o.message) for o in said)
+        assert any('2 scans have the voxels of some that the network was trained on, under another name or '
+                   f"in another file {names}: left out; split='all' scores them, too" in str(o.message) for o in said)
         assert set(scores.scan)==set(new.scan) and scores.attrs['left_out']=={'copies of training scans':2}
         with pytest.raises(SystemExit, match='2'):
             cli.evaluate(str(model), str(tmp_path/'copies.csv'), str(tmp_path/'none'))
-        assert "nothing new is left to score. Give other scans, or score these with --split 'all'" in capsys.readouterr().err
+        assert ("nothing new is left to score. Give other scans, or score these with --split 'all'"
+                in capsys.readouterr().err)
     assert evaluate_run(run, tmp_path/'scans.csv', tmp_path/'all', split='all', progress=False).scan.nunique()==3
     cli.predict(str(run/'model.safetensors'), str(tmp_path/'scans.csv'), str(tmp_path/'segs'))
-    assert '2 of 3 scans were in the training of the model (x, y): how well these came out says little about others' in capsys.readouterr().out
+    assert ('2 of 3 scans were in the training of the model (x, y): how well these came out says little about others'
+            in capsys.readouterr().out)
     both = load_segmenter([run/'model.safetensors', shutil.copy(run/'model.safetensors', tmp_path/'twin.safetensors')])
     assert (len(both.about['training']['voxels'])
             ==len(load_segmenter(run/'model.safetensors').about['training']['voxels'])
@@ -342,7 +355,8 @@ def files(hearts, tmp_path):
         rows.append(dict(subject=r.subject, scan=r.scan, **{k:str(o) for k,o in new.items()}))
     df = pd.DataFrame(rows, dtype=object).assign(split=['labeled','labeled','unlabeled','unlabeled','valid','test'])
     df.attrs.update(hearts.df.attrs)
-    prepare_run(save_cohort(df, tmp_path/'six.csv'), tmp_path/'prepared', recipe=replace(hearts.recipe, spacing=4., size=32), workers=0)
+    prepare_run(save_cohort(df, tmp_path/'six.csv'), tmp_path/'prepared',
+                recipe=replace(hearts.recipe, spacing=4., size=32), workers=0)
     return df,dict(tiny, workers=0, method='consistency')
 
 def other_image(path):
@@ -365,7 +379,8 @@ def test_files_that_change_between_preparing_and_training(files, tmp_path):
         warnings.filterwarnings('error', message='(?s).*has changed')
         with pytest.raises(KeyboardInterrupt): train_run(tmp_path/'prepared', tmp_path/'same', cbs=[Stop()], **kw)
     other_image(df.image[2])
-    with pytest.warns(UserWarning, match=f'{df.image[2]}: this image has changed since its slices were prepared; they were made anew'):
+    with pytest.warns(UserWarning, match=f'{df.image[2]}: this image has changed since its slices were prepared; '
+                                         'they were made anew'):
         with pytest.raises(KeyboardInterrupt): train_run(tmp_path/'prepared', tmp_path/'new', cbs=[Stop()], **kw)
     vol = read_volume(df['mask'][0])
     write_volume(vol.like(vol.array[:,:-1].copy()), df['mask'][0])
@@ -383,7 +398,8 @@ def test_files_that_change_before_a_training_goes_on(files, tmp_path):
     for kind,i in (('image',0), ('mask',1), ('image',2), ('mask',4)):
         before = Path(df[kind][i]).read_bytes()
         other_image(df[kind][i])
-        said = rf'other files of scans:\n  slices of the {kind} of {df.scan[i]}: \w{{8}}, here \w{{8}} \({df[kind][i]}\)\nPut the files of before back'
+        said = (rf'other files of scans:\n  slices of the {kind} of {df.scan[i]}: \w{{8}}, here \w{{8}} '
+                rf'\({df[kind][i]}\)\nPut the files of before back')
         with pytest.raises(ValueError, match=said): resume_run(tmp_path/'run', 0)
         Path(df[kind][i]).write_bytes(before)
     assert len(resume_run(tmp_path/'run', 0)) and len(pd.read_csv(tmp_path/'run'/'log.csv'))==2

@@ -65,10 +65,12 @@ def shown(dls, drawn):
     return [set(np.unique(dls.store.mask(refs[i].scan, refs[i].i)).tolist())-{0} for l,_ in drawn for i in l]
 
 def test_draws_that_show_each_class_in_turn(cohort, tmp_path):
-    make = lambda **kw: MISegDataLoaders.from_cohort(cohort, recipe, store=tmp_path/'store', workers=0, **{**dict(bs=4, unlabeled_bs=3, n_iters=6), **kw})
+    make = lambda **kw: MISegDataLoaders.from_cohort(cohort, recipe, store=tmp_path/'store', workers=0,
+                                                     **{**dict(bs=4, unlabeled_bs=3, n_iters=6), **kw})
     plain,dls = make(),make(foreground=.5)
     drawn = dls.train.get_idxs()
-    assert all(k%3+1 in o for k,o in enumerate(shown(dls, drawn)[1::2])) # half of the places, evenly spread; RV, Myo, LV, RV, ...
+    # half of the places, evenly spread; RV, Myo, LV, RV, ...
+    assert all(k%3+1 in o for k,o in enumerate(shown(dls, drawn)[1::2]))
     assert [u for _,u in drawn]==[u for _,u in plain.train.get_idxs()]
     assert [l[::2] for l,_ in drawn]==[l[::2] for l,_ in plain.train.get_idxs()]
     assert all(shown(make(foreground=1.), make(foreground=1.).train.get_idxs()))
@@ -82,7 +84,8 @@ def test_draws_that_show_each_class_in_turn(cohort, tmp_path):
     with pytest.raises(ValueError, match='foreground: got 2, expected a share of the images'): make(foreground=2)
 
 def test_several_processes_draw_what_one_does(cohort, tmp_path, monkeypatch):
-    make = lambda bs: MISegDataLoaders.from_cohort(cohort, recipe, store=tmp_path/'store', workers=0, bs=bs, unlabeled_bs=bs, n_iters=5, foreground=1/3)
+    make = lambda bs: MISegDataLoaders.from_cohort(cohort, recipe, store=tmp_path/'store', workers=0,
+                                                   bs=bs, unlabeled_bs=bs, n_iters=5, foreground=1/3)
     together,alone = make(2),make(4).train.get_idxs()
     shares = []
     for rank in (0,1):
@@ -104,10 +107,12 @@ def test_what_slices_show_is_kept_with_them(cohort, tmp_path, monkeypatch):
     from fastmiseg.packed import PackedSlices, pack_slices
     from fastmiseg.scans.store import SliceStore
     make = lambda: SliceStore(tmp_path/'store', recipe).prepare(cohort, workers=0, progress=False)
-    want = {s:[(set(np.unique(y).tolist())-{0}) for y in make().mask(s, slice(None))] for s in cohort.scan[cohort['split']=='labeled']}
+    want = {s:[(set(np.unique(y).tolist())-{0}) for y in make().mask(s, slice(None))]
+            for s in cohort.scan[cohort['split']=='labeled']}
     packed = pack_slices(cohort, recipe, tmp_path/'all.slices.npz', tmp_path/'store')
     assert all([set(o) for o in PackedSlices(packed).prepare(cohort).shows(s)]==o for s,o in want.items())
-    draws = [MISegDataLoaders.from_cohort(cohort, recipe, store=o, workers=0, n_iters=3, foreground=.5).train.get_idxs() for o in (packed, tmp_path/'store')]
+    draws = [MISegDataLoaders.from_cohort(cohort, recipe, store=o, workers=0, n_iters=3, foreground=.5).train.get_idxs()
+             for o in (packed, tmp_path/'store')]
     assert draws[0]==draws[1]
     monkeypatch.setattr(SliceStore, 'mask', lambda *o: 1/0)
     store = make()
@@ -115,12 +120,14 @@ def test_what_slices_show_is_kept_with_them(cohort, tmp_path, monkeypatch):
 
 def test_a_cohort_alone_and_unlabelled_scans_from_elsewhere(cohort, tmp_path):
     "A folder of files, a folder with masks (which stay closed), a table and files: the same unlabelled slices"
-    known,other = (cohort[o].reset_index(drop=True) for o in (cohort['split']!='unlabeled', cohort['split']=='unlabeled'))
+    known,other = (cohort[o].reset_index(drop=True)
+                   for o in (cohort['split']!='unlabeled', cohort['split']=='unlabeled'))
     for d in ('plain','both/images','both/masks'): (tmp_path/d).mkdir(parents=True)
     for r in other.itertuples():
         for d in ('plain','both/images'): shutil.copy(r.image, tmp_path/d)
         (tmp_path/'both/masks'/Path(r.image).name).write_text('no mask')
-    make = lambda more: MISegDataLoaders.from_cohort(known, store=tmp_path/'store', unlabeled=more, workers=0, n_iters=2)
+    make = lambda more: MISegDataLoaders.from_cohort(known, store=tmp_path/'store', unlabeled=more,
+                                                     workers=0, n_iters=2)
     all_of = [make(o) for o in (tmp_path/'plain', str(tmp_path/'both'), other, list(other.image))]
     images = [torch.stack([o for o, in dls.train.unlabeled]) for dls in all_of]
     assert all(torch.equal(images[0], o) for o in images[1:]) and len(images[0])
@@ -140,7 +147,8 @@ def test_loaders_say_what_they_are(cohort, tmp_path):
     assert (first_line.startswith(f"MISegDataLoaders: {n['labeled']} scans (")
             and f"{n['unlabeled']} scans (" in first_line and f"; {n['valid']} scans (" in first_line)
     assert second.startswith('batches of 2+3, 2 to an epoch, on ') and eval(third)==recipe
-    assert repr(discs()).splitlines()[0]=='MISegDataLoaders: 4 items with masks, 11 items without masks; 5 items for validation'
+    assert (repr(discs()).splitlines()[0]
+            =='MISegDataLoaders: 4 items with masks, 11 items without masks; 5 items for validation')
     assert repr(dls.new_empty())=='MISegDataLoaders without data'
 
 def test_device_by_name(cohort, tmp_path):

@@ -5,7 +5,8 @@ import nibabel as nib, numpy as np, pandas as pd, pytest
 
 def demo(*args):
     env = {**os.environ, 'OMP_NUM_THREADS':'1'}
-    return subprocess.run([sys.executable, '-m', 'fastmiseg.demo', *map(str, args)], capture_output=True, text=True, env=env)
+    return subprocess.run([sys.executable, '-m', 'fastmiseg.demo', *map(str, args)],
+                          capture_output=True, text=True, env=env)
 
 def check(out, res, n_scans, n_classes):
     assert res.returncode==0, res.stderr
@@ -19,7 +20,8 @@ def check(out, res, n_scans, n_classes):
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp('demo')
-    return out, demo('--out', out, '--subjects', 7, '--labeled', 1, '--test', 2, '--epochs', 1, '--n-iters', 2, '--width', 2)
+    return out, demo('--out', out, '--subjects', 7, '--labeled', 1, '--test', 2,
+                     '--epochs', 1, '--n-iters', 2, '--width', 2)
 
 def test_phantom(run):
     scores = check(*run, n_scans=2, n_classes=3)
@@ -44,8 +46,10 @@ def test_threads_do_not_change_the_numbers(run, tmp_path):
     "The demo computes on one thread, whatever the machine offers"
     out,_ = run
     env = {k:o for k,o in os.environ.items() if k not in ('OMP_NUM_THREADS','MKL_NUM_THREADS')}
-    args = ['--out', tmp_path, '--subjects', 7, '--labeled', 1, '--test', 2, '--epochs', 1, '--n-iters', 2, '--width', 2]
-    res = subprocess.run([sys.executable, '-m', 'fastmiseg.demo', *map(str, args)], capture_output=True, text=True, env={**env, 'OMP_NUM_THREADS':'2'})
+    args = ['--out', tmp_path, '--subjects', 7, '--labeled', 1, '--test', 2,
+            '--epochs', 1, '--n-iters', 2, '--width', 2]
+    res = subprocess.run([sys.executable, '-m', 'fastmiseg.demo', *map(str, args)],
+                         capture_output=True, text=True, env={**env, 'OMP_NUM_THREADS':'2'})
     assert res.returncode==0, res.stderr
     pd.testing.assert_frame_equal(pd.read_csv(out/'scores.csv'), pd.read_csv(tmp_path/'scores.csv'), check_exact=True)
 
@@ -82,7 +86,8 @@ def test_all_annotated(run, tmp_path):
 def test_real_scans(tmp_path):
     data = os.environ.get('FASTMISEG_DATA')
     if not data: pytest.skip('FASTMISEG_DATA does not name a folder with Decathlon scans')
-    res = demo('--data', data, '--out', tmp_path, '--labeled', 1, '--test', 2, '--epochs', 1, '--n-iters', 2, '--width', 2)
+    res = demo('--data', data, '--out', tmp_path, '--labeled', 1, '--test', 2,
+               '--epochs', 1, '--n-iters', 2, '--width', 2)
     assert res.returncode==0, res.stderr
     assert set(pd.read_csv(tmp_path/'scores.csv')['class'])=={'anterior','posterior'} or 'Anterior' in res.stdout
 

@@ -29,7 +29,7 @@ def test_same_result_as_one_process_with_the_double_batch(results):
     assert len(a['terms'])==8
     for s,t,o in zip(a['terms'], b['terms'], one['terms']):
         for k in ('global_mi','local_mi'):
-            assert s[k]==pytest.approx(t[k], abs=1e-9)          # the information is that of the whole batch, for every process
+            assert s[k]==pytest.approx(t[k], abs=1e-9) # the information is that of the whole batch, for every process
             assert s[k]==pytest.approx(o[k], abs=1e-5)
         assert (s['consistency']+t['consistency'])/2==pytest.approx(o['consistency'], abs=1e-6)
     for k in ('model','heads','teacher'): close(a[k], one[k])
@@ -78,7 +78,8 @@ def test_folders_that_do_not_fit_are_refused(results):
 def test_methods_that_mix_images(results):
     "Random boxes, pairs of images, and what is remembered are those of one process with the double batch"
     a,b,one = (r['own'] for r in results)
-    assert set(a)=={'SameSizeCallback','CutMixCallback','PasteCallback','pseudo_labels','CopyPasteCallback','balanced_mireg','all_together'}
+    assert set(a)=={'SameSizeCallback','CutMixCallback','PasteCallback','pseudo_labels','CopyPasteCallback',
+                    'balanced_mireg','all_together'}
     for name in a:
         close(a[name], b[name], atol=0)
         close(a[name], one[name])

@@ -51,8 +51,9 @@ def test_parameters_of_public_functions_have_types():
     found = [o for n in names for o in untyped(n)]
     assert not found, 'no type: '+'; '.join(found)
 
-@pytest.mark.parametrize('comment,anything', [('anything', True), ('an object', True), ('items or a `DataLoader`', True),
-    ('a `Segmenter`', True), ('a `Tensor`', False), ('of anyone', False), ('', False)])
+@pytest.mark.parametrize('comment,anything', [
+    ('anything', True), ('an object', True), ('items or a `DataLoader`', True), ('a `Segmenter`', True),
+    ('a `Tensor`', False), ('of anyone', False), ('', False)])
 def test_what_takes_anything_says_so(comment, anything):
     from types import SimpleNamespace
     assert takes_anything(comment, SimpleNamespace(Tensor=1))==anything
@@ -147,7 +148,8 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
 @pytest.mark.parametrize('page', ['CONTRIBUTING.md', 'README.md', 'CHANGELOG.md'])
 def test_files_that_a_page_names_are_there(page):
     "Notebooks get other numbers"
-    named = set(re.findall(r'\b(?:nbs|tests|docs|studies|benchmarks)/[\w./]*\w\.\w+', (root/page).read_text(encoding='utf-8')))
+    named = set(re.findall(r'\b(?:nbs|tests|docs|studies|benchmarks)/[\w./]*\w\.\w+',
+                           (root/page).read_text(encoding='utf-8')))
     assert not [o for o in named if not (root/o).exists()]
 
 def examples(file):
@@ -193,7 +195,8 @@ def test_a_package_of_ones_own_registers_a_method(tmp_path):
                       "if __name__=='__main__': train()\n")
     def run(*args):
         env = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, (tmp_path, root)))}
-        return subprocess.run([sys.executable, '-W', 'ignore', *args], env=env, capture_output=True, text=True, timeout=300)
+        return subprocess.run([sys.executable, '-W', 'ignore', *args],
+                              env=env, capture_output=True, text=True, timeout=300)
     done = run(script, '--help')
     said = ' '.join(done.stdout.split())
     assert said.startswith("{'same_size': 1.0} ['SameSizeCallback'] usage: fastmiseg-train"), done.stderr[-2000:]
@@ -232,8 +235,10 @@ def test_the_example_of_a_metric_counts(contributing):
     metric = contributing('Adding a metric')['VolumeJaccard']()
     assert metric.ratio(3, 4, 5)==(3, 6)
 
-@pytest.mark.parametrize('css', ['@import url(https://x.y/css2?family=A:wght@300;400&display=swap);', "@import 'https://x.y/a.css';",
-                                 '@import url("https://x.y/a;b.css") screen;'])
+@pytest.mark.parametrize('css', [
+    '@import url(https://x.y/css2?family=A:wght@300;400&display=swap);',
+    "@import 'https://x.y/a.css';",
+    '@import url("https://x.y/a;b.css") screen;'])
 def test_fonts_from_elsewhere_go_and_the_theme_stays(css):
     "An address may hold semicolons; what follows it is the theme"
     import finish

@@ -32,7 +32,8 @@ def entropy(*p): return -sum(o*np.log(o) for o in p)
 
 def test_mean_and_disagreement_in_the_geometry_of_the_scan(scan, tmp_path):
     both = _together([segmenter(.9,.1), segmenter(.3,.7)], ['x','y'])
-    seg = both.predict(scan, out=tmp_path/'s.nii.gz', probabilities=tmp_path/'p.nii.gz', uncertainty=tmp_path/'u.nii.gz')
+    seg = both.predict(scan, out=tmp_path/'s.nii.gz', probabilities=tmp_path/'p.nii.gz',
+                       uncertainty=tmp_path/'u.nii.gz')
     p,u = nib.load(tmp_path/'p.nii.gz'),nib.load(tmp_path/'u.nii.gz')
     np.testing.assert_allclose(u.affine, nib.load(scan).affine, atol=1e-4)
     assert u.shape==nib.load(scan).shape and u.get_data_dtype()==np.float32 and (seg.array==0).all()
@@ -70,7 +71,8 @@ def test_one_model_cannot_disagree(scan, tmp_path):
         segmenter(.5,.5).predict(scan, uncertainty=tmp_path/'u.nii.gz')
 
 @pytest.mark.parametrize('change,say', [
-    (dict(spacing=3.), 'x and y: their recipes differ in spacing'), (dict(classes=('background','b')), 'differ in classes'),
+    (dict(spacing=3.), 'x and y: their recipes differ in spacing'),
+    (dict(classes=('background','b')), 'differ in classes'),
     (dict(size=(32,32)), 'differ in size')])
 def test_models_that_do_not_go_together(change, say):
     other = Recipe(**{**recipe.to_dict(), **change})

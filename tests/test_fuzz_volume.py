@@ -1,4 +1,5 @@
-"Damaged files of three formats: reading ends in a `Volume` or a `VolumeError`, never in a crash, a hang or silent garbage"
+"""Damaged files of three formats: reading ends in a `Volume` or a `VolumeError`, never in a crash, a hang or silent
+garbage"""
 import json, resource, subprocess, sys, tempfile
 from pathlib import Path
 
@@ -15,10 +16,12 @@ KINDS = {'dcm':('',''), 'nii.gz':('.nii.gz','.nii.gz'), 'nii':('.nii','.nii'), '
 def _whole():
     z,y,x = np.ogrid[-1:1:6j, -1:1:16j, -1:1:20j]
     noise = np.random.default_rng(0).integers(0, 30, (6,16,20))
-    return Volume((900*np.exp(-3*(x*x+y*y+z*z))+noise).astype(np.int16), (5.,1.25,1.5), (-30.,42.5,7.25), (.6,-.8,0., .8,.6,0., 0.,0.,1.))
+    return Volume((900*np.exp(-3*(x*x+y*y+z*z))+noise).astype(np.int16), (5.,1.25,1.5), (-30.,42.5,7.25),
+                  (.6,-.8,0., .8,.6,0., 0.,0.,1.))
 
 def _damage(b, rng, gz):
-    "One to eight faults of one sort in the bytes `b`; in half of the gzip files before compression, where no checksum helps (-> bytes, was it so?)"
+    """One to eight faults of one sort in the bytes `b`; in half of the gzip files before compression, where no checksum
+    helps (-> bytes, was it so?)"""
     import gzip
     inner = gz and rng.random()<.5
     b = bytearray(gzip.decompress(bytes(b)) if inner else b)

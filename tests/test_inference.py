@@ -17,7 +17,7 @@ def agreement(a, b): return [dice(a==c, b==c) for c in (1,2,3)]
 @pytest.fixture
 def scan(heart): return heart.df[heart.df.split=='test'].image.iloc[0]
 
-# -- the scan's own grid ---------------------------------------------------------------------------------------------------
+# -- the scan's own grid -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('ext', ['.nii','.nii.gz','.mha','.nrrd'])
 def test_opens_over_the_scan(heart, scan, tmp_path, ext):
     out,prob = tmp_path/f'seg{ext}',tmp_path/'p.nii.gz'
@@ -56,7 +56,8 @@ def headers(kind, A, zooms):
 @pytest.mark.parametrize('ext', ['.nii','.nii.gz'])
 @pytest.mark.parametrize('kind', ['both','qform alone','sform without spacings','two places','metres'])
 def test_viewers_that_trust_either_form_see_both_in_one_place(heart, scan, tmp_path, kind, ext):
-    "ACDC's sform has steps of 1 mm beside other spacings in pixdim; whatever a viewer makes of that, it makes of the mask too"
+    """ACDC's sform has steps of 1 mm beside other spacings in pixdim; whatever a viewer makes of that, it makes of the
+    mask too"""
     there = nib.load(scan)
     h = headers(kind, there.affine, there.header.get_zooms()[:3])
     h.set_data_dtype(np.float32)
@@ -87,13 +88,14 @@ def test_a_volume_that_was_changed_in_memory_keeps_its_own_place(heart, scan, tm
 def test_good_enough_to_tell_something(heart):
     assert evaluate_cohort(heart.learn, heart.df[heart.df.split=='test'], progress=False).dice.mean()>.7
 
-# -- scans unlike those of training ----------------------------------------------------------------------------------------
+# -- scans unlike those of training ------------------------------------------------------------------------------------
 def reoriented(vol, order, flip):
     "The same voxels in the same places, stored in another order (z,y,x) and direction"
     im = sitk.PermuteAxes(vol.to_sitk(), [2-o for o in order[::-1]])
     return Volume.from_sitk(sitk.Flip(im, [bool(f) for f in flip[::-1]], False))
 
-@pytest.mark.parametrize('order,flip', [((0,1,2),(1,0,0)), ((0,1,2),(0,1,1)), ((2,1,0),(0,0,0)), ((1,0,2),(1,1,0)), ((1,2,0),(0,0,1))])
+@pytest.mark.parametrize('order,flip', [
+    ((0,1,2),(1,0,0)), ((0,1,2),(0,1,1)), ((2,1,0),(0,0,0)), ((1,0,2),(1,1,0)), ((1,2,0),(0,0,1))])
 def test_stored_in_another_order(heart, scan, order, flip):
     vol = read_volume(scan)
     want,got = predict_volume(heart.learn, vol),predict_volume(heart.learn, reoriented(vol, order, flip))
@@ -124,7 +126,7 @@ def test_any_batch_size(heart, scan):
     a,b = (ask_network(heart.learn, heart.recipe, vol, bs=bs).p for bs in (1,64))
     np.testing.assert_allclose(a, b, atol=1e-5)
 
-# -- many scans ------------------------------------------------------------------------------------------------------------
+# -- many scans --------------------------------------------------------------------------------------------------------
 def test_one_scan_in_memory_at_a_time(heart, tmp_path, monkeypatch):
     import weakref
     alive = []
@@ -147,7 +149,8 @@ def test_intensities_of_the_whole_subject(heart, tmp_path):
     vol = read_volume(heart.df.image[0])
     bright = write_volume(vol.like(vol.array*4), tmp_path/'bright.nii.gz')
     (tmp_path/'bad.nii.gz').write_bytes(b'')
-    df = pd.DataFrame(dict(subject=['a']*3, scan=['dim','bright','bad'], image=[heart.df.image[0], str(bright), str(tmp_path/'bad.nii.gz')]))
+    df = pd.DataFrame(dict(subject=['a']*3, scan=['dim','bright','bad'],
+                           image=[heart.df.image[0], str(bright), str(tmp_path/'bad.nii.gz')]))
     recipe = Recipe(**{**heart.recipe.to_dict(), 'per':'subject'})
     done = predict_cohort(heart.learn, df, tmp_path/'out', recipe=recipe, progress=False)
     assert done.problem.notna().tolist()==[False,False,True]
@@ -169,7 +172,7 @@ def test_same_dice_as_validation(heart):
     scores = evaluate_cohort(learn, heart.df[heart.df.split=='valid'], progress=False)
     assert scores.groupby('class').dice.mean().mean()==pytest.approx(learn.recorder.values[-1][-1], abs=2e-3)
 
-# -- faults ----------------------------------------------------------------------------------------------------------------
+# -- faults ------------------------------------------------------------------------------------------------------------
 def test_full_disk(heart, tmp_path, monkeypatch):
     "It is nobody's bad scan: what is written stays, nothing is half-written, and the sentence says so"
     n,replace = [0],os.replace
@@ -180,7 +183,8 @@ def test_full_disk(heart, tmp_path, monkeypatch):
     monkeypatch.setattr(V.os, 'replace', full)
     with pytest.raises(VolumeError, match=r'heart002.nii.gz: cannot be written \(No space left on device\)'):
         predict_cohort(heart.learn, heart.df, tmp_path/'out', progress=False)
-    assert sorted(os.listdir(tmp_path/'out'))==['.unfinished.jsonl','heart000.nii.gz','heart001.nii.gz'] # a note of what is done
+    # the first is a note of what is done
+    assert sorted(os.listdir(tmp_path/'out'))==['.unfinished.jsonl','heart000.nii.gz','heart001.nii.gz']
 
 def test_cut_while_writing(heart, scan, tmp_path, monkeypatch):
     write = sitk.WriteImage
@@ -194,7 +198,8 @@ def test_cut_while_writing(heart, scan, tmp_path, monkeypatch):
 
 def test_old_file_survives(heart, scan, tmp_path, monkeypatch):
     old = tmp_path/'seg.nii.gz'; old.write_bytes(b'old')
-    monkeypatch.setattr(V.sitk, 'WriteImage', lambda *a, **k: (_ for _ in ()).throw(RuntimeError('ERROR: cannot write')))
+    monkeypatch.setattr(V.sitk, 'WriteImage',
+                        lambda *a, **k: (_ for _ in ()).throw(RuntimeError('ERROR: cannot write')))
     with pytest.raises(VolumeError): predict_volume(heart.learn, scan, out=old)
     assert old.read_bytes()==b'old' and os.listdir(tmp_path)==['seg.nii.gz']
 
@@ -224,7 +229,8 @@ def test_warnings_are_told_once(heart, tmp_path):
     df,rows = heart.df[-3:].copy(),[]
     for r in df.itertuples():
         m = read_volume(r.mask)
-        rows.append(str(write_volume(Volume(m.array, m.spacing, tuple(o+2e-5 for o in m.origin), m.direction), tmp_path/f'{r.scan}.nii.gz')))
+        moved = Volume(m.array, m.spacing, tuple(o+2e-5 for o in m.origin), m.direction)
+        rows.append(str(write_volume(moved, tmp_path/f'{r.scan}.nii.gz')))
     df['mask'] = rows
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')

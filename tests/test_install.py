@@ -16,7 +16,8 @@ def installed(tmp_path_factory):
     for o in ('setup.py','settings.ini','pyproject.toml','README.md','LICENSE'): shutil.copy(root/o, here)
     shutil.copytree(root/'fastmiseg', here/'fastmiseg', ignore=shutil.ignore_patterns('__pycache__'))
     target = here/'site'
-    subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-build-isolation', '--target', target, here],
+    subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-build-isolation',
+                    '--target', target, here],
                    check=True, capture_output=True, text=True, timeout=300)
     return target
 
@@ -31,9 +32,11 @@ def test_commands_are_there_and_work_elsewhere(installed, tmp_path):
     assert {o.stem for o in (installed/'bin').iterdir()}>=wanted
     env = {**os.environ, 'PYTHONPATH':str(installed)}
     for command in ('fastmiseg-demo','fastmiseg-train'):
-        said = subprocess.run([sys.executable, installed/'bin'/command, '--help'], cwd=tmp_path, env=env, capture_output=True, text=True)
+        said = subprocess.run([sys.executable, installed/'bin'/command, '--help'],
+                              cwd=tmp_path, env=env, capture_output=True, text=True)
         assert said.returncode==0 and f'usage: {command}' in said.stdout, said.stderr
-    where = subprocess.run([sys.executable, '-c', 'import fastmiseg; print(fastmiseg.__file__)'], cwd=tmp_path, env=env, capture_output=True, text=True)
+    where = subprocess.run([sys.executable, '-c', 'import fastmiseg; print(fastmiseg.__file__)'],
+                           cwd=tmp_path, env=env, capture_output=True, text=True)
     assert Path(where.stdout.strip()).is_relative_to(installed)
 
 # Imported before anything else: the finder of what is on the path finds none of these
@@ -61,7 +64,8 @@ def test_commands_need_only_what_pip_installs_with_them(installed, tmp_path):
     refused = subprocess.run([sys.executable, '-c', 'import accelerate'], env=env, capture_output=True, text=True)
     assert "No module named 'accelerate'" in refused.stderr
     make_phantom(tmp_path/'scans', n_subjects=5, seed=0, size=(32,40), n_slices=(3,4))
-    few = ['--labeled=2', '--valid=1', '--test=1', '--epochs=1', '--n-iters=2', '--width=2', '--bs=2', '--unlabeled-bs=2', '--workers=0']
+    few = ['--labeled=2', '--valid=1', '--test=1', '--epochs=1', '--n-iters=2', '--width=2', '--bs=2',
+           '--unlabeled-bs=2', '--workers=0']
     done = run('fastmiseg-train', 'scans', '--out', 'run', *few)
     assert done.returncode==0 and 'Traceback' not in done.stderr, done.stderr
     scan = next((tmp_path/'scans').rglob('*.nii.gz'))

@@ -59,7 +59,8 @@ def runs(prepared):
 def test_one_run_of_two_processes(runs, how):
     "What one of them writes is there once, and nobody else speaks"
     out,said = runs[how]
-    assert {o.name for o in out.iterdir()}>={'config.json','split.csv','log.csv','checkpoints','model.safetensors','metrics.csv','figures'}
+    assert {o.name for o in out.iterdir()}>={
+        'config.json','split.csv','log.csv','checkpoints','model.safetensors','metrics.csv','figures'}
     assert len(pd.read_csv(out/'log.csv'))==1
     assert said.count('hd95')==1
     assert '2 processes: each normalises with the statistics of its own part of a batch (BatchNorm)' in said
@@ -73,7 +74,8 @@ def test_sync_bn_on_the_cpu_is_refused_before_any_work(prepared, tmp_path):
     "The first process says so, once, and both end"
     done = train(torchrun(), tmp_path, prepared, '--out', tmp_path/'run', '--sync-bn')
     assert done.returncode and not (tmp_path/'run').exists()
-    assert done.stderr.count("fastmiseg-train: --sync-bn: PyTorch takes the statistics of BatchNorm over several processes on GPUs only")==1
+    assert done.stderr.count('fastmiseg-train: --sync-bn: PyTorch takes the statistics of BatchNorm '
+                             'over several processes on GPUs only')==1
     check_processes(Settings(sync_bn=True)) # alone there is nothing to synchronise
 
 def test_sync_bn_converts_the_layers_and_gives_them_back():
@@ -97,6 +99,7 @@ def test_the_argument_reaches_the_layers(monkeypatch, sync_bn):
     from contextlib import nullcontext
     from types import SimpleNamespace
     monkeypatch.setattr('fastmiseg.processes.processes', lambda: (0,2))
-    learn = SimpleNamespace(model=create_unet('unet', n_in=1, n_out=3, size=(32,32), width=2), distrib_ctx=lambda **kw: nullcontext())
+    learn = SimpleNamespace(model=create_unet('unet', n_in=1, n_out=3, size=(32,32), width=2),
+                            distrib_ctx=lambda **kw: nullcontext())
     with training._in_all_processes(learn, Settings(sync_bn=sync_bn)):
         assert any(isinstance(o, nn.SyncBatchNorm) for o in learn.model.modules())==sync_bn

@@ -33,7 +33,8 @@ def rgb(tmp_path_factory):
     for d in ('images','masks','more','other'): (root/d).mkdir()
     for i in range(12):
         y = np.zeros((32,32), np.uint8); y[8:20,4+i:16+i] = 1
-        Image.fromarray((rng.integers(0,80,(32,32,3))+120*y[...,None]).astype(np.uint8)).save(root/('images' if i<6 else 'more')/f'{i}.png')
+        image = (rng.integers(0,80,(32,32,3))+120*y[...,None]).astype(np.uint8)
+        Image.fromarray(image).save(root/('images' if i<6 else 'more')/f'{i}.png')
         if i<6: Image.fromarray(y).save(root/'masks'/f'{i}.png')
     Image.fromarray(np.zeros((48,32,3), np.uint8)).save(root/'other'/'0.png')
     Image.fromarray(np.zeros((48,32,3), np.uint8)).save(root/'other'/'1.png')
@@ -68,7 +69,8 @@ def test_unet_learner_with_files(rgb):
     test = learn.dls.test_dl(files(rgb)); assert learn.get_preds(dl=test)[0].shape==(6,2,32,32)
 
 def test_intensities_of_normalised_images(rgb):
-    "T changes them as they were before `Normalize`, not what the network gets: that is negative in places, and would be cut off"
+    """T changes them as they were before `Normalize`, not what the network gets: that is negative in places, and would
+    be cut off"""
     from fastai.vision.all import Normalize, imagenet_stats
     from fastmiseg.transforms import RandomFlips, RandomLight
     class Sees(SemiSupCallback):
@@ -102,8 +104,10 @@ def test_unlabelled_of_another_size(rgb):
         unet(rgb).fit(1, cbs=small_mireg(unlabeled=files(rgb, 'other')))
 
 def test_timm_encoder(tmp_path):
-    learn = quiet(learner(tmp_path, dls=loaders(size=32), net=create_unet('mobilenetv3_small_050', n_in=1, n_out=2, size=(32,32))))
-    learn.fit(1, 1e-3, cbs=[MIRegCallback(n_clusters=3, n_heads=2, global_layers='Conv4', local_layers='Upconv3'), EMATeacherCallback()])
+    learn = quiet(learner(tmp_path, dls=loaders(size=32),
+                          net=create_unet('mobilenetv3_small_050', n_in=1, n_out=2, size=(32,32))))
+    learn.fit(1, 1e-3, cbs=[MIRegCallback(n_clusters=3, n_heads=2, global_layers='Conv4', local_layers='Upconv3'),
+                            EMATeacherCallback()])
     assert hooks(learn.model)==hooks(create_unet('mobilenetv3_small_050', n_in=1, n_out=2, size=(32,32)))
 
 def test_encoder_that_keeps_its_layers_in_one(tmp_path):
@@ -136,7 +140,8 @@ def test_channels_and_classes(tmp_path, channels):
     learn.fit(1, 1e-3, cbs=small_mireg())
     assert all(np.isfinite(learn.recorder.values[0]))
 
-@pytest.mark.parametrize('opt', [SGD, ranger, lambda p,**kw: OptimWrapper(p, torch.optim.AdamW, **kw)], ids=['SGD','ranger','AdamW'])
+@pytest.mark.parametrize('opt', [SGD, ranger, lambda p,**kw: OptimWrapper(p, torch.optim.AdamW, **kw)],
+                         ids=['SGD','ranger','AdamW'])
 def test_optimisers(tmp_path, opt):
     cb = small_mireg()
     learn = quiet(learner(tmp_path, opt_func=opt))
@@ -155,7 +160,8 @@ def test_a_fresh_callback_trains_too(tmp_path, opt):
         learn.fit(1, 0., cbs=cb); start = values(cb.projectors.parameters())
         learn.fit(epochs, 1e-2, cbs=cb)
         assert moved(cb, start)
-        if opt is ranger: assert [len(g) for g in learn.opt.slow_weights]==[len(g) for g in learn.opt.param_lists] # Lookahead keeps no slow weights of ours
+        if opt is ranger: # Lookahead keeps no slow weights of ours
+            assert [len(g) for g in learn.opt.slow_weights]==[len(g) for g in learn.opt.param_lists]
     first,second = small_mireg(),small_mireg()
     learn.fit(1, 1e-2, cbs=first); heads = values(first.projectors.parameters())
     class Start(Callback):
@@ -206,8 +212,10 @@ def test_accumulated_gradients_are_those_of_the_sum(tmp_path):
 
 def test_trackers(tmp_path):
     learn = quiet(learner(tmp_path))
-    learn.fit(3, 1e-3, cbs=[small_mireg(), SaveModelCallback(monitor='local_mi', comp=np.less, with_opt=True), EarlyStoppingCallback(patience=5), CSVLogger()])
-    log = learn.csv_logger.read_log() if hasattr(learn, 'csv_logger') else __import__('pandas').read_csv(tmp_path/'history.csv')
+    learn.fit(3, 1e-3, cbs=[small_mireg(), SaveModelCallback(monitor='local_mi', comp=np.less, with_opt=True),
+                            EarlyStoppingCallback(patience=5), CSVLogger()])
+    log = (learn.csv_logger.read_log() if hasattr(learn, 'csv_logger') else
+           __import__('pandas').read_csv(tmp_path/'history.csv'))
     assert (list(log.columns)==['epoch','train_loss','valid_loss','global_mi','local_mi','consistency','time']
             and len(log)==3)
     state = torch.load(tmp_path/'models'/'model.pth', weights_only=False)
@@ -267,7 +275,8 @@ def test_batch_of_one(tmp_path):
             learn.fit(1, 1e-3, cbs=cbs)
 
 def test_bad_windows_and_layers(tmp_path):
-    with pytest.raises(ValueError, match=r"neighborhood: 21 is more than the map of 'Upconv3' allows, which is 8×8 \(at most 15\)"):
+    with pytest.raises(ValueError, match=r"neighborhood: 21 is more than the map of 'Upconv3' allows, "
+                                         r"which is 8×8 \(at most 15\)"):
         quiet(learner(tmp_path)).fit(1, cbs=small_mireg(neighborhood={'Upconv3':21}))
     with pytest.raises(ValueError, match="no stage 'Conv9' in UNet; there are Conv1, "):
         quiet(learner(tmp_path)).fit(1, cbs=small_mireg(global_layers='Conv9'))
@@ -316,7 +325,8 @@ def test_no_number_names_the_scans(tmp_path):
         learn.fit(1, 1e-3, cbs=[Odd(), o:=Keep()])
     n = dls.store.scans.set_index('scan').n
     holds = lambda x: next(s for s in n.index for i in range(n[s]) if np.array_equal(dls.store.image(s, i), x.numpy()))
-    want = '; '.join(f"{k}: {', '.join(dict.fromkeys(map(holds, xs)))}" for k,xs in zip(('labelled','unlabelled'), o.batch))
+    want = '; '.join(f"{k}: {', '.join(dict.fromkeys(map(holds, xs)))}"
+                     for k,xs in zip(('labelled','unlabelled'), o.batch))
     assert str(e.value).endswith(want)
 
 def test_no_number_without_regularisers(tmp_path):
@@ -325,7 +335,8 @@ def test_no_number_without_regularisers(tmp_path):
         def before_batch(self):
             if self.training and self.train_iter==2: self.learn.xb = (self.x*float('nan'),)
     learn = quiet(learner(tmp_path))
-    with pytest.raises(FloatingPointError, match=r'the supervised loss is nan at step 2 .*labelled: [\d, ]+; unlabelled: \d'):
+    with pytest.raises(FloatingPointError, match=r'the supervised loss is nan at step 2 '
+                                                 r'.*labelled: [\d, ]+; unlabelled: \d'):
         learn.fit(1, 1e-3, cbs=Bad())
     assert all(p.isfinite().all() for p in learn.model.parameters())
 
@@ -343,15 +354,18 @@ def test_networks_of_monai_find_their_stages():
 
 def test_networks_of_segmentation_models_find_their_stages():
     smp = pytest.importorskip('segmentation_models_pytorch', reason='needs segmentation-models-pytorch')
-    for arch,encoder in itertools.product((smp.Unet, smp.UnetPlusPlus, smp.MAnet, smp.Linknet), ('resnet18','efficientnet-b0')):
+    for arch,encoder in itertools.product((smp.Unet, smp.UnetPlusPlus, smp.MAnet, smp.Linknet),
+                                          ('resnet18','efficientnet-b0')):
         if arch is smp.Linknet and encoder!='resnet18': continue
-        found = find_stages(arch(encoder, encoder_weights=None, in_channels=1, classes=3), ['Conv5','Upconv3','Upconv2'])
+        found = find_stages(arch(encoder, encoder_weights=None, in_channels=1, classes=3),
+                            ['Conv5','Upconv3','Upconv2'])
         assert [o.scale for o in found.values()]==[16,2,1], (arch.__name__, encoder, found)
 
 def test_networks_of_others_train(tmp_path):
     smp = pytest.importorskip('segmentation_models_pytorch', reason='needs segmentation-models-pytorch')
     monai = pytest.importorskip('monai.networks.nets', reason='needs MONAI')
-    for net in (monai.UNet(2, 1, 2, (4,8,16,32), (2,2,2)), smp.Unet('resnet18', encoder_weights=None, in_channels=1, classes=2)):
+    for net in (monai.UNet(2, 1, 2, (4,8,16,32), (2,2,2)),
+                smp.Unet('resnet18', encoder_weights=None, in_channels=1, classes=2)):
         cb = MIRegCallback(n_clusters=3, n_heads=2)
         learn = quiet(learner(tmp_path, dls=loaders(size=32, n_iters=1), net=net))
         learn.fit(1, 1e-3, cbs=cb)
@@ -367,7 +381,8 @@ def test_weights_that_do_not_exist(arch):
 def test_a_residual_network_trains(tmp_path):
     cb = MIRegCallback(n_clusters=3, n_heads=2)
     net = create_unet('residual_unet', width=2)
-    assert {k:(s.channels,s.scale) for k,s in stages(net).items()}=={k:(s.channels,s.scale) for k,s in stages(UNet(width=2)).items()}
+    assert ({k:(s.channels,s.scale) for k,s in stages(net).items()}
+            =={k:(s.channels,s.scale) for k,s in stages(UNet(width=2)).items()})
     learn = quiet(learner(tmp_path, net=net))
     learn.fit(1, 1e-3, cbs=cb)
     assert np.isfinite(learn.recorder.values[-1]).all() and hooks(net)==0

@@ -15,7 +15,8 @@ def _blob(rng, shape, share):
     return x > np.quantile(x, 1-share)
 
 def _cases():
-    "50 pairs of masks with their spacing: random, touching the border, flat, thin, single voxels, equal, disjoint, nested"
+    """50 pairs of masks with their spacing: random, touching the border, flat, thin, single voxels, equal, disjoint,
+    nested"""
     rng, out = np.random.default_rng(0), []
     for i in range(38):
         shape = tuple(int(o) for o in rng.integers(6, 20, 3))
@@ -28,7 +29,8 @@ def _cases():
         m = z(); m[at] = True
         return m
     one, far, full = put(0,0,0), put(7,8,9), ~z()
-    box, inner, line, plane = (put(*o) for o in ((slice(2,6),)*3, (slice(3,5),)*3, (3,4,slice(0,10)), (4,slice(None),slice(None))))
+    box, inner, line, plane = (put(*o) for o in (
+        (slice(2,6),)*3, (slice(3,5),)*3, (3,4,slice(0,10)), (4,slice(None),slice(None))))
     hollow = box & ~inner
     pairs = dict(single_voxels=(one,far), equal_voxel=(one,one), full_voxel=(full,one), full_full=(full,full),
                  nested=(box,inner), hollow=(hollow,box), line_plane=(line,plane), corner_box=(one,box),
@@ -49,20 +51,25 @@ def test_medpy(name, a, b, spacing):
     assert abs(hd95(a, b, spacing)-medpy.hd95(a, b, spacing)) < 1e-6
     assert abs(hd95(a, b, spacing, percentile=100)-medpy.hd(a, b, spacing)) < 1e-6
     assert abs(assd(a, b, spacing)-medpy.assd(a, b, spacing)) < 1e-6     # of medpy 0.5
-    assert abs(assd(a, b, spacing, pooled=False)-(medpy.asd(a, b, spacing)+medpy.asd(b, a, spacing))/2) < 1e-6 # of medpy 0.4
+    # of medpy 0.4
+    assert abs(assd(a, b, spacing, pooled=False)-(medpy.asd(a, b, spacing)+medpy.asd(b, a, spacing))/2) < 1e-6
 
 @pytest.mark.parametrize('name,a,b,spacing', cases, ids=ids)
 def test_monai(name, a, b, spacing):
     monai = pytest.importorskip('monai.metrics')
     kw = dict(include_background=False, spacing=list(spacing))
-    assert abs(dice(a, b)-monai.compute_dice(_cls(a).double(), _cls(b).double(), include_background=False).item()) < 1e-6 # float32
+    theirs = monai.compute_dice(_cls(a).double(), _cls(b).double(), include_background=False).item()
+    assert abs(dice(a, b)-theirs) < 1e-6 # float32
     scale = float(np.linalg.norm(np.multiply(a.shape, spacing)))     # monai computes in float32
-    assert abs(hd95(a, b, spacing, pooled=False)-monai.compute_hausdorff_distance(_cls(a), _cls(b), percentile=95, **kw).item()) < 1e-6*scale
-    assert abs(assd(a, b, spacing)-monai.compute_average_surface_distance(_cls(a), _cls(b), symmetric=True, **kw).item()) < 1e-6*scale
+    theirs = monai.compute_hausdorff_distance(_cls(a), _cls(b), percentile=95, **kw).item()
+    assert abs(hd95(a, b, spacing, pooled=False)-theirs) < 1e-6*scale
+    theirs = monai.compute_average_surface_distance(_cls(a), _cls(b), symmetric=True, **kw).item()
+    assert abs(assd(a, b, spacing)-theirs) < 1e-6*scale
 
 @pytest.mark.parametrize('name,a,b,spacing', cases, ids=ids)
 def test_surface_distance(name, a, b, spacing):
-    "DeepMind's surface elements lie between voxels, within half a voxel's diagonal of ours, so no distance can differ by more than one diagonal"
+    """DeepMind's surface elements lie between voxels, within half a voxel's diagonal of ours, so no distance can differ
+    by more than one diagonal"""
     sd = pytest.importorskip('surface_distance')
     assert abs(dice(a, b)-sd.compute_dice_coefficient(a, b)) < 1e-12
     d = sd.compute_surface_distances(a, b, spacing)
@@ -81,7 +88,8 @@ def _feed(metric, preds, masks, scan, order, bs, C=3, marks=True):
     for i in torch.as_tensor(order).split(bs):
         y = masks[i].clone()
         if marks: y.scan, y.index = scan[i], i
-        metric.accumulate(SimpleNamespace(pred=torch.nn.functional.one_hot(preds[i], C).movedim(-1,1).float(), y=y, dl=dl, dls=None))
+        pred = torch.nn.functional.one_hot(preds[i], C).movedim(-1,1).float()
+        metric.accumulate(SimpleNamespace(pred=pred, y=y, dl=dl, dls=None))
     return metric.to_frame()
 
 @settings(max_examples=30, deadline=None)
@@ -94,7 +102,8 @@ def test_any_batches_any_order_same_values(sizes, bs, seed, repeat):
     order = torch.randperm(n, generator=g)
     if repeat: order = torch.cat([order, order[:2]])
     want = [score_volume(p[scan==k].numpy(), y[scan==k].numpy(), (5.,1.,2.), ['bg','1','2']) for k in range(len(sizes))]
-    for cls,col in ((VolumeDice,'dice'), (VolumeSensitivity,'sensitivity'), (VolumePrecision,'precision'), (VolumeHD95,'hd95'), (VolumeASSD,'assd')):
+    for cls,col in ((VolumeDice,'dice'), (VolumeSensitivity,'sensitivity'), (VolumePrecision,'precision'),
+                    (VolumeHD95,'hd95'), (VolumeASSD,'assd')):
         got = _feed(cls(), p, y, scan, order, bs)
         assert (list(got.scan)==[f's{k}' for k in range(len(sizes)) for _ in '12']
                 and list(got['class'])==['1','2']*len(sizes))
@@ -108,12 +117,14 @@ def test_counts(C, seed):
     y = torch.randint(-1, C+2, (3,5,4), generator=g)
     p = logits.max(1)[1]
     assert (p==logits.argmax(1)).all() # ties go to the lower class in both
-    want = torch.stack([torch.stack([((p==c)&(y==c)).flatten(1).sum(1), (p==c).flatten(1).sum(1), (y==c).flatten(1).sum(1)], 1) for c in range(1, C)], 2)
+    want = torch.stack([torch.stack([((p==c)&(y==c)).flatten(1).sum(1), (p==c).flatten(1).sum(1),
+                                     (y==c).flatten(1).sum(1)], 1) for c in range(1, C)], 2)
     assert (count_pixels(p, y, C)==want).all()
 
 def test_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match=r'Predictions of shape \(2, 3, 4, 4\) do not fit masks of shape \(2, 8, 8\)'):
-        VolumeDice().accumulate(SimpleNamespace(pred=torch.zeros(2,3,4,4), y=torch.zeros(2,8,8).long(), dl=None, dls=None))
+        VolumeDice().accumulate(SimpleNamespace(pred=torch.zeros(2,3,4,4), y=torch.zeros(2,8,8).long(),
+                                                dl=None, dls=None))
 
 def test_a_metric_can_be_exported():
     import pickle
@@ -147,7 +158,8 @@ _worker = textwrap.dedent('''
         for i in dl:
             t = y[i].clone()
             if marks: t.scan, t.index = scan[i], i
-            learn = SimpleNamespace(pred=torch.nn.functional.one_hot(p[i], 3).movedim(-1,1).float(), y=t, dl=dl, dls=None)
+            learn = SimpleNamespace(pred=torch.nn.functional.one_hot(p[i], 3).movedim(-1,1).float(), y=t,
+                                    dl=dl, dls=None)
             dice.accumulate(learn); hd.accumulate(learn)
         print('RESULT', dice.value, hd.value, len(dice.to_frame()), dice.to_frame().scan[0], flush=True)
     dist.destroy_process_group()

@@ -214,7 +214,8 @@ def test_features_in_any_memory_format_and_precision():
     proj = LocalProjector(8, n_clusters=4, n_heads=2)
     f, g = torch.randn(2, 3, 8, 12, 10)
     ref = gradients(lambda f, g: proj.loss(f, g, 3), f, g)
-    last = gradients(lambda f, g: proj.loss(f.to(memory_format=torch.channels_last), g.to(memory_format=torch.channels_last), 3), f, g)
+    last = gradients(lambda f, g: proj.loss(f.to(memory_format=torch.channels_last),
+                                            g.to(memory_format=torch.channels_last), 3), f, g)
     for a, b in zip(last, ref): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-9)
     x = f.to(memory_format=torch.channels_last).requires_grad_().clone() # not a leaf: its gradient comes as it was made
     gx, = torch.autograd.grad(proj.loss(x, g, 3), x)
@@ -252,25 +253,28 @@ def test_compiled_code_gives_the_same():
     proj = LocalProjector(4, n_clusters=3, n_heads=2)
     f, g = torch.randn(2, 2, 4, 8, 8)
     def step(f, g):
-        return proj.loss(f*2, g, 3) + local_mi_loss(proj(f), proj(g), 3) + global_mi_loss(proj(f)[..., 0, 0], proj(g)[..., 0, 0])
+        return (proj.loss(f*2, g, 3) + local_mi_loss(proj(f), proj(g), 3)
+                + global_mi_loss(proj(f)[..., 0, 0], proj(g)[..., 0, 0]))
     compiled = torch.compile(step, backend='aot_eager')
     for a, b in zip(gradients(compiled, f, g), gradients(step, f, g)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-9)
 
 @pytest.mark.parametrize('shape,size', [((2, 8, 16, 16), 7), ((2, 8, 6, 7, 8), 3)])
 def test_nothing_waits_for_the_device(shape, size):
-    "A fake CUDA tensor has no values: whatever asks for one raises. Autograd's engine needs a real device, so backward is called by hand."
+    """A fake CUDA tensor has no values: whatever asks for one raises. Autograd's engine needs a real device, so
+    backward is called by hand."""
     flags = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device('cuda'):
         local, glob = LocalProjector(8), GlobalProjector(8)
         f, g = torch.empty(2, *shape)
         p = local(f)
-        for loss in (local.loss(f, g, size, subtract_min=True, prior=[.1]*10), local_mi_loss(p, p, size), glob.loss(f, g),
-                     consistency_loss(p[:, 0], p[:, 0]), entropy_loss(p[:, 0])):
+        for loss in (local.loss(f, g, size, subtract_min=True, prior=[.1]*10), local_mi_loss(p, p, size),
+                     glob.loss(f, g), consistency_loss(p[:, 0], p[:, 0]), entropy_loss(p[:, 0])):
             assert loss.device.type == 'cuda' and loss.shape == ()
         w = (size,)*len(shape[2:])
         for saved in ((f, g, torch.empty(5, 10, 8), torch.empty(5, 10)), (p, p, None, None)):
-            ctx = SimpleNamespace(saved_tensors=saved, w=w, needs_input_grad=(True, True, saved[2] is not None, saved[2] is not None, False))
+            heads = saved[2] is not None
+            ctx = SimpleNamespace(saved_tensors=saved, w=w, needs_input_grad=(True, True, heads, heads, False))
             with torch.no_grad():
                 grads = PairSums.backward.__wrapped__(ctx, torch.empty(5, size**len(w), 10, 10, dtype=f64))
             for x, gx in zip(saved, grads):

@@ -25,8 +25,9 @@ class Bomb(Callback):
 
 def state(learn):
     "Everything that a method could have left something in"
-    return dict(hooks=hooks(learn.model), groups=[[id(p) for p in g] for g in learn.opt.param_lists], state={id(p) for p in learn.opt.state},
-                cbs=[type(cb).__name__ for cb in learn.cbs], attributes=set(vars(learn)), modules=[n for n,_ in learn.model.named_modules()],
+    return dict(hooks=hooks(learn.model), groups=[[id(p) for p in g] for g in learn.opt.param_lists],
+                state={id(p) for p in learn.opt.state}, cbs=[type(cb).__name__ for cb in learn.cbs],
+                attributes=set(vars(learn)), modules=[n for n,_ in learn.model.named_modules()],
                 storages={p.data_ptr() for p in learn.model.parameters()})
 
 @pytest.mark.parametrize('net', ['unet','dynamic_unet'])
@@ -43,7 +44,8 @@ def test_any_end(tmp_path, net):
     for i,(exc,when,training) in enumerate(ends):
         cbs = METHODS[i%4]() if i%8<4 else METHODS[3]()
         try: learn.fit(1, 1e-3, cbs=[*cbs, Bomb(exc, when, training)])
-        except (ValueError, KeyboardInterrupt, RuntimeError, CancelEpochException): pass # some of them fastai itself lets through
+        # some of them fastai itself lets through
+        except (ValueError, KeyboardInterrupt, RuntimeError, CancelEpochException): pass
         learn._end_cleanup(); learn.opt.zero_grad()
         assert state(learn)==before, (type(exc).__name__, when)
         assert not any(isinstance(cb, SemiSupCallback) for cb in learn.cbs)
@@ -80,7 +82,8 @@ def test_export_needs_only_fastai(tmp_path):
     for d in ('images','masks','more'): (tmp_path/d).mkdir()
     for i in range(8):
         y = np.zeros((32,32), np.uint8); y[8:20,6+i:20+i] = 1
-        Image.fromarray((rng.integers(0,80,(32,32,3))+120*y[...,None]).astype(np.uint8)).save(tmp_path/('images' if i<5 else 'more')/f'{i}.png')
+        image = (rng.integers(0,80,(32,32,3))+120*y[...,None]).astype(np.uint8)
+        Image.fromarray(image).save(tmp_path/('images' if i<5 else 'more')/f'{i}.png')
         if i<5: Image.fromarray(y).save(tmp_path/'masks'/f'{i}.png')
     masks = tmp_path/'masks'
     dls = SegmentationDataLoaders.from_label_func(tmp_path, get_image_files(tmp_path/'images'), lambda o: masks/o.name,
@@ -95,4 +98,5 @@ def test_export_needs_only_fastai(tmp_path):
                           str(get_image_files(tmp_path/'images')[0]), str(tmp_path/'probs.pt')],
                          capture_output=True, text=True, env={'PATH':'/usr/bin','OMP_NUM_THREADS':'1'}, cwd=tmp_path)
     assert res.returncode==0, res.stderr
-    torch.testing.assert_close(torch.Tensor(torch.load(tmp_path/'probs.pt', weights_only=False)), torch.Tensor(want), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.Tensor(torch.load(tmp_path/'probs.pt', weights_only=False)),
+                               torch.Tensor(want), rtol=1e-3, atol=1e-4)

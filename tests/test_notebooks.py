@@ -10,7 +10,8 @@ def test_outputs_tell_nothing_of_the_machine_that_made_them(nb):
     for c in json.loads(nb.read_text(encoding='utf-8'))['cells']:
         text = json.dumps([{k:v for k,v in o.items() if k!='data'} | {'text/plain':o.get('data', {}).get('text/plain')}
                            for o in c.get('outputs', [])]).replace('\\n', '\n')
-        found = re.findall(r'site-packages|(?<![\w./<>:-])(?:/[\w.-]+)+/|\\u001b\[31m', text) # an absolute path, or a traceback in colours
+        # an absolute path, or a traceback in colours
+        found = re.findall(r'site-packages|(?<![\w./<>:-])(?:/[\w.-]+)+/|\\u001b\[31m', text)
         assert not found, f'{nb.name}: {found[:3]}'
 
 @pytest.mark.parametrize('nb', sorted((root/'nbs').glob('*.ipynb')), ids=lambda o: o.stem)

@@ -47,7 +47,8 @@ def test_no_trace(tmp_path, method):
     learn = quiet(learner(tmp_path, dls=loaders(bs=2, unlabeled_bs=4)))
     learn.fit(1)
     before = state(learn)
-    for exc,when in ((ValueError('boom'),'after_pred'), (KeyboardInterrupt(),'after_loss'), (ValueError('boom'),'before_step')):
+    for exc,when in ((ValueError('boom'),'after_pred'), (KeyboardInterrupt(),'after_loss'),
+                     (ValueError('boom'),'before_step')):
         with pytest.raises(type(exc)): learn.fit(1, 1e-3, cbs=[method(), Bomb(exc, when, True)])
         learn._end_cleanup(); learn.opt.zero_grad()
         assert state(learn)==before and hooks(learn.model)==0
@@ -55,7 +56,8 @@ def test_no_trace(tmp_path, method):
 @pytest.mark.parametrize('teacher', [False, True])
 def test_all_of_them_together(tmp_path, teacher):
     "One forward pass of all images, a term of each method, and the same training in pieces"
-    cbs = lambda: [PseudoLabelCallback(threshold=.5), CopyPasteCallback(start=.3), small_mireg(), *[EMATeacherCallback(.9)]*teacher]
+    cbs = lambda: [PseudoLabelCallback(threshold=.5), CopyPasteCallback(start=.3), small_mireg(),
+                   *[EMATeacherCallback(.9)]*teacher]
     whole,pieces = train(tmp_path/'a', cbs),train(tmp_path/'b', cbs, stops=(2,5))
     for p,q in zip(whole.model.state_dict().values(), pieces.model.state_dict().values()): assert torch.equal(p, q)
     assert {'pseudo','copypaste','global_mi','local_mi','consistency'}<=set(whole.recorder.metric_names)

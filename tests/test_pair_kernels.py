@@ -11,7 +11,8 @@ from fastmiseg.pair_kernels import cuda_pair_sums, cuda_pair_sums_backward
 
 device = 'cuda' if CUDA else 'cpu'
 f32, f64 = torch.float32, torch.float64
-pytestmark = [pytest.mark.skipif(not CUDA and os.environ.get('TRITON_INTERPRET') != '1', reason='needs a GPU or the interpreter')]
+pytestmark = [pytest.mark.skipif(not CUDA and os.environ.get('TRITON_INTERPRET') != '1',
+                                 reason='needs a GPU or the interpreter')]
 needs_gpu = pytest.mark.skipif(not CUDA, reason='needs a CUDA device')
 
 def loop(p, q, w):
@@ -28,7 +29,8 @@ def reference(x, y, weight, bias, w, G):
     xs = [o if o is None else o.detach().double().cpu().requires_grad_() for o in (x, y, weight, bias)]
     p, q = xs[:2]
     if weight is not None:
-        p, q = [(torch.einsum('skc,nc...->nsk...', xs[2], o) + xs[3].reshape(1, *bias.shape, *[1]*len(w))).softmax(2) for o in (p, q)]
+        p, q = [(torch.einsum('skc,nc...->nsk...', xs[2], o) + xs[3].reshape(1, *bias.shape, *[1]*len(w))).softmax(2)
+                for o in (p, q)]
     R = loop(p, q, w)
     return R.detach(), *torch.autograd.grad(R, [o for o in xs if o is not None], G.cpu())
 
@@ -55,14 +57,16 @@ def check(inputs, w, limit, limit_grad):
     ours = cuda_pair_sums(*inputs, w)
     assert ours.dtype == f64 and ours.shape == R.shape
     assert far(ours, R) < limit
-    back = [o for o in cuda_pair_sums_backward(G.to(device), *inputs, w, (True, True, weight is not None, weight is not None)) if o is not None]
+    needed = (True, True, weight is not None, weight is not None)
+    back = [o for o in cuda_pair_sums_backward(G.to(device), *inputs, w, needed) if o is not None]
     assert len(back) == len(grads)
     for a, b in zip(back, grads): assert far(a, b) < limit_grad
     return ours, back
 
-CASES = [((2, 9, 7), 3, 2, 4, (3, 3)), ((1, 6, 11), 16, 2, 10, (7, 7)), ((3, 5, 8), 5, 1, 3, (1, 5)), ((1, 13, 4), 8, 2, 10, (5, 1)),
-         ((2, 4, 6, 5), 3, 2, 4, (3, 3, 3)), ((1, 3, 5, 4), 4, 1, 10, (1, 7, 3)), ((2, 9, 7), 0, 2, 4, (3, 3)), ((1, 4, 5, 6), 0, 2, 3, (5, 3, 1)),
-         ((1, 2, 2), 3, 1, 2, (7, 7)), ((1, 5, 6), 20, 1, 20, (3, 5)), ((2, 4, 4), 2, 1, 1, (3, 3))]
+CASES = [((2, 9, 7), 3, 2, 4, (3, 3)), ((1, 6, 11), 16, 2, 10, (7, 7)), ((3, 5, 8), 5, 1, 3, (1, 5)),
+         ((1, 13, 4), 8, 2, 10, (5, 1)), ((2, 4, 6, 5), 3, 2, 4, (3, 3, 3)), ((1, 3, 5, 4), 4, 1, 10, (1, 7, 3)),
+         ((2, 9, 7), 0, 2, 4, (3, 3)), ((1, 4, 5, 6), 0, 2, 3, (5, 3, 1)), ((1, 2, 2), 3, 1, 2, (7, 7)),
+         ((1, 5, 6), 20, 1, 20, (3, 5)), ((2, 4, 4), 2, 1, 1, (3, 3))]
 
 @pytest.mark.parametrize('shape,C,S,K,w', CASES)
 def test_sums_and_gradients_equal_a_double_loop(shape, C, S, K, w):
@@ -84,7 +88,8 @@ def test_precision_from_uniform_to_one_hot(scale):
     grads = reference(*inputs, w, G)[1:]
     ours, G_ = gradient(cuda_pair_sums(*inputs, w))
     assert (ours.cpu() - loss).abs() < 1e-6
-    def whole(x, y, weight, bias): return x, y, torch.cat([weight, bias[..., None]], -1) # alone, the biases' is a sum that cancels
+    def whole(x, y, weight, bias): # alone, the biases' is a sum that cancels
+        return x, y, torch.cat([weight, bias[..., None]], -1)
     ours = whole(*cuda_pair_sums_backward(G_, *inputs, w, (True,)*4))
     for a, b in zip(ours, whole(*grads)): assert far(a, b) < 1e-4
 
@@ -124,7 +129,8 @@ def test_loss_on_the_device(how, dtype, size, monkeypatch):
     proj = LocalProjector(16)
     f, g = [o.to(dtype).contiguous(memory_format=torch.channels_last) for o in torch.randn(2, 3, 16, 40, 37)]
     def run(device, dtype):
-        net, xs = proj.to(device, dtype), [o.to(device, dtype if device == 'cpu' else o.dtype).requires_grad_() for o in (f, g)]
+        net = proj.to(device, dtype)
+        xs = [o.to(device, dtype if device == 'cpu' else o.dtype).requires_grad_() for o in (f, g)]
         waiting = torch.cuda.get_sync_debug_mode()
         if device == 'cuda': net.loss(*xs, size).backward() # libraries load here
         for o in (*xs, *net.parameters()): o.grad = None

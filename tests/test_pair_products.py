@@ -5,9 +5,11 @@ from fastmiseg import pair_products, pair_sums
 from fastmiseg.mutual_info import _mi_loss
 
 f32, f64 = torch.float32, torch.float64
-CASES = [((2, 9, 7), 3, 2, 4, (3, 3)), ((1, 6, 11), 16, 2, 10, (7, 7)), ((3, 5, 8), 5, 1, 3, (1, 5)), ((1, 13, 4), 8, 2, 10, (5, 1)),
-         ((2, 4, 6, 5), 3, 2, 4, (3, 3, 3)), ((1, 3, 5, 4), 4, 1, 10, (1, 7, 3)), ((2, 9, 7), 0, 2, 4, (3, 3)), ((1, 4, 5, 6), 0, 2, 3, (5, 3, 1)),
-         ((1, 2, 2), 3, 1, 2, (7, 7)), ((1, 5, 6), 20, 1, 20, (3, 5)), ((2, 4, 4), 2, 1, 1, (3, 3)), ((1, 1, 1), 2, 1, 3, (3, 3)), ((2, 4, 5), 3, 2, 3, (1, 1))]
+CASES = [((2, 9, 7), 3, 2, 4, (3, 3)), ((1, 6, 11), 16, 2, 10, (7, 7)), ((3, 5, 8), 5, 1, 3, (1, 5)),
+         ((1, 13, 4), 8, 2, 10, (5, 1)), ((2, 4, 6, 5), 3, 2, 4, (3, 3, 3)), ((1, 3, 5, 4), 4, 1, 10, (1, 7, 3)),
+         ((2, 9, 7), 0, 2, 4, (3, 3)), ((1, 4, 5, 6), 0, 2, 3, (5, 3, 1)), ((1, 2, 2), 3, 1, 2, (7, 7)),
+         ((1, 5, 6), 20, 1, 20, (3, 5)), ((2, 4, 4), 2, 1, 1, (3, 3)), ((1, 1, 1), 2, 1, 3, (3, 3)),
+         ((2, 4, 5), 3, 2, 3, (1, 1))]
 
 def problem(shape, C, S, K, scale=1., dtype=f64, related=False):
     "Features and a head, or with C = 0 probabilities"
@@ -15,7 +17,8 @@ def problem(shape, C, S, K, scale=1., dtype=f64, related=False):
     N, *map_ = shape
     if not C: return [*[o.softmax(2) for o in scale*torch.randn(2, N, S, K, *map_, dtype=dtype)], None, None]
     x, y = torch.randn(2, N, C, *map_, dtype=dtype)
-    return [x, x + .3*y if related else y, scale*torch.randn(S, K, C, dtype=dtype)/C**.5, scale*torch.randn(S, K, dtype=dtype)]
+    return [x, x + .3*y if related else y,
+            scale*torch.randn(S, K, C, dtype=dtype)/C**.5, scale*torch.randn(S, K, dtype=dtype)]
 
 def loop(p, q, w):
     out = []
@@ -30,7 +33,8 @@ def reference(inputs, w, G):
     xs = [o if o is None else o.detach().double().requires_grad_() for o in inputs]
     p, q, weight, bias = xs
     if weight is not None:
-        p, q = [(torch.einsum('skc,nc...->nsk...', weight, o) + bias.reshape(1, *bias.shape, *[1]*len(w))).softmax(2) for o in (p, q)]
+        p, q = [(torch.einsum('skc,nc...->nsk...', weight, o) + bias.reshape(1, *bias.shape, *[1]*len(w))).softmax(2)
+                for o in (p, q)]
     R = loop(p, q, w)
     return R.detach(), *torch.autograd.grad(R, [o for o in xs if o is not None], G)
 
@@ -70,7 +74,8 @@ def test_float32_from_uniform_to_one_hot(scale, of):
 def test_half_precision_and_layouts(dtype):
     "Computed in float32; gradients have the layout of the features"
     x, y, weight, bias = problem((2, 9, 7), 3, 2, 4, dtype=f32)
-    x, y = x.to(dtype).contiguous(memory_format=torch.channels_last), y.to(dtype).transpose(2, 3).contiguous().transpose(2, 3)
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    y = y.to(dtype).transpose(2, 3).contiguous().transpose(2, 3)
     G = torch.randn(2, 3, 3, 4, 4, dtype=f64)
     R, *grads = reference((x, y, weight, bias), (3, 3), G)
     assert far(pair_products.sums(x, y, weight, bias, (3, 3)), R) < 1e-6

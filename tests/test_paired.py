@@ -1,4 +1,5 @@
-"""The callback that takes paired batches apart: one pass or several, what methods share, and a sentence for each wrong use"""
+"""The callback that takes paired batches apart: one pass or several, what methods share, and a sentence for each wrong
+use"""
 import pytest, torch
 from torch import nn
 from fastai.basics import Callback, DataLoader
@@ -27,7 +28,8 @@ class Seen(Callback):
     order = 60
     def before_fit(self):
         self.pred,self.calls = [],[]
-        self.handle = self.model.register_forward_pre_hook(lambda m,xs: self.calls.append(len(xs[0])) if m.training else None)
+        self.handle = self.model.register_forward_pre_hook(
+            lambda m,xs: self.calls.append(len(xs[0])) if m.training else None)
     def after_pred(self):
         if self.training: self.pred.append(self.learn.pred.detach().clone())
     def after_fit(self): self.handle.remove()
@@ -64,7 +66,8 @@ def test_three_passes_keep_each_view_apart(tmp_path):
     for a,b,c in zip(alone, three, two): assert torch.equal(a, b) and not torch.allclose(a, c)
 
 @pytest.mark.parametrize('passes', [2, 3])
-@pytest.mark.parametrize('make', [lambda: [small_mireg()], lambda: [small_mireg(), EMATeacherCallback(.9)], lambda: [EntropyMinCallback()]])
+@pytest.mark.parametrize('make', [
+    lambda: [small_mireg()], lambda: [small_mireg(), EMATeacherCallback(.9)], lambda: [EntropyMinCallback()]])
 def test_several_passes_go_on_to_the_bit(tmp_path, make, passes):
     def run(path, stops=()):
         for k,stop in enumerate([*stops, None]):
@@ -110,7 +113,8 @@ def test_wrong_uses_have_a_sentence(tmp_path):
         bad(tmp_path, Nothing(unlabeled=DataLoader([], bs=2)), supervised())
     with pytest.raises(ValueError, match='the list of unlabelled images is empty'):
         bad(tmp_path, Nothing(unlabeled=[]), supervised())
-    with pytest.raises(ValueError, match='unlabeled: 2 methods were given images of their own, but one forward pass serves them all'):
+    with pytest.raises(ValueError, match='unlabeled: 2 methods were given images of their own, '
+                                         'but one forward pass serves them all'):
         bad(tmp_path, [Nothing(unlabeled=[4]), Nothing(unlabeled=[5])], supervised())
     with pytest.raises(ValueError, match='T: 2 methods were given a T of their own'):
         bad(tmp_path, [ConsistencyCallback(T=RandomFlips()), Nothing(T=RandomShifts(.5))])
@@ -129,7 +133,8 @@ def test_projectors_belong_to_a_network(tmp_path):
     cb = Probing()
     (learn:=quiet(learner(tmp_path))).fit(1, cbs=cb)
     learn.model,learn.opt = UNet(1,2,width=4),None
-    with pytest.raises(ValueError, match=r"was trained with another network, whose stages had \{'Conv5': 32\} channels; here they have \{'Conv5': 64\}"):
+    with pytest.raises(ValueError, match=r"was trained with another network, whose stages had "
+                                         r"\{'Conv5': 32\} channels; here they have \{'Conv5': 64\}"):
         learn.fit(1, cbs=cb)
 
 def test_the_same_T_may_be_given_to_each(tmp_path):

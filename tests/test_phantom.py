@@ -1,4 +1,5 @@
-"The phantom as files: the same in every process, for every cohort size, after an interruption, and for two independent readers"
+"""The phantom as files: the same in every process, for every cohort size, after an interruption, and for two
+independent readers"""
 import hashlib, os, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -18,7 +19,9 @@ def _python(code, **kw):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
 
 def test_same_in_another_process():
-    code = 'import hashlib\nprint(hashlib.sha256(b"".join(o.array.tobytes() for i in range(3) for o in phantom_scan(i, 7))).hexdigest())'
+    code = ('import hashlib\n'
+            'scans = b"".join(o.array.tobytes() for i in range(3) for o in phantom_scan(i, 7))\n'
+            'print(hashlib.sha256(scans).hexdigest())')
     out, err = _python(code, env={**os.environ, 'PYTHONHASHSEED':'99'}).communicate(timeout=300)
     assert out.strip()==_digest(*(phantom_scan(i, 7) for i in range(3))), err[-2000:]
 
@@ -74,7 +77,8 @@ def test_killed_and_called_again(tmp_path):
     for k in ('image','mask'): assert [Path(o).read_bytes() for o in got[k]]==[Path(o).read_bytes() for o in want[k]]
 
 def test_two_processes_at_once(tmp_path):
-    ps = [_python(f'print(len(make_phantom({str(tmp_path/"p")!r}, 4, size=(24,32), n_slices=(4,5))))') for _ in range(2)]
+    ps = [_python(f'print(len(make_phantom({str(tmp_path/"p")!r}, 4, size=(24,32), n_slices=(4,5))))')
+          for _ in range(2)]
     for p in ps:
         out, err = p.communicate(timeout=300)
         assert out.strip()=='4', err[-2000:]

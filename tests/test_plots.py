@@ -35,7 +35,8 @@ rows_of_study = pd.concat([scores.assign(row=k, seed=0, labeled=2) for k in ('ou
 '''
 calls = ['plot_scores(scores)', "plot_volume(r.image, r['mask'])", 'plot_training(learn)', 'plot_clusters(learn, reg)',
          'plot_joints(learn, reg)', 'plot_tsne(learn, n=20, images=8)', 'plot_scans(learn, df, scores, n=1)',
-         'plot_uncertainty(r.image, np.zeros(read_volume(r.image).shape), r["mask"])', 'plot_study(rows_of_study, study)']
+         'plot_uncertainty(r.image, np.zeros(read_volume(r.image).shape), r["mask"])',
+         'plot_study(rows_of_study, study)']
 cells = [ # source, number of pictures
     *[(o, 1) for o in calls],
     ('first = plot_scores(scores)\nsecond = plot_training(learn)', 2),
@@ -62,7 +63,8 @@ def test_the_first_picture_of_a_kernel(tmp_path):
     for first,n in ((draw, 1), (f'with for_file_only(): {draw}', 0)):
         both = [f'from fastmiseg.show import *\n{first}', draw]
         nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(o) for o in both])
-        NotebookClient(nb, timeout=100, kernel_name='python3', resources={'metadata': {'path': str(tmp_path)}}).execute()
+        NotebookClient(nb, timeout=100, kernel_name='python3',
+                       resources={'metadata': {'path': str(tmp_path)}}).execute()
         assert [sum('image/png' in o.get('data', {}) for o in c.outputs) for c in nb.cells]==[n, 1]
 
 def test_a_script_that_writes_files_keeps_no_figure_open(tmp_path):
@@ -99,12 +101,14 @@ def test_terms_are_shown_in_words():
     log = pd.DataFrame(dict(global_mi=[-.5], local_mi=[-.1], consistency=[.2], made_up=[1.]))
     axs = plot_training(log).axes
     assert [o.get_title() for o in axs[:4]]==[
-        'information between views:\nimages (higher is better)', 'information between views:\npositions (higher is better)',
+        'information between views:\nimages (higher is better)',
+        'information between views:\npositions (higher is better)',
         'disagreement of two views\n(lower is better)', 'made up']
     assert axs[0].lines[0].get_ydata()[0]==.5 and axs[2].lines[0].get_ydata()[0]==.2
 
 def test_nothing_of_the_curves_is_cut():
-    names = ['dice','dice_right ventricle','dice_myocardium of the left ventricle','global_mi','local_mi','mean_teacher']
+    names = ['dice','dice_right ventricle','dice_myocardium of the left ventricle',
+             'global_mi','local_mi','mean_teacher']
     fig = plot_training(pd.DataFrame({k: [.1,.2] for k in ('train_loss','valid_loss',*names)}))
     fig.canvas.draw()
     inside = fig.bbox
@@ -174,9 +178,11 @@ def test_the_curves_are_drawn_after_each_epoch(tmp_path):
         order = TrainingLogCallback.order+1
         def after_epoch(self): seen.append((tmp_path/'figures'/'training.png').read_bytes())
     open_before = plt.get_fignums()
-    quiet(learner(tmp_path)).fit(2, cbs=[small_mireg(), TrainingLogCallback(tmp_path/'log.csv', tmp_path/'figures'/'training.png'), Look()])
+    log = TrainingLogCallback(tmp_path/'log.csv', tmp_path/'figures'/'training.png')
+    quiet(learner(tmp_path)).fit(2, cbs=[small_mireg(), log, Look()])
     assert len(set(seen))==2 and plt.get_fignums()==open_before
-    assert list(pd.read_csv(tmp_path/'log.csv'))==['epoch','train_loss','valid_loss','global_mi','local_mi','consistency']
+    assert list(pd.read_csv(tmp_path/'log.csv'))==[
+        'epoch','train_loss','valid_loss','global_mi','local_mi','consistency']
 
 def test_fastais_live_curves_beside_our_callbacks(tmp_path, monkeypatch):
     from fastai.callback.progress import ProgressCallback, ShowGraphCallback

@@ -31,7 +31,8 @@ def test_bars_become_lines(capsys):
 def test_lines_of_a_training(hearts):
     "The time to go and the memory once, then a line for each epoch, counted from 1"
     said = []
-    fit(tiny, some(hearts), hearts.recipe, hearts.root/'slices', workers=0, quiet=True, more=[EpochLines(first=0., say=said.append)])
+    fit(tiny, some(hearts), hearts.recipe, hearts.root/'slices', workers=0, quiet=True,
+        more=[EpochLines(first=0., say=said.append)])
     assert said[0].startswith('about ') and ' to go on this machine (' in said[0] and 'GB of memory so far' in said[0]
     assert [o.split(':')[0] for o in said[1:]]==['epoch 1 of 2','epoch 2 of 2']
     assert (all(k in said[1] for k in ('train_loss','valid_loss','dice','consistency'))
@@ -56,15 +57,21 @@ def test_words_and_bytes():
 @pytest.mark.parametrize('text,typed', [
     ('leave them out with skip_bad=True:', 'leave them out with --skip-bad:'),
     ("give subject='^(.+)_' (a regular expression", "give --subject '^(.+)_' (a regular expression"),
-    ('Put all of them in one part, or allow it with load_cohort(..., straddle=True)', 'Put all of them in one part, or allow it with --straddle'),
-    ("choose one with suffix='T1w'", "choose one with --suffix 'T1w'"), ('labeled=9, valid=2: too many', '--labeled 9, --valid 2: too many'),
-    ('names of files in the column `mask`', 'names of files in the column `mask`'), ('give the Recipe a larger `size`', 'give the Recipe a larger --size'),
-    ('x exists; choose another place, or replace with overwrite', 'x exists; choose another place, or replace with --overwrite'),
+    ('Put all of them in one part, or allow it with load_cohort(..., straddle=True)',
+     'Put all of them in one part, or allow it with --straddle'),
+    ("choose one with suffix='T1w'", "choose one with --suffix 'T1w'"),
+    ('labeled=9, valid=2: too many', '--labeled 9, --valid 2: too many'),
+    ('names of files in the column `mask`', 'names of files in the column `mask`'),
+    ('give the Recipe a larger `size`', 'give the Recipe a larger --size'),
+    ('x exists; choose another place, or replace with overwrite',
+     'x exists; choose another place, or replace with --overwrite'),
     ('there is a run already; choose another folder, resume it, or overwrite it',
      'there is a run already; choose another folder, go on with --resume, or replace it with --overwrite'),
-    ('onto the image (`resample(mask, to=image, nearest=True)`), or', 'onto the image (`resample(mask, to=image, nearest=True)`), or'),
+    ('onto the image (`resample(mask, to=image, nearest=True)`), or',
+     'onto the image (`resample(mask, to=image, nearest=True)`), or'),
     ('Expected a folder `images` (and `masks`) with scans', 'Expected a folder `images` (and `masks`) with scans'),
-    ('give the argument `images`', 'give the argument --images'), ('df: no scan has a mask', 'DATA: no scan has a mask'),
+    ('give the argument `images`', 'give the argument --images'),
+    ('df: no scan has a mask', 'DATA: no scan has a mask'),
     ('/data/seed=1/test=2.nii: is bad', '/data/seed=1/test=2.nii: is bad'), ('test: is empty', '--test: is empty')])
 def test_errors_in_the_words_of_the_command(text, typed):
     assert cli.as_typed(text, cli.options_in(cli.train))==typed

@@ -30,7 +30,8 @@ def loaders(store=None, unlabeled=True, item_tfms=None, **kw):
     store = store or Store()
     refs = [SliceRef(s, i) for s in store.names for i in range(store.n)]
     parts = [[k for k,r in enumerate(refs) if r.scan in o] for o in ('ab','c','de')[:3 if unlabeled else 2]]
-    block = SemiSupDataBlock(blocks=(SliceBlock(store), SliceMaskBlock(store)), splitter=lambda _: parts, item_tfms=item_tfms,
+    block = SemiSupDataBlock(blocks=(SliceBlock(store), SliceMaskBlock(store)),
+                             splitter=lambda _: parts, item_tfms=item_tfms,
                              batch_tfms=Augment(crop=(8,8), rotate=30., flip='hv', jitter=.3))
     return block.dataloaders(refs, **{**dict(bs=2, unlabeled_bs=3, n_iters=6, seed=3), **kw})
 

@@ -11,7 +11,8 @@ root = Path(__file__).parents[1]
 def room_of(path): return '.'.join(path.relative_to(root/'fastmiseg').with_suffix('').parts)
 files = {room_of(o): o for o in sorted((root/'fastmiseg').rglob('*.py')) if o.stem not in ('__init__','_modidx')}
 notebooks = [o for o in sorted((root/'nbs').glob('*.ipynb')) if o.stem!='index']
-order = [o for o in (nb.stem.split('_', 1)[1] for nb in notebooks) if o in files] # a room imports only from rooms above it
+# a room imports only from rooms above it
+order = [o for o in (nb.stem.split('_', 1)[1] for nb in notebooks) if o in files]
 trees = {room: ast.parse(o.read_text(encoding='utf-8')) for room,o in files.items()}
 
 def imports(room):
@@ -63,7 +64,8 @@ def test_the_picture_is_true():
 
 def test_study_is_a_wing_of_its_own():
     "Only the command compare, inside its function, needs the studies"
-    assert {o for o in files if not o.startswith('study.') and any(p.startswith('study.') for p in imported(o))}=={'cli'}
+    assert {o for o in files if not o.startswith('study.')
+            and any(p.startswith('study.') for p in imported(o))}=={'cli'}
     at_the_top = {o.module for o in trees['cli'].body if isinstance(o, ast.ImportFrom)}
     assert not any((o or '').startswith('study') for o in at_the_top)
 

@@ -1,8 +1,9 @@
 """Three steps of each method with three seeds give the numbers that they gave before the step was rebuilt.
 
-`same_numbers.json` was written by the code of before (a batch fixed as labelled, unlabelled and transformed images): losses of
-each step, digests of the weights of network, heads and teacher, and the log's last line, as hexadecimal floats. With the PyTorch and
-the vector instructions that it was written with they are the same to the bit, elsewhere to rounding.
+`same_numbers.json` was written by the earlier code (a batch fixed as labelled, unlabelled and transformed images):
+losses of each step, digests of the weights of network, heads and teacher, and the log's last line, as hexadecimal
+floats. With the PyTorch and the vector instructions that it was written with they are the same to the bit, elsewhere
+to rounding.
 """
 import hashlib, json
 from pathlib import Path
@@ -18,9 +19,14 @@ before = json.loads((Path(__file__).parent/'same_numbers.json').read_text())
 
 def mireg(**kw): return MIRegCallback.paper(n_clusters=4, n_heads=2, **kw)
 METHODS = {
-    'partial': lambda: [], 'consistency': lambda: [ConsistencyCallback(T=RandomFlips())], 'entropy': lambda: [EntropyMinCallback()],
-    'teacher': lambda: [EMATeacherCallback(.9, T=RandomFlips())], 'mireg': lambda: [mireg()], 'mireg_teacher': lambda: [mireg(), EMATeacherCallback(.9)],
-    'mireg_shift': lambda: [mireg(T=RandomFlips()+RandomLight(.5)+RandomShifts(.5))], 'mi': lambda: [mireg(consistency_weight=0.)]}
+    'partial': lambda: [],
+    'consistency': lambda: [ConsistencyCallback(T=RandomFlips())],
+    'entropy': lambda: [EntropyMinCallback()],
+    'teacher': lambda: [EMATeacherCallback(.9, T=RandomFlips())],
+    'mireg': lambda: [mireg()],
+    'mireg_teacher': lambda: [mireg(), EMATeacherCallback(.9)],
+    'mireg_shift': lambda: [mireg(T=RandomFlips()+RandomLight(.5)+RandomShifts(.5))],
+    'mi': lambda: [mireg(consistency_weight=0.)]}
 
 class Losses(Callback):
     order = 100

@@ -11,7 +11,8 @@ from fastmiseg.models import create_unet
 from fastmiseg.segmenter import SegmenterError, export_onnx, export_segmenter, load_segmenter
 from fastmiseg.scans.recipe import Recipe
 
-recipe = Recipe(spacing=2., size=(32,48), classes=('background','a','b'), labels={0:0, 7:1, 9:2}, window=(-10,300), axis=0)
+recipe = Recipe(spacing=2., size=(32,48), classes=('background','a','b'), labels={0:0, 7:1, 9:2},
+                window=(-10,300), axis=0)
 
 class Untrained:
     "Looks like a learner, as far as export looks"
@@ -21,7 +22,8 @@ class Untrained:
 
 @pytest.fixture(scope='module')
 def file(tmp_path_factory):
-    return export_segmenter(Untrained(width=2), tmp_path_factory.mktemp('seg')/'a.safetensors', seed=3, dice=float('nan'))
+    return export_segmenter(Untrained(width=2), tmp_path_factory.mktemp('seg')/'a.safetensors',
+                            seed=3, dice=float('nan'))
 
 def parts(file):
     with safe_open(file, 'pt') as f: return json.loads(f.metadata()['fastmiseg']),{k:f.get_tensor(k) for k in f.keys()}
@@ -35,7 +37,7 @@ def again(file, tmp_path, change):
     save_file(tensors, out, metadata=dict(fastmiseg=text, checksum=S._sum_of(text, tensors)))
     return out
 
-# -- there and back --------------------------------------------------------------------------------------------------------
+# -- there and back ----------------------------------------------------------------------------------------------------
 def test_all_comes_back(file):
     seg = load_segmenter(file)
     assert seg.recipe==recipe and seg.classes==recipe.classes and not seg.model.training
@@ -45,8 +47,10 @@ def test_with_another_process(heart, tmp_path):
     "Another process, with nothing but the file, gives the same mask"
     scan = heart.df.image[0]
     export_segmenter(heart.learn, tmp_path/'heart.safetensors')
-    code = 'import sys; from fastmiseg.segmenter import load_segmenter; load_segmenter(sys.argv[1]).predict(sys.argv[2], out=sys.argv[3])'
-    subprocess.run([sys.executable, '-W', 'ignore', '-c', code, tmp_path/'heart.safetensors', scan, tmp_path/'seg.nii.gz'], check=True)
+    code = ('import sys; from fastmiseg.segmenter import load_segmenter; '
+            'load_segmenter(sys.argv[1]).predict(sys.argv[2], out=sys.argv[3])')
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code,
+                    tmp_path/'heart.safetensors', scan, tmp_path/'seg.nii.gz'], check=True)
     from fastmiseg.inference import predict_volume
     from fastmiseg.scans.volume import read_volume
     assert np.array_equal(read_volume(tmp_path/'seg.nii.gz').array, predict_volume(heart.learn, scan).array)
@@ -62,7 +66,7 @@ def test_random_state_is_left_alone(file):
     torch.manual_seed(0); load_segmenter(file)
     assert torch.equal(torch.rand(3), a)
 
-# -- loading never runs code -----------------------------------------------------------------------------------------------
+# -- loading never runs code -------------------------------------------------------------------------------------------
 class Evil:
     def __reduce__(self): return (os.mkdir, (os.environ['EVIL'],))
 
@@ -86,11 +90,12 @@ def test_no_download(tmp_path, file, monkeypatch):
     import socket
     def no(*args, **kwargs): raise AssertionError('the network was asked')
     monkeypatch.setattr(socket, 'socket', no)
-    for name in ('hf-hub:somebody/model', 'hf_hub:somebody/model', 'local-dir:/tmp', 'timm/resnet18', 'https://example.org/a'):
+    for name in ('hf-hub:somebody/model', 'hf_hub:somebody/model', 'local-dir:/tmp', 'timm/resnet18',
+                 'https://example.org/a'):
         with pytest.raises(SegmenterError, match='cannot be built'):
             load_segmenter(again(file, tmp_path, lambda a,t: a['arch'].update(arch=name)))
 
-# -- wrong files -----------------------------------------------------------------------------------------------------------
+# -- wrong files -------------------------------------------------------------------------------------------------------
 def put(*keys, value):
     def f(a, t):
         for k in keys[:-1]: a = a[k]
@@ -106,12 +111,14 @@ def put(*keys, value):
     (put('recipe','colour', value=1), "its recipe cannot be used .*'colour'"),
     (put('recipe','size', value=-1), 'its recipe cannot be used .*two positive numbers'),
     (put('recipe', value=[1]), 'its recipe cannot be used'),
-    (lambda a,t: a['recipe'].update(classes=['background','a'], labels=None), 'the network has n_out=3, but the recipe says 2'),
+    (lambda a,t: a['recipe'].update(classes=['background','a'], labels=None),
+     'the network has n_out=3, but the recipe says 2'),
     (put('recipe','channels', value=2), 'the network has n_in=1, but the recipe says 2'),
     (put('arch', value='unet'), 'arch is not a table'),
     (lambda a,t: a['arch'].pop('n_out'), 'the network has n_out=None'),
     (put('training', value=dict(spacing=3)), 'what it says of the training scans cannot be used'),
-    (put('arch','arch', value='nonet'), "the architecture 'nonet' cannot be built .*neither 'unet', 'residual_unet', 'dynamic_unet' nor a timm model"),
+    (put('arch','arch', value='nonet'), "the architecture 'nonet' cannot be built "
+                                        ".*neither 'unet', 'residual_unet', 'dynamic_unet' nor a timm model"),
     (put('arch','arch', value=None), 'the architecture None cannot be built'),
     (put('arch','arch', value='torchvision.models.resnet.os.system'), 'cannot be built'),
     (put('arch','pretrained', value=True), 'pretrained=True is not an argument'),
@@ -128,7 +135,8 @@ def test_refused(file, tmp_path, change, say):
     assert 'b.safetensors' in str(e.value)
 
 def test_not_there_and_folder(tmp_path):
-    with pytest.raises(SegmenterError, match='a.safetensors: does not exist; expected a run folder, or a .safetensors file'):
+    with pytest.raises(SegmenterError, match='a.safetensors: does not exist; '
+                                             'expected a run folder, or a .safetensors file'):
         load_segmenter(tmp_path/'a.safetensors')
     with pytest.raises(SegmenterError, match='cannot be opened'): load_segmenter(tmp_path)
 
@@ -154,7 +162,7 @@ def test_damage(file, tmp_path):
             with pytest.raises(SegmenterError) as e: load_segmenter(out)
             assert str(out) in str(e.value)
 
-# -- writing ---------------------------------------------------------------------------------------------------------------
+# -- writing -----------------------------------------------------------------------------------------------------------
 def test_full_disk(tmp_path, monkeypatch):
     old = export_segmenter(Untrained(width=2), tmp_path/'a.safetensors').read_bytes()
     def full(*args, **kwargs): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -173,7 +181,7 @@ def test_what_cannot_be_exported(tmp_path):
         export_segmenter(foreign, tmp_path/'a.safetensors')
     assert not os.listdir(tmp_path)
 
-# -- ONNX ------------------------------------------------------------------------------------------------------------------
+# -- ONNX --------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('arch,kw', [('unet',dict(width=4)), ('dynamic_unet',dict(width=4)), ('resnet10t',{})])
 def test_onnx(tmp_path, arch, kw):
     pytest.importorskip('onnx', reason='the extra `onnx` is not installed')

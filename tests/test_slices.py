@@ -33,9 +33,11 @@ def scans(draw, smallest=1):
     return Volume(a, spacing, tuple(rng.normal(size=3)*50), tuple(draw(rotations()).ravel()), 'scan.nii.gz')
 
 recipes = st.builds(lambda kw: Recipe(percentiles=(0,100), **kw), st.fixed_dictionaries(dict(
-    spacing=st.sampled_from([None, .5, 1., (1.3,.9), 3.]), size=st.sampled_from([None, 16, (7,24), 5]), axis=st.sampled_from([0,1,2,'auto']),
+    spacing=st.sampled_from([None, .5, 1., (1.3,.9), 3.]), size=st.sampled_from([None, 16, (7,24), 5]),
+    axis=st.sampled_from([0,1,2,'auto']),
     orientation=st.sampled_from([None,'LPS','RAS','IRP']))))
-resizing = st.builds(lambda size, axis: Recipe(size=size, fit='resize', axis=axis), st.sampled_from([16, (7,24)]), st.sampled_from([0,'auto']))
+resizing = st.builds(lambda size, axis: Recipe(size=size, fit='resize', axis=axis),
+                     st.sampled_from([16, (7,24)]), st.sampled_from([0,'auto']))
 
 @quick
 @given(rotations(), st.sampled_from(codes))
@@ -90,14 +92,16 @@ def test_what_comes_out_fits(vol, r):
 def test_intensities_lie_where_they_are_in_the_patient(vol, r, seed):
     "An image that is linear in millimetres: after whatever a recipe does, each pixel holds the value of its place"
     g = np.random.default_rng(seed).normal(size=3)
-    world = lambda zyx: np.array(vol.origin) + (zyx*np.array(vol.spacing))[...,::-1]@np.array(vol.direction).reshape(3,3).T
+    world = lambda zyx: (np.array(vol.origin)
+                         + (zyx*np.array(vol.spacing))[...,::-1]@np.array(vol.direction).reshape(3,3).T)
     ramp = world(np.stack(np.meshgrid(*map(np.arange, vol.shape), indexing='ij'), -1).astype(float))@g
     r = replace(r, window=(float(ramp.min())-1, float(ramp.max())+1))
     x,where = r.slices(vol.like(ramp.astype(np.float32)))
     ijk = np.stack(np.meshgrid(*map(np.arange, (where.n, *where.size)), indexing='ij'), -1).astype(float)
     ijk[...,1:] = ijk[...,1:]*where.scale+where.shift
     n = np.array([vol.shape[o] for o in where.order])
-    margin = np.array([0, *(max(0, s-1)*2 for s in where.scale)])           # coarser grids average: not linear at the border
+    # coarser grids average: not linear at the border
+    margin = np.array([0, *(max(0, s-1)*2 for s in where.scale)])
     inside = ((ijk>=margin)&(ijk<=n-1-margin)).all(-1)
     zyx = np.empty_like(ijk)
     for i,(o,f) in enumerate(zip(where.order, where.flip)): zyx[...,o] = n[i]-1-ijk[...,i] if f else ijk[...,i]
@@ -113,7 +117,8 @@ def blob(n, spacing, seed=0):
     d = lambda: np.sqrt((z/40-rng.uniform(-.2,.2))**2+(y/22-rng.uniform(-.4,.4))**2+(x/18-rng.uniform(-.4,.4))**2)
     return np.where(d()<1, 1, np.where(d()<1.1, 2, 0)).astype(np.uint8)
 
-@pytest.mark.parametrize('scan_mm, recipe_mm', [(1., 1.), (1., .7), (1.56, 1.25), (1.95, 1.), (.8, .8), (1.3, .65), (2., 1.7)])
+@pytest.mark.parametrize('scan_mm, recipe_mm', [
+    (1., 1.), (1., .7), (1.56, 1.25), (1.95, 1.), (.8, .8), (1.3, .65), (2., 1.7)])
 @pytest.mark.parametrize('tilt', [0, 31])
 def test_round_trip_of_masks(scan_mm, recipe_mm, tilt):
     "Dice at least 0.97 where the recipe's spacing is no coarser than the scan's"
@@ -251,7 +256,8 @@ def test_undeclared_values_are_told_with_both_cures():
     assert said==("m.nii: holds the values 0, 1, 2, 3, declared are 0, 1. "
                   "A class for each: Recipe(classes=('background', 'class1', 'class2', 'class3')). "
                   "All as one: Recipe(labels={1: 1, 2: 1, 3: 1}). Or correct the mask")
-    for values,kw in (((0,1,2,3), {}), ((0,205,420), {}), ((0,1,2,5), dict(classes=('background','RV','Myo','LV'))), ((7,8), dict(labels={7:1}))):
+    for values,kw in (((0,1,2,3), {}), ((0,205,420), {}), ((0,1,2,5), dict(classes=('background','RV','Myo','LV'))),
+                      ((7,8), dict(labels={7:1}))):
         said,m = cures(values, **kw)
         for o in said.split('Recipe(')[1:]: eval('Recipe('+o.rsplit('). ', 1)[0]+')').masks(m, where) # both do
     assert 'fractional' in cures((0,1,2.5))[0]

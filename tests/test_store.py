@@ -1,4 +1,5 @@
-"""The slice store under what happens to stores: killed workers, interruptions, several processes, full disks, files that change"""
+"""The slice store under what happens to stores: killed workers, interruptions, several processes, full disks, files
+that change"""
 import os, pickle, re, resource, signal, subprocess, sys, time, warnings
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +49,8 @@ def test_any_number_of_workers_gives_the_same(tmp_path):
 
 def test_workers_start_after_threads_were_used(tmp_path):
     df = make(tmp_path)
-    sitk.SmoothingRecursiveGaussian(sitk.Image(64, 64, 64, sitk.sitkFloat32), 2.) # ITK's threads are up when the workers are forked
+    # ITK's threads are up when the workers are forked
+    sitk.SmoothingRecursiveGaussian(sitk.Image(64, 64, 64, sitk.sitkFloat32), 2.)
     go(tmp_path/'a', df)
 
 def test_spawned_workers(tmp_path, monkeypatch):
@@ -73,7 +75,8 @@ def test_a_killed_worker_loses_only_the_scan_in_hand(tmp_path, monkeypatch):
         if path.endswith('s3.nii.gz'): os.kill(os.getpid(), signal.SIGKILL)
         return read_volume(path, **kw)
     monkeypatch.setattr(P, 'read_volume', read)
-    with pytest.raises(VolumeError, match='(?s)1 of 8 scans cannot be used.*s3.nii.gz: the process that prepared it was killed: is there enough memory') as e:
+    with pytest.raises(VolumeError, match='(?s)1 of 8 scans cannot be used.*s3.nii.gz: '
+                                          'the process that prepared it was killed: is there enough memory') as e:
         go(tmp_path/'a', df)
     assert e.value.problems.scan.tolist()==['s3']
     store = go(tmp_path/'a', df, skip_bad=True)
@@ -98,8 +101,9 @@ if __name__=='__main__':
 '''
 def start(tmp_path, store, df):
     df.to_pickle(tmp_path/'df.pkl'); (tmp_path/'slow.py').write_text(slow)
-    p = subprocess.Popen([sys.executable, str(tmp_path/'slow.py'), str(store), str(tmp_path/'df.pkl')], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                         text=True, env={**os.environ, 'OMP_NUM_THREADS':'1'}, start_new_session=True)
+    p = subprocess.Popen([sys.executable, str(tmp_path/'slow.py'), str(store), str(tmp_path/'df.pkl')],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         env={**os.environ, 'OMP_NUM_THREADS':'1'}, start_new_session=True)
     p.stdout.readline()
     return p
 def until(what, seconds=30):
@@ -155,7 +159,9 @@ def test_two_processes_prepare_one_store(tmp_path):
 def test_a_full_disk_keeps_what_is_prepared(tmp_path):
     df = make(tmp_path, 4)
     big = Volume(np.random.default_rng(0).integers(0, 99, (40,24,28)).astype(np.int16))
-    df = pd.concat([df, pd.DataFrame([dict(subject='big', scan='big', image=str(write_volume(big, tmp_path/'big.nii.gz')), mask=None, split='unlabeled')])])
+    df = pd.concat([df, pd.DataFrame([
+        dict(subject='big', scan='big', image=str(write_volume(big, tmp_path/'big.nii.gz')),
+             mask=None, split='unlabeled')])])
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
     try:
@@ -191,7 +197,7 @@ def test_changed_files_are_noticed(tmp_path):
     store = go(tmp_path/'a', df)
     before = entries(store)
     os.utime(df.image[0]); os.utime(df['mask'][1])
-    assert entries(go(tmp_path/'a', df)).keys()==before.keys()           # another time, the same bytes: the same entries
+    assert entries(go(tmp_path/'a', df)).keys()==before.keys() # another time, the same bytes: the same entries
     v = read_volume(df.image[0])
     write_volume(v.like(v.array[:,::-1]), df.image[0])
     new = go(tmp_path/'a', df)
@@ -236,8 +242,9 @@ def test_damage_in_the_store_is_repaired(tmp_path):
     df = make(tmp_path)
     store = go(tmp_path/'a', df)
     before = entries(store)
-    (store.dir/'index.json').write_text('{"files": {')                  # no index: everything is hashed again and found
-    assert {k:v for k,v in entries(go(tmp_path/'a', df)).items() if 'mask' not in k}=={k:v for k,v in before.items() if 'mask' not in k}
+    (store.dir/'index.json').write_text('{"files": {') # no index: everything is hashed again and found
+    images = lambda entries: {k:v for k,v in entries.items() if 'mask' not in k}
+    assert images(entries(go(tmp_path/'a', df)))==images(before)
     for end in ('.image.npy','.mask.npy','.json'):
         o = next(o for o in sorted(store.dir.iterdir()) if o.name.endswith(end) and o.name!='index.json')
         o.write_bytes(o.read_bytes()[:100])
@@ -281,7 +288,8 @@ def test_subjects_percentiles_do_without_a_bad_sibling(tmp_path):
     store = go(tmp_path/'a', df, r, skip_bad=True)
     assert np.allclose(store.image('s0', slice(None)), recipe.slices(read_volume(df.image[0]))[0], atol=1/65535)
     before = entries(store)
-    write_volume(Volume(np.random.default_rng(5).integers(0, 5000, (4,24,28)).astype(np.int16), (5.,1.,1.)), df.image[1])
+    write_volume(Volume(np.random.default_rng(5).integers(0, 5000, (4,24,28)).astype(np.int16), (5.,1.,1.)),
+                 df.image[1])
     df.loc[1,'mask'] = None
     whole = go(tmp_path/'a', df, r)
     assert whole.image('s0', 0).max()<.5 and before.keys()<entries(whole).keys()
@@ -328,7 +336,8 @@ def test_channels(tmp_path):
 
 def test_bad_cohorts(tmp_path):
     df = make(tmp_path, 2)
-    for bad,text in ((df.drop(columns='scan'), 'no column scan'), (df[:0], 'has no scans'), (pd.concat([df, df]), 'names 2 scan')):
+    for bad,text in ((df.drop(columns='scan'), 'no column scan'), (df[:0], 'has no scans'),
+                     (pd.concat([df, df]), 'names 2 scan')):
         with pytest.raises(ValueError, match=text): go(tmp_path/'a', bad)
     assert not (tmp_path/'a').exists()
 

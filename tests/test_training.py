@@ -1,4 +1,5 @@
-"""One training from its settings: files of settings, options of the command, every method, and going on after an interruption"""
+"""One training from its settings: files of settings, options of the command, every method, and going on after an
+interruption"""
 import inspect, json, os, sys
 from dataclasses import fields, replace
 import pandas as pd, pytest, torch
@@ -60,22 +61,35 @@ def test_settings_from_files(tmp_path):
         Settings.from_file(tmp_path/'list.json')
 
 @pytest.mark.parametrize('bad,said', [
-    (dict(epochs=0), 'epochs: 0 is below 1'), (dict(epochs=1.5), 'epochs: expected int, got 1.5'), (dict(skip_bad=1), 'skip_bad: expected bool, got 1'),
-    (dict(lr='fast'), "lr: expected float, got 'fast'"), (dict(method=None), 'method: expected str, got None'),
+    (dict(epochs=0), 'epochs: 0 is below 1'),
+    (dict(epochs=1.5), 'epochs: expected int, got 1.5'),
+    (dict(skip_bad=1), 'skip_bad: expected bool, got 1'),
+    (dict(lr='fast'), "lr: expected float, got 'fast'"),
+    (dict(method=None), 'method: expected str, got None'),
     (dict(mireg=[1]), r'mireg: expected dict, got \[1\]'),
-    (dict(consistency=[5]), r'consistency: \[5\] is not a weight'), (dict(consistency='5'), "consistency: '5' is not a weight"),
-    (dict(consistency=[5,.5,'up']), 'is not a weight; give a number, or'), (dict(flips='x'), "flips: got 'x', expected h, v, hv or none"),
-    (dict(lr=0.), 'lr: 0.0 is not above 0, and below 1000'), (dict(lr=float('nan')), 'lr: nan is not above 0'), (dict(div=0.), 'div: 0.0 is not above 0'),
-    (dict(pct_start=1.), 'pct_start: 1.0 is not between 0 and 1'), (dict(wd=-1.), 'wd: -1.0 is below 0'), (dict(decay=1.), 'decay: 1.0 is not between 0 and 1'),
+    (dict(consistency=[5]), r'consistency: \[5\] is not a weight'),
+    (dict(consistency='5'), "consistency: '5' is not a weight"),
+    (dict(consistency=[5,.5,'up']), 'is not a weight; give a number, or'),
+    (dict(flips='x'), "flips: got 'x', expected h, v, hv or none"),
+    (dict(lr=0.), 'lr: 0.0 is not above 0, and below 1000'),
+    (dict(lr=float('nan')), 'lr: nan is not above 0'),
+    (dict(div=0.), 'div: 0.0 is not above 0'),
+    (dict(pct_start=1.), 'pct_start: 1.0 is not between 0 and 1'),
+    (dict(wd=-1.), 'wd: -1.0 is below 0'),
+    (dict(decay=1.), 'decay: 1.0 is not between 0 and 1'),
     (dict(width=10**6), 'width: 1000000 is not at most 4096'),
-    (dict(loss='dice'), "loss: got 'dice', expected ce or ce\\+dice"), (dict(passes=4), 'passes: 4 is not 1, 2 or 3')])
+    (dict(loss='dice'), "loss: got 'dice', expected ce or ce\\+dice"),
+    (dict(passes=4), 'passes: 4 is not 1, 2 or 3')])
 def test_wrong_settings(bad, said):
     with pytest.raises(ValueError, match=said): Settings.from_dict(bad)
 
 @pytest.mark.parametrize('bad,said', [
-    (dict(mireg=dict(clusters=3)), "mireg: MIRegCallback takes no 'clusters' here; there are global_layers, local_layers, n_clusters"),
-    (dict(mireg=dict(T=1)), "mireg: MIRegCallback takes no 'T' here"), (dict(mireg=dict(neighborhood=3)), 'mireg: .*cannot be used'),
-    (dict(method='pseudo', labels=dict(weight=1)), "labels: PseudoLabelCallback takes no 'weight' here; there are threshold")])
+    (dict(mireg=dict(clusters=3)),
+     "mireg: MIRegCallback takes no 'clusters' here; there are global_layers, local_layers, n_clusters"),
+    (dict(mireg=dict(T=1)), "mireg: MIRegCallback takes no 'T' here"),
+    (dict(mireg=dict(neighborhood=3)), 'mireg: .*cannot be used'),
+    (dict(method='pseudo', labels=dict(weight=1)),
+     "labels: PseudoLabelCallback takes no 'weight' here; there are threshold")])
 def test_wrong_arguments_of_callbacks(bad, said):
     with pytest.raises(ValueError, match=said): callbacks_of(Settings(**bad))
 
@@ -129,9 +143,11 @@ class Stop(Callback):
     dict(method='pretrain'), dict(method='mireg+teacher', one_cycle=False),
     dict(method='pseudo+teacher', loss='ce+dice', passes=2)])
 def test_goes_on(hearts, some, tmp_path, changes):
-    "Interrupted in the middle and called again, a training ends with the weights and the log of one that nobody disturbed"
+    """Interrupted in the middle and called again, a training ends with the weights and the log of one that nobody
+    disturbed"""
     s = replace(tiny, **changes)
-    train = lambda path, **kw: fit(s, some, hearts.recipe, hearts.root/'slices', path, every=1, workers=0, quiet=True, **kw)
+    train = lambda path, **kw: fit(s, some, hearts.recipe, hearts.root/'slices', path,
+                                   every=1, workers=0, quiet=True, **kw)
     whole,_ = train(tmp_path/'a')
     with pytest.raises(KeyboardInterrupt): train(tmp_path/'b', cbs=[*callbacks_of(s), Stop(2)])
     again,_ = train(tmp_path/'b')
@@ -140,7 +156,8 @@ def test_goes_on(hearts, some, tmp_path, changes):
     pd.testing.assert_frame_equal(*logs)
 
 def test_full_supervision_sees_all_masks(hearts, some):
-    learn,cbs = fit(replace(tiny, method='full', epochs=1), some, hearts.recipe, hearts.root/'slices', workers=0, quiet=True)
+    learn,cbs = fit(replace(tiny, method='full', epochs=1), some, hearts.recipe, hearts.root/'slices',
+                    workers=0, quiet=True)
     assert cbs==[] and getattr(learn.dls.train, 'unlabeled', None) is None
     labelled = {o.scan for o in learn.dls.train.dataset.items}
     assert labelled==set(some.scan[:5])
@@ -211,5 +228,6 @@ def test_several_processes_without_accelerate(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setitem(sys.modules, 'accelerate', None)
     with pytest.raises(SystemExit, match='2'): cli.train(str(tmp_path), str(tmp_path/'run'))
-    assert 'several processes were started, and training in them needs accelerate: pip install accelerate' in capsys.readouterr().err
+    assert ('several processes were started, and training in them needs accelerate: pip install accelerate'
+            in capsys.readouterr().err)
     assert not (tmp_path/'run').exists()

@@ -49,7 +49,8 @@ def python(script, code, *args, **kw):
     "A process that runs this code, from a file"
     script.write_text(f'import sys\n{code}\n')
     return subprocess.Popen([sys.executable, '-W', 'ignore', str(script), *map(str, args)], text=True,
-                            env={**os.environ, 'OMP_NUM_THREADS':'1'}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
+                            env={**os.environ, 'OMP_NUM_THREADS':'1'},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
 
 @pytest.fixture(scope='module')
 def root(hearts, tmp_path_factory):
@@ -100,14 +101,17 @@ def test_a_second_command_is_told(root):
         assert 'done' in said, err
     finally: other.kill()
     assert len(pd.read_csv(run/'log.csv'))==1 and not list(root.rglob('*in-use')) and not list(root.rglob('*.jsonl'))
-    assert sorted(o.name for o in (root/'segs').iterdir())==sorted(f'{s}.nii.gz' for s in load_cohort(root/'six.csv', 'csv').scan)
+    assert (sorted(o.name for o in (root/'segs').iterdir())
+            ==sorted(f'{s}.nii.gz' for s in load_cohort(root/'six.csv', 'csv').scan))
     load_segmenter(run/'model.safetensors', 'cpu')
 
 def test_two_trainings_started_at_once(root):
     "One trains; the other leaves with an exit code and a sentence, and the run is that of the first"
     code = 'from fastmiseg.cli import train\nif __name__=="__main__": sys.exit(train())'
-    options = ['--epochs=1', '--n-iters=3', '--width=2', '--bs=2', '--unlabeled-bs=2', '--workers=0', '--size=32', '--labeled=2', '--valid=1', '--test=1']
-    both = [python(root/'fastmiseg-train', code, root/'six.csv', '--out', root/'same', '--method', o, *options) for o in ('consistency','entropy')]
+    options = ['--epochs=1', '--n-iters=3', '--width=2', '--bs=2', '--unlabeled-bs=2', '--workers=0', '--size=32',
+               '--labeled=2', '--valid=1', '--test=1']
+    both = [python(root/'fastmiseg-train', code, root/'six.csv', '--out', root/'same', '--method', o, *options)
+            for o in ('consistency','entropy')]
     ends = [o.communicate(timeout=300) for o in both]
     codes = [o.returncode for o in both]
     assert sorted(codes)==[0,2], ends

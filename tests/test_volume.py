@@ -44,7 +44,8 @@ def test_dtype_survives(ext, dtype, tmp_path):
 @given(seed=st.integers(0, 2**31), ext=st.sampled_from(extensions))
 def test_geometry_survives(seed, ext, tmp_path):
     rng = np.random.default_rng(seed)
-    vol = scan(rng, spacing=tuple(rng.uniform(.2, 12, 3)), origin=tuple(rng.uniform(-500, 500, 3)), shape=tuple(rng.integers(1, 7, 3)))
+    vol = scan(rng, spacing=tuple(rng.uniform(.2, 12, 3)), origin=tuple(rng.uniform(-500, 500, 3)),
+               shape=tuple(rng.integers(1, 7, 3)))
     back = read_volume(write_volume(vol, tmp_path/f'a{ext}'))
     assert np.allclose(back.spacing, vol.spacing, rtol=1e-6)
     assert np.allclose(back.origin, vol.origin, rtol=1e-6, atol=1e-4)
@@ -108,7 +109,9 @@ def test_failed_write_leaves_nothing(tmp_path):
             else: print('written?', name)'''
     p = subprocess.run([sys.executable, '-c', textwrap.dedent(code), str(tmp_path)], capture_output=True, text=True)
     lines = p.stdout.splitlines()
-    assert p.returncode==0 and len(lines)==6 and all('VolumeError' not in o and str(tmp_path) in o and 'written?' not in o for o in lines), (p.stdout, p.stderr)
+    assert (p.returncode==0 and len(lines)==6
+            and all('VolumeError' not in o and str(tmp_path) in o and 'written?' not in o
+                    for o in lines)), (p.stdout, p.stderr)
     assert os.listdir(tmp_path)==['a.nii.gz'] and f.read_bytes()==before
 
 def test_unwritable(tmp_path):
@@ -144,7 +147,8 @@ def test_impossible_paths(tmp_path):
     (tmp_path/'a').symlink_to(tmp_path/'b'); (tmp_path/'b').symlink_to(tmp_path/'a')
     with pytest.raises(VolumeError, match='symbolic links'): read_volume(tmp_path/'a')
     (tmp_path/'gone.nii').symlink_to(tmp_path/'nowhere.nii')
-    with pytest.raises(VolumeError, match='gone.nii: does not exist; expected a scan: check the name, and where a link leads'):
+    with pytest.raises(VolumeError, match='gone.nii: does not exist; '
+                                          'expected a scan: check the name, and where a link leads'):
         read_volume(tmp_path/'gone.nii')
     os.mkfifo(tmp_path/'pipe.nii')
     with pytest.raises(VolumeError, match='is a named pipe'): read_volume(tmp_path/'pipe.nii')
@@ -211,7 +215,8 @@ def test_warnings_come_back_from_processes(start, tmp_path, capfd):
 
 def test_noise_is_accepted_with_a_warning_and_more_is_not(tmp_path):
     image = scan(dtype=np.float32)
-    for field,noise,wrong in [('origin',(1e-4,0,0),(.1,0,0)), ('spacing',(1e-4,0,0),(.1,0,0)), ('direction',(1e-4,)+(0,)*8,(.1,)+(0,)*8)]:
+    for field,noise,wrong in [('origin',(1e-4,0,0),(.1,0,0)), ('spacing',(1e-4,0,0),(.1,0,0)),
+                              ('direction',(1e-4,)+(0,)*8,(.1,)+(0,)*8)]:
         other = lambda d: replace(image, **{field: tuple(np.add(getattr(image,field), d))})
         with collect_warnings() as found: check_same_geometry(image, other(noise))
         assert len(found)==1 and field in found[0].text
@@ -219,13 +224,15 @@ def test_noise_is_accepted_with_a_warning_and_more_is_not(tmp_path):
             check_same_geometry(image, other(wrong))
     with collect_warnings() as found: check_same_geometry(image, image)
     assert not found
-    f,g = write_volume(image, tmp_path/'image.mha'), write_volume(replace(image.like(image.array>50), spacing=(5.,1.25,2.)), tmp_path/'mask.nrrd')
+    f = write_volume(image, tmp_path/'image.mha')
+    g = write_volume(replace(image.like(image.array>50), spacing=(5.,1.25,2.)), tmp_path/'mask.nrrd')
     with pytest.raises(VolumeError) as e: read_scan(f, g)
     assert str(f) in str(e.value) and str(g) in str(e.value)
 
 def test_same_mask_in_another_format_is_silent_or_noise(tmp_path):
     image = scan(np.random.default_rng(3), origin=(-123.456789,234.567891,-1234.56789))
-    f,g = write_volume(image, tmp_path/'image.mha'), write_volume(image.like((image.array>50)*1.), tmp_path/'mask.nii.gz')
+    f = write_volume(image, tmp_path/'image.mha')
+    g = write_volume(image.like((image.array>50)*1.), tmp_path/'mask.nii.gz')
     with collect_warnings(): x,y = read_scan(f, g)
     assert y.array.dtype==np.uint8 and y.origin==x.origin and y.direction==x.direction
 
@@ -255,9 +262,10 @@ def write_series(folder, vol, uid='1.2.3.4', names=None, leave_out=()):
         if i in leave_out: continue
         s = im[:,:,i]
         at = im.TransformIndexToPhysicalPoint((0,0,i))
-        for k,v in {'0020|000e':uid, '0020|000d':uid+'.1', '0008|0018':f'{uid}.{i+9}', '0008|0060':'MR', '0020|0013':str(n-i), '0018|0050':str(vol.spacing[0]),
-                    '0020|0032':'\\'.join(f'{o:.6f}' for o in at), '0020|0037':'\\'.join(f'{d[k]:.7f}' for k in (0,3,6,1,4,7))}.items():
-                        s.SetMetaData(k,v)
+        for k,v in {'0020|000e':uid, '0020|000d':uid+'.1', '0008|0018':f'{uid}.{i+9}', '0008|0060':'MR',
+                    '0020|0013':str(n-i), '0018|0050':str(vol.spacing[0]),
+                    '0020|0032':'\\'.join(f'{o:.6f}' for o in at),
+                    '0020|0037':'\\'.join(f'{d[k]:.7f}' for k in (0,3,6,1,4,7))}.items(): s.SetMetaData(k,v)
         w.SetFileName(str(folder/f'IM{n-i:04d}.dcm')); w.Execute(s)
     return folder
 

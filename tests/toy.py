@@ -16,7 +16,8 @@ def disc(i, size=16, channels=1):
     return (.3*y+.3+.2*torch.randn(size,size,generator=g))[None].repeat(channels,1,1), y
 
 def loaders(bs=2, unlabeled_bs=3, n_iters=4, seed=0, n=20, size=16, channels=1, **kw):
-    image,mask = (TransformBlock(type_tfms=f) for f in (lambda i: TensorImage(disc(i,size,channels)[0]), lambda i: TensorMask(disc(i,size)[1])))
+    image,mask = (TransformBlock(type_tfms=f) for f in (lambda i: TensorImage(disc(i,size,channels)[0]),
+                                                        lambda i: TensorMask(disc(i,size)[1])))
     block = SemiSupDataBlock(blocks=[image,mask], splitter=lambda items: (range(4), range(4,9), range(9,n)))
     return block.dataloaders(list(range(n)), bs=bs, unlabeled_bs=unlabeled_bs, n_iters=n_iters, seed=seed, **kw)
 

@@ -1,4 +1,5 @@
-"One of several gloo processes that share a device (or the only one, with the batch of all): trains, and writes what it has in the end"
+"""One of several gloo processes that share a device (or the only one, with the batch of all): trains, and writes what
+it has in the end"""
 import sys, warnings; warnings.filterwarnings('ignore')
 import torch, torch.distributed as dist
 from fastai.basics import Callback, SGD
@@ -24,10 +25,12 @@ if __name__=='__main__':
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False
     if world>1: dist.init_process_group('gloo', init_method=f'file://{path}/meet', rank=rank, world_size=world)
-    learn = quiet(learner(path, net=GroupNormed, dls=loaders(bs=4//world, unlabeled_bs=4//world, device=device), opt_func=SGD))
+    dls = loaders(bs=4//world, unlabeled_bs=4//world, device=device)
+    learn = quiet(learner(path, net=GroupNormed, dls=dls, opt_func=SGD))
     learn.model.to(device)
     if world>1: learn.model = DistributedDataParallel(learn.model)
     learn.fit(2, 1e-2, cbs=[ConsistencyCallback(), keep:=Keep()])
     model = learn.model.module if world>1 else learn.model
-    torch.save(dict(model={k:o.cpu() for k,o in model.state_dict().items()}, steps=[float(o) for o in keep.losses]), f'{path}/{world}-{rank}.pt')
+    torch.save(dict(model={k:o.cpu() for k,o in model.state_dict().items()}, steps=[float(o) for o in keep.losses]),
+               f'{path}/{world}-{rank}.pt')
     if world>1: dist.destroy_process_group()

@@ -1,4 +1,5 @@
-"One of several gloo processes on the CPU (or the only one, with the batch of all): trains, and writes what it has in the end"
+"""One of several gloo processes on the CPU (or the only one, with the batch of all): trains, and writes what it has in
+the end"""
 import os, sys, warnings; warnings.filterwarnings('ignore')
 from contextlib import nullcontext
 import torch, torch.distributed as dist
@@ -41,13 +42,15 @@ class Seen(Callback):
     def _mine(self): return [cb for cb in self.learn.cbs if isinstance(cb, SemiSupCallback)]
 
 def plain_loaders(bs):
-    ds = Datasets(list(range(13)), tfms=[[lambda i: TensorImage(disc(i)[0])], [lambda i: TensorMask(disc(i)[1])]], splits=[range(8),range(8,13)])
+    ds = Datasets(list(range(13)), tfms=[[lambda i: TensorImage(disc(i)[0])], [lambda i: TensorMask(disc(i)[1])]],
+                  splits=[range(8),range(8,13)])
     return ds.dataloaders(bs=bs, num_workers=0, shuffle=False, device='cpu')
 
 def run(kind, path, world):
     n = 1 if world>1 else 2
     norm = kind=='norm'
-    cbs = [mi:=small_mireg(unlabeled=list(range(13,21)) if kind=='files' else None), teacher:=EMATeacherCallback(decay=.5), seen:=Seen()]
+    cbs = [mi:=small_mireg(unlabeled=list(range(13,21)) if kind=='files' else None),
+           teacher:=EMATeacherCallback(decay=.5), seen:=Seen()]
     learn = quiet(learner(path, net=None if norm else GroupNormed,
                           dls=plain_loaders(2*n) if kind=='files' else loaders(bs=2*n, unlabeled_bs=4*n, n_iters=4),
                           metrics=VolumeDice()))
@@ -83,10 +86,12 @@ class Stop(Callback):
         if self.training and self.train_iter==self.at: raise KeyboardInterrupt
 
 def resume(kind, path, rank, stops):
-    "Each process has random numbers of its own, and other ones at each attempt; interrupted in the middle of an epoch and at its end"
+    """Each process has random numbers of its own, and other ones at each attempt; interrupted in the middle of an epoch
+    and at its end"""
     for k,stop in enumerate([*stops, None]):
         set_seed(10*k+rank)
-        learn = quiet(learner(path, net=Noisy, seed=10*k+rank, dls=plain_loaders(2) if kind=='files' else loaders(bs=2, unlabeled_bs=4, n_iters=4)))
+        dls = plain_loaders(2) if kind=='files' else loaders(bs=2, unlabeled_bs=4, n_iters=4)
+        learn = quiet(learner(path, net=Noisy, seed=10*k+rank, dls=dls))
         cbs = [mi:=small_mireg(unlabeled=list(range(13,21)) if kind=='files' else None),
                teacher:=EMATeacherCallback(decay=.5), ResumeCallback(f'{path}/{kind}{len(stops)}', every=1), Stop(stop)]
         try:
@@ -98,7 +103,8 @@ def resume(kind, path, rank, stops):
                 log=dict(values=torch.tensor(list(learn.recorder.values[-1]))))
 
 def refused(path, rank):
-    "A folder that is not shared, one written by another number of processes, one where another training is, other settings"
+    """A folder that is not shared, one written by another number of processes, one where another training is, other
+    settings"""
     res = []
     def fit(folder, lr=None):
         learn = quiet(learner(path, net=Noisy, dls=loaders(bs=2, unlabeled_bs=4, n_iters=4)))
@@ -113,7 +119,8 @@ def refused(path, rank):
         dist.barrier()
         try: fit(folder)
         except ValueError as e: res.append(str(e))
-    with only_one(f'{path}/paired0') if not rank else nullcontext(): # held by the process that would write, in another open file
+    # held by the process that would write, in another open file
+    with only_one(f'{path}/paired0') if not rank else nullcontext():
         dist.barrier()
         try: fit(f'{path}/paired0')
         except ValueError as e: res.append(str(e))
@@ -126,7 +133,8 @@ if __name__=='__main__':
     path,world,rank = sys.argv[1],int(os.environ.get('WORLD_SIZE', 1)),int(os.environ.get('RANK', 0))
     torch.set_num_threads(1)
     res = {k: run(k, path, world) for k in ('paired','norm','files')}
-    res['own'] = {m.__name__: own(m, path, world) for m in [*METHODS, pseudo_labels, CopyPasteCallback, balanced_mireg, all_together]}
+    res['own'] = {m.__name__: own(m, path, world)
+                  for m in [*METHODS, pseudo_labels, CopyPasteCallback, balanced_mireg, all_together]}
     if world>1:
         for k in ('paired','files'):
             res[f'resumed {k}'] = [resume(k, path, rank, stops) for stops in ((), (1,2,3) if k=='files' else (3,4,6))]

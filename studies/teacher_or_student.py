@@ -1,5 +1,5 @@
-"""Whom to validate: the teacher with averaged statistics of batch norm, the teacher with those of its own passes,
-or the student. Writes teacher_or_student.md
+"""Whom to validate: the teacher with averaged statistics of batch norm, the teacher with those of
+its own passes, or the student. Writes teacher_or_student.md
 
     python studies/teacher_or_student.py DATA --recipe hippocampus"""
 import time, warnings
@@ -67,14 +67,20 @@ def main(
                 rows.append(dict(who=k, seed=seed, step=i*n, dice=dice))
     def said(o): return f"{o.mean():.3f} ({', '.join(map('{:.3f}'.format, o))})"
     table = pd.DataFrame(rows).groupby(['who','step']).dice.agg(said).unstack('step').loc[list(who)]
-    given = dict(recipe=(recipe,'auto'), preset=(preset,'cpu-long'), seeds=(seeds,3), parts=(parts,4), n_iters=(n_iters,None))
+    given = dict(recipe=(recipe,'auto'), preset=(preset,'cpu-long'), seeds=(seeds,3), parts=(parts,4),
+                 n_iters=(n_iters,None))
     options = [f"--{k.replace('_','-')} {v}" for k,(v,usual) in given.items() if v!=usual]
-    page = '\n'.join(['# Whom to validate', '', ' '.join(['    python studies/teacher_or_student.py DATA', *options]), '',
-        f"All terms with a teacher: U-Net of width {s.width}, {parts*n} steps of {s.bs} labelled and {s.unlabeled_bs} unlabelled "
-        f"slices, weights {', '.join(f'{k} {w}' for k,w in s.weights.items())} ([a, b] is reached after b of the steps), "
-        f"jitter {s.jitter}, shift {s.shift}, decay of the teacher {s.decay:g}; {p.labeled} labelled subjects. Dice of the "
-        f"validation scans ({valid.subject.nunique()} subjects), mean (and each) of {seeds} seeds; the three values of a seed "
-        f"and a step are of one training. {(time.perf_counter()-begun)/60:.0f} minutes of one core. {versions()}.", '',
-        markdown(['', *(f'{k} steps' for k in table.columns)], ([k, *o] for k,o in zip(table.index, table.values))), ''])
+    page = '\n'.join([
+        '# Whom to validate', '',
+        ' '.join(['    python studies/teacher_or_student.py DATA', *options]), '',
+        f"All terms with a teacher: U-Net of width {s.width}, {parts*n} steps of {s.bs} labelled and "
+        f"{s.unlabeled_bs} unlabelled slices, weights {', '.join(f'{k} {w}' for k,w in s.weights.items())} "
+        f"([a, b] is reached after b of the steps), jitter {s.jitter}, shift {s.shift}, decay of the teacher "
+        f"{s.decay:g}; {p.labeled} labelled subjects. Dice of the validation scans "
+        f"({valid.subject.nunique()} subjects), mean (and each) of {seeds} seeds; the three values of a seed "
+        f"and a step are of one training. {(time.perf_counter()-begun)/60:.0f} minutes of one core. "
+        f"{versions()}.", '',
+        markdown(['', *(f'{k} steps' for k in table.columns)],
+                 ([k, *o] for k,o in zip(table.index, table.values))), ''])
     (Path(out)/'teacher_or_student.md').write_text(page, encoding='utf-8')
     print(page)

@@ -118,7 +118,8 @@ def main(
     seed:int=0,         # Of the trainings
     n_iters:int=None    # Steps to an epoch, instead of the preset's
 ):
-    "Watch trainings with all terms: mutual information at 0.01, at the paper's 0.1, and at 0.1 with a T that also shifts"
+    """Watch trainings with all terms: mutual information at 0.01, at the paper's 0.1,
+    and at 0.1 with a T that also shifts"""
     warnings.filterwarnings('ignore')
     torch.set_num_threads(1)
     out,p,pulls,used = Path(out),presets[preset],[],[]
@@ -139,15 +140,19 @@ def main(
     table = table[['ratio','cosine']].median().unstack('training').reset_index()
     given = dict(recipe=(recipe,'auto'), preset=(preset,'cpu-shift'), seed=(seed,0), n_iters=(n_iters,None))
     options = [f"--{k.replace('_','-')} {v}" for k,(v,usual) in given.items() if v!=usual]
-    page = '\n'.join(['# What the terms pull at, and what the clusters follow', '',
+    page = '\n'.join([
+        '# What the terms pull at, and what the clusters follow', '',
         ' '.join(['    python studies/why.py DATA', *options]), '',
-        'Gradient of each weighted term over that of the supervised loss (norms, parameters of a stage; median over the steps), '
-        f'and the cosine between the two. Three trainings with all terms, seed {seed}: U-Net of width {s.width}, '
-        f'{s.epochs*s.n_iters} steps, consistency {s.consistency} ([a, b] is reached after b of the steps), T with jitter '
-        f'{s.jitter}, in the last one with shift {s.shift} too. {versions()}.', '', as_text(table), '',
-        'Clusters on 64 validation slices, means over the heads. Evenness: entropy of the marginal over log K. Tells of: mutual '
-        'information with the class of the mask, with ten steps of intensity, or with the place in the image (ten bands of rows '
-        'or of columns), as a share of their entropy.', '', as_text(pd.DataFrame(used)), ''])
+        'Gradient of each weighted term over that of the supervised loss (norms, parameters of a stage; '
+        'median over the steps), and the cosine between the two. Three trainings with all terms, '
+        f'seed {seed}: U-Net of width {s.width}, {s.epochs*s.n_iters} steps, consistency {s.consistency} '
+        f'([a, b] is reached after b of the steps), T with jitter {s.jitter}, in the last one with shift '
+        f'{s.shift} too. {versions()}.', '',
+        as_text(table), '',
+        'Clusters on 64 validation slices, means over the heads. Evenness: entropy of the marginal over '
+        'log K. Tells of: mutual information with the class of the mask, with ten steps of intensity, or '
+        'with the place in the image (ten bands of rows or of columns), as a share of their entropy.', '',
+        as_text(pd.DataFrame(used)), ''])
     (out/'why.md').write_text(page, encoding='utf-8')
     plot_pulls(pulls, out/'why.png')
     print(page)

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(not (ROOT/'benchmarks'/'gpu.sh').exists(), reason='benchmarks are not part of an installed package')
+pytestmark = pytest.mark.skipif(not (ROOT/'benchmarks'/'gpu.sh').exists(),
+                                reason='benchmarks are not part of an installed package')
 
 def run(out, *parts):
     env = {**os.environ, 'DRY':'1', 'PYTHON':sys.executable, 'OMP_NUM_THREADS':'1'}
-    res = subprocess.run(['bash', str(ROOT/'benchmarks'/'gpu.sh'), str(out), *parts], env=env, capture_output=True, text=True, timeout=300)
+    res = subprocess.run(['bash', str(ROOT/'benchmarks'/'gpu.sh'), str(out), *parts],
+                         env=env, capture_output=True, text=True, timeout=300)
     assert res.returncode==0, res.stderr[-2000:]
     return res.stdout
 
@@ -23,7 +25,8 @@ def test_dry(tmp_path):
     assert not any(notes.values()), (notes, log[-3000:])
     assert not [o for o in rows if 'error' in o], log[-3000:]
     page = (tmp_path/'gpu.md').read_text()
-    for head in ('## Without waiting','## Milliseconds to a step','Reading a batch:',"## At the paper's size"): assert head in page
+    for head in ('## Without waiting','## Milliseconds to a step','Reading a batch:',"## At the paper's size"):
+        assert head in page
     again = run(tmp_path)
     assert all(f'== {part}: done before' in again for part in notes)
 
@@ -39,7 +42,7 @@ def test_where_nothing_reads_scans(tmp_path, monkeypatch):
     res = subprocess.run([sys.executable, '-c', code], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert res.returncode==0, res.stderr[-2000:]
 
-# -- studies, without the scans ----------------------------------------------------------------------------------------------
+# -- studies, without the scans ----------------------------------------------------------------------------------------
 @pytest.fixture
 def gpu_studies(monkeypatch):
     monkeypatch.syspath_prepend(ROOT/'benchmarks')
@@ -55,7 +58,9 @@ def test_studies_elsewhere(gpu_studies, tmp_path, capsys):
     make_phantom(tmp_path/'scans', n_subjects=26, seed=0, size=(32,40))
     gpu_studies.pack(tmp_path/'carried', [f"phantom={tmp_path/'scans'}"])
     shutil.rmtree(tmp_path/'scans')
-    plan = dict(title='Tiny', score='valid', ours='b', rows=dict(a=dict(method='partial', width=4), b=dict(method='teacher', width=4, recipe=dict(jitter=.5))))
+    plan = dict(title='Tiny', score='valid', ours='b', rows=dict(
+        a=dict(method='partial', width=4),
+        b=dict(method='teacher', width=4, recipe=dict(jitter=.5))))
     (tmp_path/'tiny.json').write_text(json.dumps(plan))
     def go(out, seeds):
         args = SimpleNamespace(epochs=1, n_iters=3, seeds=seeds, score='valid-slices', processes=0, limit=100)
@@ -71,5 +76,6 @@ def test_studies_elsewhere(gpu_studies, tmp_path, capsys):
     assert {o['recipe']['jitter'] for o in there.runs() if o['settings']['method']=='teacher'}=={.5}
     kw = dict(preset='phantom', labeled=1, score='valid-slices', seeds=2, epochs=1, n_iters=3)
     page = compare_study(str(tmp_path/'tiny.json'), None, there.path, **kw)
-    assert 'Scored: the valid scans on the grid of their slices' in page and '- Otherwise in "b": width 4; recipe with jitter 0.5.' in page
+    assert ('Scored: the valid scans on the grid of their slices' in page
+            and '- Otherwise in "b": width 4; recipe with jitter 0.5.' in page)
     assert (there.path/'tiny_phantom-1-labelled_valid-slices.csv').exists()

@@ -45,13 +45,15 @@ class NoCopyThatIsWaitedFor(TorchDispatchMode):
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         kwargs,to = kwargs or {},(kwargs or {}).get('device')
         copied = f is torch.ops.aten._to_copy.default and to is not None and to!=args[0].device
-        assert not copied or kwargs.get('non_blocking'), f'a copy from {args[0].device} to {to}, for which the host waits'
+        assert not copied or kwargs.get('non_blocking'), (
+            f'a copy from {args[0].device} to {to}, for which the host waits')
         return f(*args, **kwargs)
 
 def test_nobody_waits_for_the_device():
     "A fake CUDA tensor has no values: whatever asks for one raises; so does a copy of numbers from the host"
     with FakeTensorMode(allow_non_fake_inputs=True), NoCopyThatIsWaitedFor():
-        step,cb = Step(torch.empty(2,1,16,12, device='cuda'), None, torch.empty(3,1,16,12, device='cuda'), None),PseudoLabelCallback()
+        step = Step(torch.empty(2,1,16,12, device='cuda'), None, torch.empty(3,1,16,12, device='cuda'), None)
+        cb = PseudoLabelCallback()
         cb.views(step)
         step.logits.update({k: torch.empty(3,3,16,12, device='cuda') for k in ('x','strong')})
         assert cb.penalty(step).device.type=='cuda'
@@ -60,7 +62,8 @@ def test_light_is_that_of_the_image_before_normalisation():
     mean,std = torch.tensor([.3]).view(1,1,1,1),torch.tensor([.2]).view(1,1,1,1)
     x,views = torch.rand(4,1,16,16),[]
     for normalize,x_u in ((None,x), (Normalize.from_stats([.3], [.2], cuda=False),(x-mean)/std)):
-        step = Step(x_u[:1], None, x_u, RandomFlips().draw(4), normalize=normalize, generator=torch.Generator().manual_seed(1))
+        step = Step(x_u[:1], None, x_u, RandomFlips().draw(4), normalize=normalize,
+                    generator=torch.Generator().manual_seed(1))
         PseudoLabelCallback().views(step)
         views.append(step.images['strong'])
     torch.testing.assert_close((views[0]-mean)/std, views[1], rtol=1e-4, atol=1e-4)

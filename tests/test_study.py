@@ -29,7 +29,8 @@ from fastmiseg.settings import Settings
 from fastmiseg.training import callbacks_of
 
 recipe = Recipe(spacing=6., size=32, classes=('background','RV','Myo','LV'), flip='hv')
-small = Settings(method='paper', width=4, epochs=2, n_iters=10, bs=2, unlabeled_bs=2, lr=2e-2, div=400., pct_start=.1)
+small = Settings(method='paper', width=4, epochs=2, n_iters=10, bs=2, unlabeled_bs=2,
+                 lr=2e-2, div=400., pct_start=.1)
 tiny = Preset('cpu', small, labeled=1, valid=1, test=2, recipe=recipe, weights=presets['cpu'].weights)
 results = Path(__file__).parent.parent/'studies'
 plans = sorted((results/'plans').glob('*.json'))
@@ -45,9 +46,10 @@ def out(tmp_path_factory): return tmp_path_factory.mktemp('studies')
 
 def run(study, scans, out, rows=None, **kw):
     study = everything.get(study, study) if isinstance(study, str) else study
-    return run_study(study.only(rows) if rows else study, scans, out, **{**dict(preset=tiny, seeds=1, processes=0), **kw})
+    return run_study(study.only(rows) if rows else study, scans, out,
+                     **{**dict(preset=tiny, seeds=1, processes=0), **kw})
 
-# -- settings --------------------------------------------------------------------------------------------------------------
+# -- settings ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name', list(everything))
 def test_every_row_can_be_made(name):
     for preset in presets.values():
@@ -72,14 +74,19 @@ def test_what_is_as_usual_is_no_other_setting():
     for k in ('acdc','promise12','spleen','mmwhs'):
         s = settings_of(presets[k], dict(method='mireg'))
         assert s.one_cycle is False and s.adam==dict(sqr_mom=.999, decouple_wd=False)
-        assert settings_of(presets[k], dict(method='mireg', adam=dict(eps=1e-5))).adam==dict(sqr_mom=.999, decouple_wd=False, eps=1e-5)
+        assert (settings_of(presets[k], dict(method='mireg', adam=dict(eps=1e-5))).adam
+                ==dict(sqr_mom=.999, decouple_wd=False, eps=1e-5))
 
 def test_T_of_a_row_are_changes():
-    T = lambda preset, method='mireg', **o: tuple(getattr(settings_of(presets[preset], dict(method=method, **o)), k) for k in ('flips','flip_p','jitter','shift'))
+    T = lambda preset, method='mireg', **o: tuple(
+        getattr(settings_of(presets[preset], dict(method=method, **o)), k)
+        for k in ('flips','flip_p','jitter','shift'))
     assert T('cpu-shift', flip_p=.8)==(None,.8,.5,.5) and T('cpu-shift', shift=0.)==(None,.5,.5,0.)
     assert T('cpu-shift', flips='none')==('none',.5,.5,.5) and T('spleen')==('hv',.5,0.,0.)
-    assert T('cpu-shift', **{k:o for k,o in studies['views'].rows['Flips and intensity'].items() if k!='method'})==(None,.5,.5,0.)
-    for method in ('partial','full','entropy'): assert T('cpu-shift', method)==T('cpu')==(None,.5,0.,0.) # they have none
+    assert (T('cpu-shift', **{k:o for k,o in studies['views'].rows['Flips and intensity'].items() if k!='method'})
+            ==(None,.5,.5,0.))
+    for method in ('partial','full','entropy'):
+        assert T('cpu-shift', method)==T('cpu')==(None,.5,0.,0.) # they have none
 
 def test_plans_in_files(tmp_path):
     def fails(text, match, name='plan.json'):
@@ -89,19 +96,24 @@ def test_plans_in_files(tmp_path):
     fails('{"title":"t"}', 'plan.json: is not a study; it needs a title, and rows')
     fails('[]', 'plan.json: is not a study')
     fails('{"title":"t", "rows":{}, "our":"a"}', "plan.json: there is no 'our' in a study; there are title, rows, ours")
-    fails('{"title":"t", "rows":{"a":{"method":"mi", "entropy":1}}}', "plan.json: row 'a': entropy: the method 'mi' has no entropy term")
+    fails('{"title":"t", "rows":{"a":{"method":"mi", "entropy":1}}}',
+          "plan.json: row 'a': entropy: the method 'mi' has no entropy term")
     fails('{"title":"t", "rows":{"a":["mi"]}}', "plan.json: row 'a':")
-    with pytest.raises(ValueError, match="nothing.json: cannot be read as settings"): find_study(tmp_path/'nothing.json')
+    with pytest.raises(ValueError, match="nothing.json: cannot be read as settings"):
+        find_study(tmp_path/'nothing.json')
     if sys.version_info>=(3,11):
         (tmp_path/'decay.toml').write_text('title = "t"\nours = "a"\n[rows.a]\nmethod = "teacher"\ndecay = 0.9\n')
         assert find_study(tmp_path/'decay.toml')==Study('decay', 't', {'a': dict(method='teacher', decay=.9)}, ours='a')
 
-# -- runs and tables -------------------------------------------------------------------------------------------------------
+# -- runs and tables ---------------------------------------------------------------------------------------------------
 def some_rows(study):
     "Rows at 1 and 2 labelled subjects; of the long studies the first and the last two"
     rows = list(study.rows)
-    if study.draws: return [k for k in rows if study.line(k) in ('All masks','Labels only','Recommended') and k.endswith((', 1','masks'))]
-    return [k for k in rows if k.endswith((', 1',', 2'))] if study.x else rows if len(rows)<10 else [rows[0],*rows[-2:]]
+    if study.draws:
+        return [k for k in rows
+                if study.line(k) in ('All masks','Labels only','Recommended') and k.endswith((', 1','masks'))]
+    return ([k for k in rows if k.endswith((', 1',', 2'))] if study.x
+            else rows if len(rows)<10 else [rows[0],*rows[-2:]])
 
 def check_arithmetic(scores, table, study):
     "Means, deviations, gap closed and p of a table, from the scores by other means"
@@ -123,7 +135,9 @@ def check_arithmetic(scores, table, study):
         ours = study.against(k)
         if ours not in means: continue
         assert np.isclose(t.p[k], ttest_rel(by(ours), by(k), alternative='greater').pvalue, equal_nan=True)
-        if study.draws and len(seeds)>1: assert np.isclose(t.p_draws[k], ttest_rel(means[ours], means[k], alternative='greater').pvalue, equal_nan=True)
+        if study.draws and len(seeds)>1:
+            assert np.isclose(t.p_draws[k], ttest_rel(means[ours], means[k], alternative='greater').pvalue,
+                              equal_nan=True)
 
 @pytest.mark.parametrize('name', [k for k in everything if k!='table1' and not k.startswith('benchmark_')])
 def test_study_runs(name, scans, out, tmp_path):
@@ -132,7 +146,8 @@ def test_study_runs(name, scans, out, tmp_path):
     found,stem = run(study, scans, out, rows),out/(name if score=='test' else f'{name}_{score}')
     table = pd.read_csv(stem.with_suffix('.csv'))
     assert list(table.row)==rows and set(found.row)==set(table.row)
-    assert list(table.columns)[:10]==['row','seeds','RV','RV_sd','Myo','Myo_sd','LV','LV_sd','mean','mean_sd'] and 'hd95' in table
+    assert (list(table.columns)[:10]==['row','seeds','RV','RV_sd','Myo','Myo_sd','LV','LV_sd','mean','mean_sd']
+            and 'hd95' in table)
     check_arithmetic(found, table, study)
     text = stem.with_suffix('.md').read_text()
     assert 'test 2 (2 scans)' in text and 'No subject is in two parts' in text and 'final checkpoint' in text
@@ -141,12 +156,14 @@ def test_study_runs(name, scans, out, tmp_path):
     parts = there.parts(there.find([o for _,o in wanted_runs(study.only(rows[:1]), tiny, 1, score)])[0]['split'])
     assert set(found.subject)==set(parts.subject[parts.split==score])
     kept = [o for o in out.rglob('*') if o.suffix in ('.md','.csv','.jsonl') and 'slices' not in o.parts]
-    assert len(kept)>=5 and str(scans) not in ''.join(o.read_text() for o in kept) # results name no folder of this machine
+    # results name no folder of this machine
+    assert len(kept)>=5 and str(scans) not in ''.join(o.read_text() for o in kept)
     same_figures(found, run(study, scans, tmp_path, rows[-1:], store=out/'slices'))
 
 def same_figures(first, again):
     cols = ['row','seed','subject','class','dice','hd95','assd']
-    first,again = (o[cols].sort_values(cols[:4]).reset_index(drop=True) for o in (first[first.row.isin(again.row)], again))
+    first,again = (o[cols].sort_values(cols[:4]).reset_index(drop=True)
+                   for o in (first[first.row.isin(again.row)], again))
     pd.testing.assert_frame_equal(again, first, check_exact=True)
 
 def test_table1_arithmetic_and_repetition(scans, out, tmp_path):
@@ -155,8 +172,11 @@ def test_table1_arithmetic_and_repetition(scans, out, tmp_path):
     same_figures(scores, run('table1', scans, tmp_path, ['All','Mean Teacher'], seeds=2))
 
 def test_what_made_the_runs_is_told():
-    found = [(row, dict(settings=dict(seed=seed), versions=v)) for (row,seed),v in zip([('a',0),('a',1),('b',0),('b',1)], ('torch 2','torch 2','torch 2','torch 3'))]
-    assert made_with(found[:3])==['- torch 2.'] and made_with(found)==['- torch 2: a (0, 1); b (0).', '- torch 3: b (1).']
+    found = [(row, dict(settings=dict(seed=seed), versions=v))
+             for (row,seed),v in zip([('a',0),('a',1),('b',0),('b',1)],
+                                     ('torch 2','torch 2','torch 2','torch 3'))]
+    assert (made_with(found[:3])==['- torch 2.']
+            and made_with(found)==['- torch 2: a (0, 1); b (0).', '- torch 3: b (1).'])
 
 def test_runs_are_shared_and_kept(scans, out):
     run('teacher', scans, out)
@@ -165,7 +185,8 @@ def test_runs_are_shared_and_kept(scans, out):
     run('table1', scans, out, ['Mean Teacher','All'])
     assert (out/'runs.jsonl').read_text()==made
     last = Evidence(out).runs()[-1]
-    assert last['settings']['width']==4 and len(last['curve']['dice'])==2 and last['threads']>=1 and 'torch' in last['versions']
+    assert (last['settings']['width']==4 and len(last['curve']['dice'])==2
+            and last['threads']>=1 and 'torch' in last['versions'])
     assert {o.suffix for o in (out/'work').iterdir()}=={'.lock'}
 
 def test_report_without_scans(scans, out):
@@ -175,7 +196,8 @@ def test_report_without_scans(scans, out):
     (out/'teacher.md').unlink()
     again = report_study(studies['teacher'], tiny, wanted_runs(studies['teacher'], tiny, 1), out)
     assert again.equals(scores) and (out/'teacher.md').read_text()==page and (out/'teacher.csv').read_bytes()==table
-    with pytest.raises(ValueError, match=r'3 of 6 runs are not there \(Mean Teacher, seed 7, for one\); give the scans'):
+    with pytest.raises(ValueError, match=r'3 of 6 runs are not there \(Mean Teacher, seed 7, for one\); '
+                                         'give the scans'):
         report_study(studies['teacher'], tiny, wanted_runs(studies['teacher'], tiny, [0,7]), out)
 
 def test_settings_are_chosen_on_validation_scans(scans, out):
@@ -185,17 +207,23 @@ def test_settings_are_chosen_on_validation_scans(scans, out):
     assert set(scores.subject)==set(parts.subject[parts.split=='valid']) and (out/'choose_valid.md').exists()
 
 def test_mistakes(scans, out):
-    with pytest.raises(ValueError, match="study: 'table9' is none of table1"): compare_study('table9', scans, out)
-    with pytest.raises(ValueError, match="preset: 'phone' is none of acdc"): compare_study('table1', scans, out, preset='phone')
-    with pytest.raises(ValueError, match='rows: Ours: no such row; there are Full supervision'): compare_study('table1', scans, out, rows=['Ours'])
-    with pytest.raises(ValueError, match="chooses settings, which is done on valid scans; got 'test'"): run('choose', scans, out, score='test')
+    with pytest.raises(ValueError, match="study: 'table9' is none of table1"):
+        compare_study('table9', scans, out)
+    with pytest.raises(ValueError, match="preset: 'phone' is none of acdc"):
+        compare_study('table1', scans, out, preset='phone')
+    with pytest.raises(ValueError, match='rows: Ours: no such row; there are Full supervision'):
+        compare_study('table1', scans, out, rows=['Ours'])
+    with pytest.raises(ValueError, match="chooses settings, which is done on valid scans; got 'test'"):
+        run('choose', scans, out, score='test')
     with pytest.raises(ValueError, match="score: the preset has no 'test' scans; there are labeled, unlabeled, valid"):
         run('table1', scans, out, preset=replace(tiny, test=0), score='test')
 
 def test_a_failed_run_is_named_and_the_others_are_kept(scans, tmp_path):
-    study = Study('broken', 'broken', {'Partial supervision': dict(method='partial'),
-                  'Too wide': dict(method='mireg', mireg=dict(neighborhood={'Upconv3':99,'Upconv2':7}))})
-    with pytest.raises(RuntimeError, match=r'(?s)1 of 2 runs failed; call the study again to repeat them:.*Too wide, seed 0: .*neighborhood: 99 is more than the map'):
+    study = Study('broken', 'broken', {
+        'Partial supervision': dict(method='partial'),
+        'Too wide': dict(method='mireg', mireg=dict(neighborhood={'Upconv3':99,'Upconv2':7}))})
+    with pytest.raises(RuntimeError, match=r'(?s)1 of 2 runs failed; call the study again to repeat them:'
+                                           r'.*Too wide, seed 0: .*neighborhood: 99 is more than the map'):
         run(study, scans, tmp_path, processes=2)
     assert len(Evidence(tmp_path).runs())==1 and len(Evidence(tmp_path).scores().run.unique())==1
 
@@ -207,12 +235,17 @@ def a_run(scans, out, **row):
 def test_optimiser_and_schedule_of_a_row(scans, tmp_path):
     df = split_cohort(load_cohort(scans), 1, 1, 1, seed=0)
     def hypers(name, **row):
-        learn,_ = training.fit(settings_of(tiny, dict(method='partial', **row)), df, recipe, tmp_path/'slices', tmp_path/name, quiet=True)
-        return learn.opt.hypers[-1],[getattr(o, 'func', o).__name__ for o in learn.opt.cbs],{k:np.array(o) for k,o in learn.recorder.hps.items()}
+        learn,_ = training.fit(settings_of(tiny, dict(method='partial', **row)), df, recipe,
+                               tmp_path/'slices', tmp_path/name, quiet=True)
+        return (learn.opt.hypers[-1],
+                [getattr(o, 'func', o).__name__ for o in learn.opt.cbs],
+                {k:np.array(o) for k,o in learn.recorder.hps.items()})
     h,steps,hps = hypers('usual')
-    assert (h['eps'],h['sqr_mom'])==(1e-8,.99) and 'weight_decay' in steps and np.isclose(hps['mom'].min(), .85, atol=.01)
+    assert ((h['eps'],h['sqr_mom'])==(1e-8,.99) and 'weight_decay' in steps
+            and np.isclose(hps['mom'].min(), .85, atol=.01))
     h,steps,_ = hypers('torch', adam=dict(sqr_mom=.999, decouple_wd=False))
-    assert (h['eps'],h['sqr_mom'],h['wd'])==(1e-8,.999,small.wd) and 'l2_reg' in steps and 'weight_decay' not in steps
+    assert ((h['eps'],h['sqr_mom'],h['wd'])==(1e-8,.999,small.wd)
+            and 'l2_reg' in steps and 'weight_decay' not in steps)
     assert hypers('fastai', adam=dict(eps=1e-5))[0]['eps']==1e-5
     h,_,hps = hypers('held', one_cycle=False)
     first,n = small.lr/small.div,small.epochs*small.n_iters # warm-up over a tenth of 20 steps
@@ -245,9 +278,12 @@ def test_settings_of_rows_are_told(scans, out):
     run('faithful', scans, out, ["Both: PyTorch's Adam",'Both: linear warm-up, cosine, momentum held'])
     text = (out/'faithful.md').read_text()
     assert '''- Otherwise in "Both: PyTorch's Adam": Adam with sqr_mom 0.999, decouple_wd False.''' in text
-    assert '- Otherwise in "Both: linear warm-up, cosine, momentum held": linear warm-up and cosine (momentum 0.9).' in text
-    run('faithful', scans, out, ['All'], preset=replace(tiny, settings=replace(small, one_cycle=False, adam=dict(sqr_mom=.999))))
-    assert 'Adam with sqr_mom 0.999, linear warm-up and cosine (momentum 0.9) up to 0.02 from a 400th' in (out/'faithful.md').read_text()
+    assert ('- Otherwise in "Both: linear warm-up, cosine, momentum held": '
+            'linear warm-up and cosine (momentum 0.9).') in text
+    run('faithful', scans, out, ['All'],
+        preset=replace(tiny, settings=replace(small, one_cycle=False, adam=dict(sqr_mom=.999))))
+    assert ('Adam with sqr_mom 0.999, linear warm-up and cosine (momentum 0.9) up to 0.02 from a 400th'
+            in (out/'faithful.md').read_text())
 
 def test_changes_are_those_of_the_method():
     assert changes_of(presets['cpu-shift'], dict(method='mi'))==[]
@@ -265,7 +301,7 @@ def test_subjects_are_paired():
     expected = ttest_rel([.6,.4,.8], [.5,.2,.75], alternative='greater').pvalue
     assert np.isclose(paired_p(s, s.assign(dice=s.dice-[.1,.1,.2,.2,.05,.05])), expected)
 
-# -- the benchmark -----------------------------------------------------------------------------------------------------------
+# -- the benchmark -----------------------------------------------------------------------------------------------------
 def test_rows_of_the_benchmark():
     "Every method at every number of labelled subjects, all masks once; the same methods on both cohorts"
     lines = {}
@@ -273,17 +309,19 @@ def test_rows_of_the_benchmark():
         study = everything[name]
         lines[name] = list(dict.fromkeys(map(study.line, study.rows)))
         assert len(lines[name])==12 and len(study.rows)==1+11*3 and study.draws and study.ours in lines[name]
-        assert {o['labeled'] for k,o in study.rows.items() if k!='All masks'}==set(numbers) and presets[study.preset].test>=30
+        assert ({o['labeled'] for k,o in study.rows.items() if k!='All masks'}==set(numbers)
+                and presets[study.preset].test>=30)
         for n in numbers:
             runs = [settings_of(presets[study.preset], o) for o in study.rows.values() if o.get('labeled')==n]
             assert len(runs)==len({json.dumps(o.to_dict()) for o in runs})==11 # no two rows are the same training
     assert lines['benchmark']==lines['benchmark_acdc']==lines['benchmark_hippocampus']
     paper = settings_of(presets['acdc-64'], everything['benchmark'].rows["MI (the paper's settings), 3"])
-    assert (paper.loss,paper.shift,paper.jitter)==('ce',0.,0.) and paper.weights==dict(global_mi=.1, local_mi=.1, consistency=5.)
+    assert ((paper.loss,paper.shift,paper.jitter)==('ce',0.,0.)
+            and paper.weights==dict(global_mi=.1, local_mi=.1, consistency=5.))
 
 def test_benchmark(scans, tmp_path):
-    """Two draws at two numbers of subjects: the arithmetic, both people of a teacher, one section for each number; a run that
-    is made again is the same to the last digit"""
+    """Two draws at two numbers of subjects: the arithmetic, both people of a teacher, one section for
+    each number; a run that is made again is the same to the last digit"""
     rows = ['All masks', *(f'{k}, {n}' for n in (1,2) for k in ('Labels only','MI (ours)'))]
     study = replace(everything['benchmark_hippocampus'].only(rows), ours='MI (ours)') # which has a teacher
     # few steps, but as many as something is learnt in
@@ -292,43 +330,59 @@ def test_benchmark(scans, tmp_path):
     table = pd.read_csv(tmp_path/'a'/'benchmark_hippocampus.csv')
     check_arithmetic(scores, table, study)
     t = table.set_index('row')
-    assert t.student[['MI (ours), 1','MI (ours), 2']].notna().all() and t.student.isna().sum()==3 and (t.minutes>0).all()
+    assert (t.student[['MI (ours), 1','MI (ours), 2']].notna().all() and t.student.isna().sum()==3
+            and (t.minutes>0).all())
     students = Evidence(tmp_path/'a').scores()
-    found = Evidence(tmp_path/'a').find([o for k,o in wanted_runs(study, preset, 2, 'test', recipe) if k=='MI (ours), 2'])
+    found = Evidence(tmp_path/'a').find([o for k,o in wanted_runs(study, preset, 2, 'test', recipe)
+                                         if k=='MI (ours), 2'])
     means = [students[students.run==student_of(o['id'])].groupby('class').dice.mean().mean() for o in found]
     assert np.isclose(t.student['MI (ours), 2'], np.mean(means)) and t['mean'].max()>0
-    for c in ('RV','Myo','LV'): assert np.isclose(t[f'hd95_{c}']['Labels only, 1'], scores[(scores.row=='Labels only, 1')&(scores['class']==c)].hd95.mean(), equal_nan=True)
+    for c in ('RV','Myo','LV'):
+        assert np.isclose(t[f'hd95_{c}']['Labels only, 1'],
+                          scores[(scores.row=='Labels only, 1')&(scores['class']==c)].hd95.mean(),
+                          equal_nan=True)
     text = (tmp_path/'a'/'benchmark_hippocampus.md').read_text()
-    assert text.count('| All masks |')==2 and '## 1 labelled' in text and '## 2 labelled' in text and 'each has labelled subjects of its own' in text
-    assert text.count('Otherwise in "MI (ours)":')==1 and (tmp_path/'a'/'benchmark_hippocampus.png').stat().st_size>10000
-    same_figures(scores[scores.seed==0], run(study, scans, tmp_path/'b', ['MI (ours), 2'], preset=preset, seeds=1, store=tmp_path/'a'/'slices'))
+    assert (text.count('| All masks |')==2 and '## 1 labelled' in text and '## 2 labelled' in text
+            and 'each has labelled subjects of its own' in text)
+    assert (text.count('Otherwise in "MI (ours)":')==1
+            and (tmp_path/'a'/'benchmark_hippocampus.png').stat().st_size>10000)
+    same_figures(scores[scores.seed==0],
+                 run(study, scans, tmp_path/'b', ['MI (ours), 2'], preset=preset, seeds=1,
+                     store=tmp_path/'a'/'slices'))
 
 def test_plans_like_another(tmp_path):
     def plan(**o):
         (tmp_path/'p.json').write_text(json.dumps(o))
         return find_study(tmp_path/'p.json')
     s = plan(like='benchmark', title='t', labeled=[2], preset='phantom')
-    assert len(s.rows)==12 and s.rows['Mean Teacher, 2']['labeled']==2 and s.preset=='phantom' and s.at('a', 'Mean Teacher, 2')=='a, 2'
+    assert (len(s.rows)==12 and s.rows['Mean Teacher, 2']['labeled']==2
+            and s.preset=='phantom' and s.at('a', 'Mean Teacher, 2')=='a, 2')
     s = plan(title='t', rows={'a': dict(method='partial'), 'b': dict(method='full')}, labeled=[1,5])
     assert list(s.rows)==['b','a, 1','a, 5'] and s.x=='labeled' and not s.draws
     with pytest.raises(ValueError, match="p.json: like: 'table9' is none of table1"): plan(like='table9')
-    with pytest.raises(ValueError, match="p.json: preset: 'phone' is none of acdc"): plan(like='benchmark', preset='phone')
+    with pytest.raises(ValueError, match="p.json: preset: 'phone' is none of acdc"):
+        plan(like='benchmark', preset='phone')
 
-# -- evidence --------------------------------------------------------------------------------------------------------------
+# -- evidence ----------------------------------------------------------------------------------------------------------
 def test_other_scans_of_the_same_names(scans, tmp_path):
     rows = ['Partial supervision']
     run('table1', scans, tmp_path/'s', rows)
     make_phantom(tmp_path/'other', n_subjects=12, seed=1, size=(32,40))
-    with pytest.raises(ValueError, match=r'made with other scans of the same names \(12 of 12 differ, heart000 for one\); choose another folder'):
+    with pytest.raises(ValueError, match=r'made with other scans of the same names '
+                                         r'\(12 of 12 differ, heart000 for one\); choose another folder'):
         run('table1', tmp_path/'other', tmp_path/'s', rows)
     run('table1', scans, tmp_path/'s', rows)
 
-def some_scores(seed): return pd.DataFrame([{'subject':f'00{i}', 'scan':f'{i}.0', 'class':c, 'dice':1/(seed+i+3), 'hd95':np.nan} for i in range(9) for c in 'ab'])
+def some_scores(seed):
+    return pd.DataFrame([
+        {'subject':f'00{i}', 'scan':f'{i}.0', 'class':c, 'dice':1/(seed+i+3), 'hd95':np.nan}
+        for i in range(9) for c in 'ab'])
 
 def some_run(seed, **kw): return describe_run(replace(small, seed=seed, **kw), 2, 'test', recipe, 'split_0')
 
 def _add(out, seeds):
-    for seed in seeds: Evidence(out).add(some_run(seed), some_scores(seed), versions='v', threads=1, seconds=1, curve={})
+    for seed in seeds:
+        Evidence(out).add(some_run(seed), some_scores(seed), versions='v', threads=1, seconds=1, curve={})
 
 def test_processes_add_runs_at_the_same_time(tmp_path):
     with ProcessPoolExecutor(4, get_context('spawn')) as pool:
@@ -338,7 +392,8 @@ def test_processes_add_runs_at_the_same_time(tmp_path):
     of_run = dict(list(there.scores().groupby('run')))
     assert len(there.runs())==40
     for seed,o in enumerate(found):
-        pd.testing.assert_frame_equal(of_run[o['id']][[*some_scores(seed)]].reset_index(drop=True), some_scores(seed), check_exact=True)
+        pd.testing.assert_frame_equal(of_run[o['id']][[*some_scores(seed)]].reset_index(drop=True),
+                                      some_scores(seed), check_exact=True)
 
 def test_a_run_that_was_cut_while_it_was_added(tmp_path, monkeypatch):
     "Scores without their run are no run, and do not stand beside those of the next call"
@@ -357,10 +412,13 @@ def test_a_run_that_was_cut_while_it_was_added(tmp_path, monkeypatch):
 def test_evidence_that_cannot_be_used(tmp_path):
     _add(tmp_path, [0,1])
     there = Evidence(tmp_path)
-    with pytest.raises(ValueError, match="scans.csv: has no column split_0, which the runs name"): there.parts('split_0')
+    with pytest.raises(ValueError, match="scans.csv: has no column split_0, which the runs name"):
+        there.parts('split_0')
     there.add({**some_run(0), 'split':'split_1'}, some_scores(0), versions='v')
     loose = {k:o for k,o in some_run(0).items() if k!='split'}
-    with pytest.raises(ValueError, match='2 runs have these settings and differ in recipe or split .*name the recipe and give the scans'): there.find([loose])
+    with pytest.raises(ValueError, match='2 runs have these settings and differ in recipe or split '
+                                         '.*name the recipe and give the scans'):
+        there.find([loose])
     assert there.find([some_run(0)])[0]['split']=='split_0'
     with open(tmp_path/'runs.jsonl', 'a') as f: f.write('{"id": "half\n')
     with pytest.raises(ValueError, match='runs.jsonl: line 4 cannot be used'): there.runs()
@@ -384,7 +442,7 @@ def test_scans_are_added_to_those_that_are_known(scans, tmp_path):
     assert there.parts(name).values.tolist()==df[3:][['subject','scan','split']].sort_values('scan').values.tolist()
     assert split_name(df.sample(frac=1, random_state=0))==split_name(df)
 
-# -- slices instead of scans, and draws ------------------------------------------------------------------------------------
+# -- slices instead of scans, and draws --------------------------------------------------------------------------------
 def test_scores_of_slices_are_those_of_the_metrics(scans, tmp_path):
     df = split_cohort(load_cohort(scans), 1, 2, 3, seed=0)
     s = settings_of(tiny, dict(method='teacher'))
@@ -394,13 +452,15 @@ def test_scores_of_slices_are_those_of_the_metrics(scans, tmp_path):
     with learn.no_bar(), learn.no_logging(): learn.validate()
     for metric in (dice, hd95):
         both = found.merge(metric.to_frame(), on=['scan','class'])
-        assert len(both)==len(found)==2*3 and np.allclose(both[f'{metric.base}_x'], both[f'{metric.base}_y'], equal_nan=True)
+        assert (len(both)==len(found)==2*3
+                and np.allclose(both[f'{metric.base}_x'], both[f'{metric.base}_y'], equal_nan=True))
     test = evaluate_slices(learn, df, tmp_path/'slices', 'test')
     assert set(test.scan)==set(df.scan[df.split=='test']) and set(test.subject)==set(df.subject[df.split=='test'])
     whole = study_work.evaluate_cohort(learn, df[df.split=='valid'], progress=False)
     both = found.merge(whole, on=['scan','class'])
     assert (both.dice_x-both.dice_y).abs().max()<.2 # the same scans on another grid
-    with pytest.raises(ValueError, match="part: the cohort has no 'test' scans"): evaluate_slices(learn, df[df.split!='test'], tmp_path/'slices', 'test')
+    with pytest.raises(ValueError, match="part: the cohort has no 'test' scans"):
+        evaluate_slices(learn, df[df.split!='test'], tmp_path/'slices', 'test')
 
 def test_student_and_teacher(scans, tmp_path, monkeypatch):
     "A teacher that is the student after each step is the student; one that forgets slowly is another"
@@ -423,31 +483,44 @@ def test_packed_slices_are_scored_as_slices_only(scans, tmp_path):
     for score in ('test','valid'):
         with pytest.raises(ValueError, match=f'a.slices.npz has slices and no scans; score them as {score}-slices'):
             run(study, packed, tmp_path/'s', score=score)
-    with pytest.raises(ValueError, match="score: 'slices' is none of test, valid, test-slices"): run(study, packed, tmp_path/'s', score='slices')
-    from_file,from_scans = (run(study, o, tmp_path/name, score='test-slices') for o,name in ((packed,'file'),(scans,'scans')))
+    with pytest.raises(ValueError, match="score: 'slices' is none of test, valid, test-slices"):
+        run(study, packed, tmp_path/'s', score='slices')
+    from_file,from_scans = (run(study, o, tmp_path/name, score='test-slices')
+                            for o,name in ((packed,'file'),(scans,'scans')))
     assert from_file.equals(from_scans) # the same training and scores, and the same name
 
 def test_packed_slices_that_cannot_be_used(scans, tmp_path):
     df = load_cohort(scans)
-    with pytest.raises(ValueError, match='b.npz: is not a name for packed slices; expected one that ends in .slices.npz'): pack_slices(df, recipe, tmp_path/'b.npz')
-    with pytest.raises(ValueError, match='recipe: has no `size`'): pack_slices(df, Recipe(spacing=6.), tmp_path/'b.slices.npz')
+    with pytest.raises(ValueError, match='b.npz: is not a name for packed slices; '
+                                         'expected one that ends in .slices.npz'):
+        pack_slices(df, recipe, tmp_path/'b.npz')
+    with pytest.raises(ValueError, match='recipe: has no `size`'):
+        pack_slices(df, Recipe(spacing=6.), tmp_path/'b.slices.npz')
     path = pack_slices(df[:2], recipe, tmp_path/'b.slices.npz', tmp_path/'slices')
-    with pytest.raises(ValueError, match='has the slices of Recipe.*, not those of .*; pack the scans with this recipe'): open_store(path, replace(recipe, size=16))
+    with pytest.raises(ValueError, match='has the slices of Recipe.*, not those of .*; '
+                                         'pack the scans with this recipe'):
+        open_store(path, replace(recipe, size=16))
     assert open_store(path, replace(recipe, rotate=5.)).recipe.rotate==5. # the slices are the same
-    with pytest.raises(ValueError, match=f'has no slices of 10 scans, {df.scan[2]} for one'): open_store(path, recipe).prepare(df)
+    with pytest.raises(ValueError, match=f'has no slices of 10 scans, {df.scan[2]} for one'):
+        open_store(path, recipe).prepare(df)
     some = open_store(path, recipe).prepare(df[:2].assign(split=['labeled','unlabeled']))
     with pytest.raises(ValueError, match=f'{df.scan[1]}: has no mask here'): some.mask(df.scan[1], 0)
     again = pickle.loads(pickle.dumps(some))
     assert again.scans.equals(some.scans) and np.array_equal(again.mask(df.scan[0], 0), some.mask(df.scan[0], 0))
     path.write_bytes(path.read_bytes()[:-900])
-    with pytest.raises(ValueError, match='cannot be read as packed slices .*; pack them again'): open_store(path, recipe)
+    with pytest.raises(ValueError, match='cannot be read as packed slices .*; pack them again'):
+        open_store(path, recipe)
 
 def test_each_seed_has_labelled_subjects_of_its_own(scans, tmp_path):
-    study = Study('draws', 'Draws', {f'Partial supervision, {n}': dict(method='partial', labeled=n) for n in (1,3)}, ours='Partial supervision', x='labeled', draws=True)
+    study = Study('draws', 'Draws',
+                  {f'Partial supervision, {n}': dict(method='partial', labeled=n) for n in (1,3)},
+                  ours='Partial supervision', x='labeled', draws=True)
     run(study, scans, tmp_path, seeds=3, processes=0)
     there = Evidence(tmp_path)
-    parts = {(o['labeled'],o['settings']['seed']): there.parts(o['split']).groupby('split').subject.apply(set) for o in there.runs()}
-    assert len({frozenset(o.labeled) for (n,_),o in parts.items() if n==1})==3 and all(len(o.labeled)==n for (n,_),o in parts.items())
+    parts = {(o['labeled'],o['settings']['seed']): there.parts(o['split']).groupby('split').subject.apply(set)
+             for o in there.runs()}
+    assert (len({frozenset(o.labeled) for (n,_),o in parts.items() if n==1})==3
+            and all(len(o.labeled)==n for (n,_),o in parts.items()))
     assert all(parts[1,k].labeled<parts[3,k].labeled for k in range(3)) # fewer are some of the more
     for name in ('valid','test'): assert len({frozenset(o[name]) for o in parts.values()})==1
     usual = split_cohort(load_cohort(scans), 3, 1, 2, seed=0)
@@ -466,26 +539,33 @@ def test_no_run_is_begun_that_cannot_be_finished(monkeypatch):
     jobs = {'a1':job('a',30), 'b1':job('b',10), 'a2':job('a',300), 'b2':job('b',10), 'c':job('c',500)}
     with ThreadPoolExecutor(2) as pool: done = [k for k,e in study_work._finished(pool, jobs, 2, 2.)]
     assert set(done)=={'a1','b1','b2'} and ('a',300) not in begun and ('c',500) not in begun
-    with ThreadPoolExecutor(2) as pool: assert {k for k,_ in study_work._finished(pool, {'a':job('a',1), 'b':job('b',1)}, 2, None)}=={'a','b'}
+    with ThreadPoolExecutor(2) as pool:
+        assert {k for k,_ in study_work._finished(pool, {'a':job('a',1), 'b':job('b',1)}, 2, None)}=={'a','b'}
 
 def test_evidence_of_two_machines(tmp_path):
-    df = pd.DataFrame(dict(subject=list('abc'), scan=list('abc'), split=['labeled','valid','test'], content=list('xyz')))
+    df = pd.DataFrame(dict(subject=list('abc'), scan=list('abc'), split=['labeled','valid','test'],
+                           content=list('xyz')))
     for k,seeds in (('here',[0,1]),('there',[1,2])):
         Evidence(tmp_path/k).keep_cohort({1:df if k=='here' else df.assign(split=['valid','labeled','test'])})
         _add(tmp_path/k, seeds)
     here = Evidence(tmp_path/'here')
     assert here.merge(tmp_path/'there')==1 and here.merge(tmp_path/'there')==0 and here.merge(tmp_path/'nothing')==0
-    assert len(here.runs())==3 and len(here.scores())==3*18 and len(here.scans().columns)==5 and (here.scans()!='').all(None)
+    assert (len(here.runs())==3 and len(here.scores())==3*18
+            and len(here.scans().columns)==5 and (here.scans()!='').all(None))
     other = Evidence(tmp_path/'other')
     other.keep_cohort({1:df.assign(content='w')})
     _add(other.path, [7])
-    with pytest.raises(ValueError, match=r'made with other scans of the same names \(3 of 3 differ'): here.merge(other.path)
+    with pytest.raises(ValueError, match=r'made with other scans of the same names \(3 of 3 differ'):
+        here.merge(other.path)
     assert len(here.runs())==3
 
-# -- the command -----------------------------------------------------------------------------------------------------------
+# -- the command -------------------------------------------------------------------------------------------------------
 def test_command(scans, tmp_path):
     env = {k:v for k,v in os.environ.items() if k!='FASTMISEG_DATA'}
-    (script:=tmp_path/'fastmiseg-compare').write_text('import sys\nfrom fastmiseg.cli import compare\nif __name__=="__main__": sys.exit(compare())\n') # as pip makes it
+    (script:=tmp_path/'fastmiseg-compare').write_text( # as pip makes it
+        'import sys\n'
+        'from fastmiseg.cli import compare\n'
+        'if __name__=="__main__": sys.exit(compare())\n')
     cli = lambda *a: subprocess.run([sys.executable, script, *map(str, a)], capture_output=True, text=True, env=env)
     done = cli('table9', '--data', scans)
     assert done.returncode==2 and "fastmiseg-compare: study: 'table9' is none of" in done.stderr
@@ -498,14 +578,20 @@ def test_command(scans, tmp_path):
     assert done.returncode==2 and 'there are 12 in this cohort' in done.stderr # the preset wants 56
     parts = ['--labeled', 1, '--valid', 1, '--test', 1]
     done = cli('table1', '--data', scans, '--recipe', 'auto', *out, *rows, *parts)
-    assert done.returncode==0 and '--labeled 1 --valid 1 --test 1' in done.stdout and 'labeled 1 (1 scans), test 1' in done.stdout, done.stderr
+    assert (done.returncode==0 and '--labeled 1 --valid 1 --test 1' in done.stdout
+            and 'labeled 1 (1 scans), test 1' in done.stdout), done.stderr
     again = cli('table1', *out, *rows, *parts) # without scans
-    assert again.returncode==0 and again.stdout.replace(' --n-iters', ' --recipe auto --n-iters').split()[-60:]==done.stdout.split()[-60:], again.stderr
-    (plan:=tmp_path/'mine.json').write_text(json.dumps(dict(title='Mine', rows={'a': dict(method='partial'), 'b': dict(method='partial', wd=.1)}, ours='a', score='valid')))
+    assert (again.returncode==0
+            and again.stdout.replace(' --n-iters', ' --recipe auto --n-iters').split()[-60:]
+                ==done.stdout.split()[-60:]), again.stderr
+    (plan:=tmp_path/'mine.json').write_text(json.dumps(dict(
+        title='Mine', rows={'a': dict(method='partial'), 'b': dict(method='partial', wd=.1)},
+        ours='a', score='valid')))
     done = cli(plan, '--data', scans, *out, *rows[2:], *parts)
-    assert done.returncode==0 and '# Mine' in done.stdout and '- Otherwise in "b": wd 0.1.' in done.stdout and (tmp_path/'s'/'mine_cpu-1-labelled_valid.csv').exists(), done.stderr
+    assert (done.returncode==0 and '# Mine' in done.stdout and '- Otherwise in "b": wd 0.1.' in done.stdout
+            and (tmp_path/'s'/'mine_cpu-1-labelled_valid.csv').exists()), done.stderr
 
-# -- the committed results -------------------------------------------------------------------------------------------------
+# -- the committed results ---------------------------------------------------------------------------------------------
 def test_readme_says_what_the_tables_say():
     root = Path(__file__).parent.parent
     text = (root/'README.md').read_text(encoding='utf-8')
@@ -526,7 +612,8 @@ def test_page_of_the_studies_says_what_their_tables_say():
         if not linked: continue
         pages = ''.join((results/o).read_text(encoding='utf-8') for o in linked)
         for dice in re.findall(r'\b0\.[4-9]\d\d\b', line): assert dice in pages, f'{dice}: {line[:80]}'
-        shares = re.findall(r'(\d+) %', re.sub(r"The aim was \d+ %|the paper's claim, \d+ %|\d+ % of the row|with shifts \d+ %", '', line))
+        shares = re.findall(r'(\d+) %', re.sub(
+            r"The aim was \d+ %|the paper's claim, \d+ %|\d+ % of the row|with shifts \d+ %", '', line))
         for o in shares: assert f'| {o}% |' in pages, f'{o} %: {line[:80]}'
 
 def script(name):
@@ -545,12 +632,14 @@ def test_committed_tables_are_those_of_the_committed_runs(csv):
                      settings=replace(preset.settings, **{k:given[k] for k in ('epochs','n_iters') if k in given}))
     if 'rows' in given: study = study.only(given['rows'])
     there,score = Evidence(results),scored(study, preset, given.get('score'))
-    wanted = wanted_runs(study, preset, given.get('seeds', 3), score, Recipe.named(given.get('recipe') or preset.recipe, None))
+    wanted = wanted_runs(study, preset, given.get('seeds', 3), score,
+                         Recipe.named(given.get('recipe') or preset.recipe, None))
     found = [(k, o) for (k,_),o in zip(wanted, there.find([o for _,o in wanted]))]
     (scores,table),text = study_results(study, found, there),csv.with_suffix('.md').read_text(encoding='utf-8')
     pd.testing.assert_frame_equal(table, pd.read_csv(csv), check_dtype=False)
     minutes = sum(o['seconds'] for _,o in found)/60
-    assert pages_text(table, study) in text and f'- {len(found)} runs, {minutes:.0f} minutes' in text and all(o in text for o in made_with(found))
+    assert (pages_text(table, study) in text and f'- {len(found)} runs, {minutes:.0f} minutes' in text
+            and all(o in text for o in made_with(found)))
     scans = there.parts(found[0][1]['split']).query(f"split=='{part_of(score)}'").scan.nunique()
     assert scores.groupby(['row','seed']).scan.nunique().eq(scans).all()
 
@@ -568,7 +657,8 @@ def test_every_committed_page_is_written_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize('md', sorted(results.glob('*.md')), ids=lambda o: o.stem)
 def test_committed_results_have_their_command(md):
     text = md.read_text(encoding='utf-8')
-    named = re.search(r'^    (?:fastmiseg-compare (?:studies/plans/)?([\w-]+)(?:\.json)? --data|python studies/(\w+)\.py) ?DATA', text, re.M)
+    named = re.search(r'^    (?:fastmiseg-compare (?:studies/plans/)?([\w-]+)(?:\.json)? --data'
+                      r'|python studies/(\w+)\.py) ?DATA', text, re.M)
     assert md.stem=='README' or md.stem.startswith(named[1] or named[2])
     assert not md.with_suffix('.csv').exists() or md.with_suffix('.png').exists()
 
@@ -589,7 +679,8 @@ def test_nnunet_gets_the_slices_and_the_split_of_the_base(scans, tmp_path, monke
     module.write_raw(slices, labeled:=list(df.scan[df.split=='labeled']), tmp_path/'raw')
     assert {o.name for o in (tmp_path/'raw'/'labelsTr').iterdir()}=={f'{o}.nii.gz' for o in labeled}
     for o in labeled:
-        image,mask = (nib.load(tmp_path/'raw'/part/f'{o}{end}.nii.gz') for part,end in (('imagesTr','_0000'), ('labelsTr','')))
+        image,mask = (nib.load(tmp_path/'raw'/part/f'{o}{end}.nii.gz')
+                      for part,end in (('imagesTr','_0000'), ('labelsTr','')))
         assert image.header.get_zooms()==mask.header.get_zooms()==pytest.approx(slices.where(o).slice_spacing[::-1])
         np.testing.assert_array_equal(np.asarray(image.dataobj).T, slices.image(o, slice(None))[:,0])
         np.testing.assert_array_equal(np.asarray(mask.dataobj).T, slices.mask(o, slice(None)))
@@ -597,17 +688,24 @@ def test_nnunet_gets_the_slices_and_the_split_of_the_base(scans, tmp_path, monke
 def test_committed_evidence_is_whole():
     there = Evidence(results)
     runs,scores,scans = there.runs(),there.scores(),there.scans()
-    assert len(runs)==len({o['id'] for o in runs})==len({json.dumps([o[k] for k in decides], sort_keys=True) for o in runs})
+    assert (len(runs)==len({o['id'] for o in runs})
+            ==len({json.dumps([o[k] for k in decides], sort_keys=True) for o in runs}))
     ids = {o['id'] for o in runs}
-    assert ids<=set(scores.run)<=ids|{student_of(o) for o in ids} and scores.dice.between(0,1).all() and not scores.duplicated(['run','scan','class']).any()
+    assert (ids<=set(scores.run)<=ids|{student_of(o) for o in ids}
+            and scores.dice.between(0,1).all()
+            and not scores.duplicated(['run','scan','class']).any())
     scanned = scores.groupby('run').scan.apply(set)
     splits = {o['split'] for o in runs}
     assert splits==set(scans)-{'subject','scan','content'}
-    for split in splits: assert split_name(there.parts(split))==split and there.parts(split).groupby('subject').split.nunique().eq(1).all()
+    for split in splits:
+        assert (split_name(there.parts(split))==split
+                and there.parts(split).groupby('subject').split.nunique().eq(1).all())
     for o in runs:
         parts = there.parts(o['split'])
-        assert scanned[o['id']]==set(parts.scan[parts.split==part_of(o['score'])]) and len(o['curve']['dice'])==o['settings']['epochs']
-        assert parts.subject[parts.split=='labeled'].nunique()==o['labeled'] and {'versions','threads','seconds'}<=set(o)
+        assert (scanned[o['id']]==set(parts.scan[parts.split==part_of(o['score'])])
+                and len(o['curve']['dice'])==o['settings']['epochs'])
+        assert (parts.subject[parts.split=='labeled'].nunique()==o['labeled']
+                and {'versions','threads','seconds'}<=set(o))
 
 @pytest.mark.parametrize('name', ['why','teacher_or_student'])
 def test_scripts_of_the_studies(name, scans, tmp_path, monkeypatch, capsys):
@@ -617,9 +715,12 @@ def test_scripts_of_the_studies(name, scans, tmp_path, monkeypatch, capsys):
     more = dict(seeds=2, parts=2, n_iters=3) if name=='teacher_or_student' else dict(n_iters=25)
     (module:=script(name)).main(data=str(scans), recipe=str(how), preset='tiny', out=str(tmp_path), **more)
     text = (tmp_path/f'{name}.md').read_text(encoding='utf-8')
-    assert f'    python studies/{name}.py DATA --recipe ' in text and f"--preset tiny --{'seeds 2 --parts 2 --' if 'seeds' in more else ''}n-iters {more['n_iters']}" in text
+    assert (f'    python studies/{name}.py DATA --recipe ' in text
+            and f"--preset tiny --{'seeds 2 --parts 2 --' if 'seeds' in more else ''}n-iters {more['n_iters']}" in text)
     assert text.strip() in capsys.readouterr().out
-    if name=='teacher_or_student': assert all(f'| {o} | ' in text for o in module.who) and '| 3 steps | 6 steps |' in text
+    if name=='teacher_or_student':
+        assert all(f'| {o} | ' in text for o in module.who) and '| 3 steps | 6 steps |' in text
     else:
-        assert all((tmp_path/o).stat().st_size>5000 for o in ('why.png','clusters_0.01.png','clusters_0.1.png','clusters_0.1_shift.png'))
+        assert all((tmp_path/o).stat().st_size>5000
+                   for o in ('why.png','clusters_0.01.png','clusters_0.1.png','clusters_0.1_shift.png'))
         assert text.count('| 0.1, T shifts | ')==9+2

@@ -226,7 +226,7 @@ def _plot_gains(ax, seeds, study):
     ax.set_yticks(range(len(names)), names, fontsize=8)
     for o in ax.get_yticklabels(): o.set_fontweight('bold' if o.get_text()==study.ours else 'normal')
     ax.set(xlabel=f'Dice above "{study.base}" in the same draw\n(diamond: mean)')
-    ax.legend(fontsize=8, loc='lower right')
+    ax.legend(fontsize=8)
 
 def _plot_rows(ax, seeds):
     by_row = seeds.groupby('row', sort=False)['mean']

@@ -174,6 +174,14 @@ def test_dicom_in_images_and_masks(tmp_path):
     assert (df.attrs['layout']=='dicom' and df.subject.tolist()==['anna','bert']
             and df['mask'].notna().all() and all_read(df))
 
+def test_a_mask_that_no_series_is_called_after_is_not_left_out_in_silence(tmp_path):
+    for i,p in enumerate(['anna','bert']):
+        write_series(tmp_path/'images'/p, image(i), f'1.2.{i}')
+        write_volume(mask_of(image(i)), tmp_path/'masks'/f"{p.replace('bert', 'berta')}_seg.nii.gz")
+    said = r'1 file belongs to no series and is left out: berta_seg.nii.gz. A mask is .* for example anna.nii.gz'
+    with pytest.warns(UserWarning, match=said): df = load_cohort(tmp_path)
+    assert df['mask'].notna().tolist()==[True,False]
+
 def test_csv_and_frame(tmp_path, monkeypatch):
     put(tmp_path/'sub', 'a.nii.gz', 'a_m.nii.gz'); put(tmp_path/'sub', 'b.nii.gz', seed=1)
     (tmp_path/'list.csv').write_text('image,mask,subject,age\n'

@@ -296,7 +296,7 @@ def read_dicom(
                           f'{_some(stem(o) for o in masks)}; rename them')
     if lost := [f for f in masks if str(f) not in used]:
         warnings.warn(f'{root}: {len(lost)} file{"s belong" if len(lost)>1 else " belongs"} to no series and '
-                      f'{"are" if len(lost)>1 else "is"} left out: {_some(f.name for f in lost)}. A mask is called '
+                      f'{"are" if len(lost)>1 else "is"} left out: {_some([f.name for f in lost])}. A mask is called '
                       f'like its series, for example {rows[0]["scan"]}.nii.gz', stacklevel=4)
     return cohort_frame(sorted(rows, key=lambda o: o['scan']), 'dicom')
 

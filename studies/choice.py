@@ -17,12 +17,12 @@ cohorts = {**dict(list(columns.items())[:2]), ('acdc',7):'ACDC, 7 patients',
            ('hippocampus',2):'Hippocampus, 2 subjects', ('phantom',4):'phantom hearts, 4'}
 about = '''# How the recommended settings were chosen
 
-Mean Dice (and HD95) of 20 validation subjects (phantom: 8) after 1,000 steps, unless another number stands there; final
-checkpoint, of the teacher where there is one. Cross-entropy and Dice unless said otherwise; labelled images in a pass
-of their own unless said otherwise; U-Net of width 16, 8 + 8 slices, ACDC at 64×64, Hippocampus at 64×48 and 1 mm. Made by
-`python studies/choice.py`; every setting is in `runs.jsonl`. What is empty was not run, or not in all draws where draws
-are compared. In the rounds **one training to a number**, and one seed differs from the next by .02 to .1 where each has
-annotated subjects of its own, so that differences of .02 mean little.
+Mean Dice (and HD95) of 20 validation subjects (phantom: 8) after 1,000 steps, unless another number stands there;
+final checkpoint, of the teacher where there is one. Cross-entropy and Dice unless said otherwise; labelled images in
+a pass of their own unless said otherwise; U-Net of width 16, 8 + 8 slices, ACDC at 64×64, Hippocampus at 64×48 and 1
+mm. Made by `python studies/choice.py`; every setting is in `runs.jsonl`. What is empty was not run, or not in all
+draws where draws are compared. In the rounds **one training to a number**, and one seed differs from the next by .02
+to .1 where each has annotated subjects of its own, so that differences of .02 mean little.
 '''
 rounds = {2: '''
 ## Second round

@@ -109,7 +109,7 @@ def test_plans_in_files(tmp_path):
 def some_rows(study):
     "Rows at 1 and 2 labelled subjects; of the long studies the first and the last two"
     rows = list(study.rows)
-    if study.draws:
+    if study.draws and study.x:
         return [k for k in rows
                 if study.line(k) in ('All masks','Labels only','Recommended') and k.endswith((', 1','masks'))]
     return ([k for k in rows if k.endswith((', 1',', 2'))] if study.x

@@ -16,7 +16,7 @@ from fastmiseg.run_model import evaluate_run, predict_scans
 from fastmiseg.preparing import Preparation, Reading
 from fastmiseg.scans.cohort import load_cohort, save_cohort
 from fastmiseg.scans.messages import VolumeError
-from fastmiseg.scans.readers import CohortError, layouts
+from fastmiseg.scans.layout import CohortError, layouts
 from fastmiseg.scans.volume import read_volume, write_volume
 from fastmiseg.segmenter import load_segmenter
 from fastmiseg.settings import Settings

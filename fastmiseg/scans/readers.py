@@ -18,9 +18,8 @@ import pandas as pd
 
 from .formats import extension
 from .headers import about_folder, has_images
-from fastmiseg.scans.layout import (
-    CohortError, cohort_frame, image_endings, layout, layouts, mask_endings, plain_name, scans_in, stem, walk,
-    without_ending)
+from .layout import CohortError, cohort_frame, layout, layouts, plain_name, scans_in, walk
+from .layout import image_endings, mask_endings, stem, without_ending
 from .table import find_file, read_table
 from .volume import choose_volume, split_choice
 

@@ -126,7 +126,6 @@ class MIRegCallback(SemiSupCallback):
         prior:torch.Tensor|None=None, # (K,) wanted share of each cluster, instead of equal shares (section 6)
         marginal:float=1.5,  # weight of the entropies of the clusters' sizes in the information; 1: as in the paper
         memory:float=.9,     # of the global joints: how much of their running mean each step keeps; see `JointMemory`
-        view:str='tx',       # what is compared with x: T(x), or another method's images, as 'strong' of pseudo-labels
         balance:bool=True,   # hold the gradient of mutual information down, see `GradientBalance`; the paper: no
         unlabeled=None,      # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
         T:Pool=None          # what T is drawn from; default: `usual_pool()`
@@ -145,7 +144,7 @@ class MIRegCallback(SemiSupCallback):
             raise ValueError("prior: has one share for each cluster, so all stages need the same n_clusters")
         self.n_heads,self.neighborhood,self.pool = n_heads,dict(neighborhood),pool
         self.symmetric,self.subtract_min,self.prior,self.marginal = symmetric,subtract_min,prior,marginal
-        self.view,self.memory,self.balance = view,memory,GradientBalance() if balance else None
+        self.memory,self.balance = memory,GradientBalance() if balance else None
 
     @classmethod
     def paper(cls,
@@ -163,7 +162,7 @@ class MIRegCallback(SemiSupCallback):
 
     def views(self, step):
         step.see_target()
-        if self.view=='tx': step.see('tx')
+        step.see('tx')
 
     def make_projectors(self, found):
         def new(name, channels):
@@ -184,7 +183,7 @@ class MIRegCallback(SemiSupCallback):
 
     def _maps(self, step, term, name):
         "The maps of both views at a stage, through which a term's gradient goes back in the size that it may have"
-        maps = step.feats[self.view][name],step.target_feats[name]
+        maps = step.feats['tx'][name],step.target_feats[name]
         return maps if self.balance is None else self.balance(step, name, maps, self.weight_of(term, step))
 
     def _global_loss(self, step, name):
@@ -195,8 +194,8 @@ class MIRegCallback(SemiSupCallback):
         f,g = self._maps(step, 'local_mi', name)
         window = self.neighborhood.get(name, 1)
         _check_map(name, g.shape[2:], self.n_clusters[name], self.n_heads, window)
-        return self.projector(name).loss(f, step.moved(self.view, g), window, self.symmetric, self.subtract_min,
-                                         self.prior, self.marginal)
+        return self.projector(name).loss(f, step.T(g), window, self.symmetric, self.subtract_min, self.prior,
+                                         self.marginal)
 
     def penalty(self, step):
         res = {}
@@ -205,7 +204,7 @@ class MIRegCallback(SemiSupCallback):
         if 'local_mi' in self.weights:
             res['local_mi'] = self._mean_over(self.local_layers, partial(self._local_loss, step))
         if self.matches_target:
-            res['consistency'] = consistency_loss(step.probs(self.view), step.moved(self.view, step.target))
+            res['consistency'] = consistency_loss(step.probs('tx'), step.T(step.target))
         return res
 
     def after_step(self):

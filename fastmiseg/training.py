@@ -174,9 +174,8 @@ def pretrain(
     learn,         # `Learner` whose batches are paired, or `unlabeled=` given to a callback
     epochs:int,    # passes of the batches that an epoch has
     lr:float=1e-3, # highest learning rate of fastai's one-cycle schedule
-    cbs:list=None  # methods; default: `MIRegCallback(balance=False)`
+    cbs:list=None  # methods; default: those of the settings' method 'pretrain', the paper's terms
 ):
     "Train the network without masks, on the terms of methods alone; afterwards it can be trained as any other"
-    from fastmiseg.callback.mireg import MIRegCallback
-    if cbs is None: cbs = [MIRegCallback(balance=False)]
+    if cbs is None: cbs = callbacks_of(Settings(method='pretrain'))
     with _without_masks(learn, cbs): learn.fit_one_cycle(epochs, lr, cbs=cbs)

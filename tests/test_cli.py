@@ -116,13 +116,16 @@ def test_split_is_taken(run, prepared):
     assert a.equals(b) and a.split.value_counts().to_dict()==dict(labeled=2, valid=2, test=2, unlabeled=2)
     assert set(pd.read_csv(run/'metrics.csv').scan)==set(a.scan[a.split=='test'])
 
-@pytest.mark.parametrize('method', ['partial','teacher','mireg+teacher','entropy','consistency'])
+@pytest.mark.parametrize('method', ['partial','teacher','mireg+teacher','entropy','consistency','pretrain'])
 def test_methods(prepared, tmp_path, method):
-    train_run(prepared, tmp_path/'run', method=method, workers=0, **{**tiny, 'epochs':1, 'n_iters':3})
+    epochs = 2 if method=='pretrain' else 1
+    train_run(prepared, tmp_path/'run', method=method, workers=0, **{**tiny, 'epochs':epochs, 'n_iters':3})
     about = load_segmenter(tmp_path/'run'/'model.safetensors').about['provenance']
     assert (about['method']==method
             and len(about['weights'])==dict(partial=0).get(method, method.count('+')+1)
             and 'dice' in about['metrics'])
+    logs = ['log.csv', *['pretraining.csv']*(method=='pretrain')]
+    assert all(len(pd.read_csv(tmp_path/'run'/o))==1 for o in logs)
 
 def test_folder_moves(run, prepared, tmp_path):
     import shutil

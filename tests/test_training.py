@@ -202,6 +202,20 @@ def test_pretraining_learns_from_mutual_information(tmp_path):
         pretrain(learn, 1, cbs=[small_mireg(balance=True)])
     assert type(learn.loss_func).__name__=='CrossEntropyLossFlat'
 
+def test_pretraining_has_the_terms_of_the_command(tmp_path):
+    from toy import learner, loaders, quiet
+    learn,seen = quiet(learner(tmp_path, dls=loaders(n_iters=1))),[]
+    class Look(Callback):
+        def before_fit(self): seen.extend(o for o in self.learn.cbs if isinstance(o, SemiSupCallback))
+    learn.add_cb(Look())
+    with learn.no_bar(): pretrain(learn, 1)
+    a,b = (o for os in (seen, callbacks_of(Settings(method='pretrain'))) for o in os)
+    said = list(inspect.signature(type(b)).parameters)
+    kept = [k for k in said if hasattr(b, k) and k not in ('T','balance','unlabeled')]
+    assert type(a) is type(b) and a.weights==b.weights and a.balance is b.balance is None and len(kept)>8
+    for k in kept: assert getattr(a, k)==getattr(b, k), k
+    assert str(a.T)==str(b.T)
+
 def test_pretraining_needs_no_masks(tmp_path):
     "The same network comes of it whatever the masks are; loss and optimiser are as before, also after an interruption"
     from toy import learner, loaders, quiet, small_mireg

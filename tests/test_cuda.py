@@ -21,7 +21,8 @@ from fastmiseg.metrics import VolumeDice, VolumePrecision, VolumeSensitivity
 from fastmiseg.models import UNet, create_unet
 from fastmiseg.mutual_info import consistency_loss, entropy_loss, global_mi_loss, local_mi_loss
 from fastmiseg.projectors import GlobalProjector, LocalProjector
-from toy import hooks, learner, loaders, quiet, small_mireg
+from fastmiseg.warps import usual_pool
+from toy import balanced_mireg, hooks, learner, loaders, quiet, small_mireg
 
 DEVICE = os.environ.get('FASTMISEG_DEVICE', 'cuda')
 pytestmark = [pytest.mark.cuda,
@@ -34,6 +35,7 @@ METHODS = {
     'consistency': lambda: [ConsistencyCallback()],
     'teacher': lambda: [EMATeacherCallback()],
     'mi': lambda: [small_mireg()],
+    'balanced mi': lambda: [balanced_mireg(T=usual_pool())],
     'mi and teacher': lambda: [small_mireg(), EMATeacherCallback()],
     'pseudo-labels': lambda: [PseudoLabelCallback(threshold=.5), EMATeacherCallback(.9)],
     # not the largest piece alone: which one that is hangs on a pixel

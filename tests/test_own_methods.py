@@ -1,5 +1,6 @@
 """The methods that mix images, the tutorial's and ours, train in one forward pass, go on to the bit, and leave no trace
 (in two processes: test_distributed)"""
+from copy import deepcopy
 import pytest, torch
 from fastmiseg.callback.copypaste import CopyPasteCallback
 from fastmiseg.callback.pseudo import PseudoLabelCallback
@@ -42,7 +43,7 @@ def test_goes_on_to_the_bit(tmp_path, method):
     for p,q in zip(whole.model.state_dict().values(), pieces.model.state_dict().values()): assert torch.equal(p, q)
     assert torch.equal(torch.stack(list(whole.recorder.losses)), torch.stack(list(pieces.recorder.losses)))
 
-@pytest.mark.parametrize('method', [*METHODS, *OURS])
+@pytest.mark.parametrize('method', [*METHODS, *OURS, balanced_mireg])
 def test_no_trace(tmp_path, method):
     learn = quiet(learner(tmp_path, dls=loaders(bs=2, unlabeled_bs=4)))
     learn.fit(1)
@@ -52,6 +53,20 @@ def test_no_trace(tmp_path, method):
         with pytest.raises(type(exc)): learn.fit(1, 1e-3, cbs=[method(), Bomb(exc, when, True)])
         learn._end_cleanup(); learn.opt.zero_grad()
         assert state(learn)==before and hooks(learn.model)==0
+
+def test_lr_find_is_forgotten(tmp_path):
+    "Joints, gradients' sizes and heads are as before the search, and the next fit is as without it"
+    def go(find):
+        learn = quiet(learner(tmp_path, dls=loaders(bs=2, unlabeled_bs=4), cbs=(cb:=balanced_mireg())))
+        learn.fit(1, 1e-2)
+        memory,before = cb.projectors['Conv5'].memory,deepcopy(cb.state_dict())
+        assert memory.steps==4 and memory.joint.sum()>0 and len(before['balance']['sizes'])==2
+        if find:
+            with learn.no_bar(): learn.lr_find(num_it=6, show_plot=False)
+            torch.testing.assert_close(cb.state_dict(), before, rtol=0, atol=0)
+        learn.fit(1, 1e-2)
+        return learn.model.state_dict()
+    for p,q in zip(go(True).values(), go(False).values()): assert torch.equal(p, q)
 
 @pytest.mark.parametrize('teacher', [False, True])
 def test_all_of_them_together(tmp_path, teacher):

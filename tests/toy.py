@@ -30,9 +30,9 @@ def learner(path, net=None, seed=0, dls=None, loss_func=None, width=2, **kw):
 
 def small_mireg(**kw): return MIRegCallback.paper(**{**dict(n_clusters=3, n_heads=2, local_layers='Upconv3'), **kw})
 
-def balanced_mireg():
+def balanced_mireg(**kw):
     "All that remembers something of the steps before"
-    return small_mireg(memory=.9, marginal=1.5, balance=True)
+    return small_mireg(**{**dict(memory=.9, marginal=1.5, balance=True), **kw})
 
 def quiet(learn):
     learn.remove_cbs([cb for cb in learn.cbs if type(cb).__name__=='ProgressCallback'])

@@ -92,13 +92,14 @@ def resume(kind, path, rank, stops):
         set_seed(10*k+rank)
         dls = plain_loaders(2) if kind=='files' else loaders(bs=2, unlabeled_bs=4, n_iters=4)
         learn = quiet(learner(path, net=Noisy, seed=10*k+rank, dls=dls))
-        cbs = [mi:=small_mireg(unlabeled=list(range(13,21)) if kind=='files' else None),
+        cbs = [mi:=balanced_mireg(unlabeled=list(range(13,21)) if kind=='files' else None),
                teacher:=EMATeacherCallback(decay=.5), ResumeCallback(f'{path}/{kind}{len(stops)}', every=1), Stop(stop)]
         try:
             with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit_one_cycle(2, 1e-2, cbs=cbs)
         except KeyboardInterrupt: assert stop
         else: assert not stop
-    return dict(model=dict(learn.model.state_dict()), heads=mi.projectors.state_dict(), teacher=teacher.average.tensors,
+    return dict(model=dict(learn.model.state_dict()), heads=mi.projectors.state_dict(),
+                balance=mi.balance.state_dict()['sizes'], teacher=teacher.average.tensors,
                 random=dict(torch=torch.get_rng_state()),
                 log=dict(values=torch.tensor(list(learn.recorder.values[-1]))))
 

@@ -26,9 +26,10 @@ def rate(it, n, work=lambda b: None):
 def endless(dl):
     while True: yield from dl
 
-# what is said about it: workers, augmentation, share of draws that show a class
-cases = {'loading and augmentation': (0,'light',0), 'the same in one worker': (1,'light',0),
-         'with strong augmentation and draws that show a class': (0,'strong',1/3)}
+# what is said about it: workers, changes of the recipe, share of draws that show a class
+cases = {'loading and augmentation': (0,{},0), 'the same in one worker': (1,{},0),
+         'with strong augmentation and draws that show a class': (0,dict(augment='strong'),1/3),
+         'with elastic deformation as well': (0,dict(augment='strong', elastic=1.),1/3)}
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
@@ -47,9 +48,9 @@ def main():
         best = {}
         SliceStore(Path(tmp)/'store', recipe).prepare(df, progress=False)
         for _ in range(a.repeats):
-            for k,(workers,augment,foreground) in cases.items():
+            for k,(workers,changes,foreground) in cases.items():
                 dls = MISegDataLoaders.from_cohort(
-                    df, replace(recipe, augment=augment), store=Path(tmp)/'store', n_iters=200,
+                    df, replace(recipe, **changes), store=Path(tmp)/'store', n_iters=200,
                     num_workers=workers, foreground=foreground)
                 best[k] = min(best.get(k, 1e9), rate(iter(dls.train), 150))
             learn = miseg_learner(dls)

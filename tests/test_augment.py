@@ -66,6 +66,21 @@ def test_what_is_off_draws_nothing_and_changes_nothing():
     a,b = Augment.from_recipe(Recipe())((x,y), split_idx=0)
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(a, x) and torch.equal(b, y)
 
+@pytest.mark.parametrize('moves', [dict(elastic=1.), dict(scale=.2, elastic=1.),
+                                   dict(scale=.2, rotate=20., flip='hv', crop=16)])
+def test_image_and_mask_move_alike(moves):
+    "A mask that is the image itself: each pixel of the one lies where it does in the other"
+    y = F.interpolate(images(8, 1, (3,4)).round(), scale_factor=8)[:,0].long()
+    x = TensorImage(y[:,None].float())
+    torch.manual_seed(9)
+    a,b = Augment.from_recipe(Recipe(**moves))((x,y:=TensorMask(y)), split_idx=0)
+    a,b = a[:,0].as_subclass(torch.Tensor),b.as_subclass(torch.Tensor)
+    if a.shape==y.shape: assert (b!=y).flatten(1).any(1).all() # every one of them moved,
+    assert len({o.numpy().tobytes() for o in b})==8 # each in its own way
+    certain = (a==0)|(a==1) # where bilinear reading sees one class alone
+    assert certain.float().mean()>.6 and torch.equal(a[certain], b[certain].float())
+    assert (a.round()==b).float().mean()>.99
+
 def test_light_recipes_draw_as_before():
     "With the same seed, whether or not there are stronger changes that nobody asked for"
     x = TensorImage(images())

@@ -72,7 +72,7 @@ def _copypaste(s, w):
     with _arguments('paste', s.paste, CopyPasteCallback, ('weight','unlabeled')):
         return [CopyPasteCallback(w['copypaste'], **s.paste)]
 
-def _pseudo_mi(s, w): return [*_pseudo(s, w), *_mireg(s, w)]
+def _pseudo_mi(s, w): return [*_pseudo(s, w), *_recommended(s, w)]
 def _pseudo_copypaste(s, w): return [*_pseudo(s, w), *_copypaste(s, w)]
 
 def _taught(make):
@@ -87,6 +87,7 @@ def _none(s, w): return []
 # %% ../nbs/64_methods.ipynb #1ef4e46f
 _mi,_paper = dict(global_mi=.1, local_mi=.1),dict(global_mi=.1, local_mi=.1, consistency=5.)
 _ours = {**_mi, 'consistency':[5.,.8]}
+_pseudo_weight,_paste_weight = dict(pseudo=[1.,.8]),dict(copypaste=[1.,.8])
 # What to do with unlabelled scans, by name
 methods = {
     'partial': Method('nothing: train on the labelled scans only', {}, _none, uses_T=False),
@@ -97,21 +98,21 @@ methods = {
                     usual=_as_in_the_paper),
     'mireg': Method("the paper's terms, on the base of the recommended method", _paper, _mireg),
     'mi': Method('mutual information alone', _mi, _mireg),
-    'consistency': Method('predictions for x and T(x) agree', dict(consistency=5.), _consistency),
+    'consistency': Method('predictions for x and T(x) agree', dict(consistency=[5.,.8]), _consistency),
     'entropy': Method('predictions are confident', dict(entropy=.01), _entropy, uses_T=False),
-    'teacher': Method('Mean Teacher', dict(consistency=5.), _teacher),
+    'teacher': Method('Mean Teacher', dict(consistency=[15.,.8]), _teacher),
     'mireg+teacher': Method('the paper with a teacher (section 5.2)', _paper, _taught(_mireg)),
-    'pseudo': Method('confident predictions are masks of strongly changed copies', dict(pseudo=1.), _pseudo,
+    'pseudo': Method('confident predictions are masks of strongly changed copies', _pseudo_weight, _pseudo,
                      uses_T=False),
-    'pseudo+teacher': Method('the same, with the labels of a teacher', dict(pseudo=1.), _taught(_pseudo),
+    'pseudo+teacher': Method('the same, with the labels of a teacher', _pseudo_weight, _taught(_pseudo),
                              uses_T=False),
-    'pseudo+mi+teacher': Method('pseudo-labels of a teacher, and mutual information', dict(pseudo=1., **_mi),
+    'pseudo+mi+teacher': Method('pseudo-labels of a teacher, and mutual information in balance', {**_pseudo_weight, **_mi},
                                 _taught(_pseudo_mi)),
-    'copypaste': Method('boxes of labelled scans in unlabelled ones, and back', dict(copypaste=1.), _copypaste,
+    'copypaste': Method('boxes of labelled scans in unlabelled ones, and back', _paste_weight, _copypaste,
                         uses_T=False),
-    'copypaste+teacher': Method('the same, with the labels of a teacher', dict(copypaste=1.), _taught(_copypaste),
+    'copypaste+teacher': Method('the same, with the labels of a teacher', _paste_weight, _taught(_copypaste),
                                 uses_T=False),
-    'pseudo+copypaste+teacher': Method('both, with the labels of a teacher', dict(pseudo=1., copypaste=1.),
+    'pseudo+copypaste+teacher': Method('both, with the labels of a teacher', {**_pseudo_weight, **_paste_weight},
                                        _taught(_pseudo_copypaste), uses_T=False),
     'pretrain': Method("the paper's terms alone in the first half, then the labelled scans alone (Figure 7)", _paper,
                        _mireg),

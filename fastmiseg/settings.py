@@ -76,7 +76,7 @@ class Settings:
     jitter:float=None        # Intensity changes of the transformed images, 0..1; by default the method's
     warp:float=None          # Rotation, scaling and shift of T with a mirrored border, 0..1; by default the method's
     passes:int=None          # Through the network: 1; 2, labelled images apart; 3, each kind apart; or the method's
-    decay:float=.999         # Of the teacher's average, for each step
+    decay:float=.99          # Of the teacher's average, for each step
     mireg:json_object=field(default_factory=dict) # Other arguments of MIRegCallback, as JSON
     labels:json_object=field(default_factory=dict) # Other arguments of PseudoLabelCallback, as JSON
     paste:json_object=field(default_factory=dict) # Other arguments of CopyPasteCallback, as JSON

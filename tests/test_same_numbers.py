@@ -20,9 +20,9 @@ before = json.loads((Path(__file__).parent/'same_numbers.json').read_text())
 def mireg(**kw): return MIRegCallback.paper(n_clusters=4, n_heads=2, **kw)
 METHODS = {
     'partial': lambda: [],
-    'consistency': lambda: [ConsistencyCallback(T=RandomFlips())],
+    'consistency': lambda: [ConsistencyCallback(5., T=RandomFlips())],
     'entropy': lambda: [EntropyMinCallback()],
-    'teacher': lambda: [EMATeacherCallback(.9, T=RandomFlips())],
+    'teacher': lambda: [EMATeacherCallback(.9, 5., T=RandomFlips())],
     'mireg': lambda: [mireg()],
     'mireg_teacher': lambda: [mireg(), EMATeacherCallback(.9)],
     'mireg_shift': lambda: [mireg(T=RandomFlips()+RandomLight(.5)+RandomShifts(.5))],

@@ -8,7 +8,7 @@ __all__ = ['ConsistencyCallback', 'EntropyMinCallback']
 # %% ../../nbs/51_callback.baselines.ipynb #bb926210
 from typing import Callable
 
-from .method import SemiSupCallback
+from .method import SemiSupCallback, sigmoid_rampup
 from ..mutual_info import consistency_loss, entropy_loss
 from ..transforms import Pool
 
@@ -16,7 +16,7 @@ from ..transforms import Pool
 class ConsistencyCallback(SemiSupCallback):
     "The predictions for x and T(x) agree (Bortsova et al. 2019)"
     def __init__(self,
-        weight:float|Callable=5., # λ3 of equation 3: a number, or a function of the training fraction
+        weight:float|Callable=sigmoid_rampup(5., .8), # λ3 of equation 3: a number, or a function of the training fraction
         unlabeled=None, # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
         T:Pool=None     # what T is drawn from; default: `usual_pool()`
     ): super().__init__(unlabeled, T, consistency=weight)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .method import SemiSupCallback
+from .method import SemiSupCallback, sigmoid_rampup
 from .step import Step
 from ..losses import soft_dice_loss
 from ..processes import processes
@@ -42,7 +42,7 @@ def largest_pieces(
 class CopyPasteCallback(SemiSupCallback):
     "Boxes of labelled images in unlabelled ones, and back (bidirectional copy-paste, Bai et al. 2023)"
     def __init__(self,
-        weight:float|Callable=1., # of the term: a number, or a function of the training fraction
+        weight:float|Callable=sigmoid_rampup(1., .8), # of the term: a number, or a function of the training fraction
         pseudo:float=.5,   # what a pixel of an unlabelled image counts, where one of a labelled image counts 1
         dice:float=1.,     # weight of the Dice loss beside cross-entropy
         side:float=2/3,    # of the box, as a share of height and width

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .method import SemiSupCallback
+from .method import SemiSupCallback, sigmoid_rampup
 from ..losses import soft_dice_loss
 from ..transforms import Light, Pool, boxes
 
@@ -47,7 +47,7 @@ def blur(
 class PseudoLabelCallback(SemiSupCallback):
     "Confident predictions are the masks of strongly changed copies (FixMatch; UniMatch, Yang et al. 2023)"
     def __init__(self,
-        weight:float|Callable=1., # of the term: a number, or a function of the training fraction
+        weight:float|Callable=sigmoid_rampup(1., .8), # of the term: a number, or a function of the training fraction
         threshold:float=.95, # probability from which a prediction counts as a label
         dice:float=1.,       # weight of the Dice loss beside cross-entropy
         light:float=.8,      # share of the images in another light

@@ -11,7 +11,7 @@ from typing import Callable
 from fastai.basics import *
 
 from ..average import ModelAverage
-from .method import Teacher
+from .method import Teacher, sigmoid_rampup
 from ..mutual_info import consistency_loss
 from ..transforms import Pool
 
@@ -19,15 +19,15 @@ from ..transforms import Pool
 class EMATeacherCallback(Teacher):
     "Mean Teacher, alone or as the other side of every method beside it (Perone et al. 2019; section 5.2)"
     def __init__(self,
-        decay:float=.999,       # of the average, for each step; less in the first steps
+        decay:float=.99,        # of the average, for each step; less in the first steps
         # of the squared distance between the student's prediction for T(x) and the teacher's: a number, or a function
-        # of the training fraction; None: 5, or 0 beside a method that compares with the teacher itself
+        # of the training fraction; None: 15, growing until .8, or 0 beside a method that compares with the teacher itself
         weight:float|Callable|None=None,
         evaluate:str='teacher', # who is validated, and saved by `SaveModelCallback`: 'teacher' or 'student'
         unlabeled=None,         # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
         T:Pool=None             # what T is drawn from; default: `usual_pool()`
     ):
-        if not 0<=decay<1: raise ValueError(f"decay: {decay} is not in [0,1); the paper uses 0.999")
+        if not 0<=decay<1: raise ValueError(f"decay: {decay} is not in [0,1); 0.99 averages about the last 100 steps")
         if evaluate not in ('teacher','student'):
             raise ValueError(f"evaluate: {evaluate!r} is neither 'teacher' nor 'student'")
         super().__init__(unlabeled, T)
@@ -36,7 +36,8 @@ class EMATeacherCallback(Teacher):
 
     def join(self, methods):
         weight = self.weight
-        if weight is None: weight = 0. if any(r.matches_target for r in methods if r is not self) else 5.
+        if weight is None:
+            weight = 0. if any(r.matches_target for r in methods if r is not self) else sigmoid_rampup(15., .8)
         self.weights = {'mean_teacher':weight} if callable(weight) or weight else {}
 
     def answer(self, x): return self.average(get_model(self.model), x)

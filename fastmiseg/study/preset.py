@@ -71,7 +71,7 @@ def _weights(mi, consistency, mi_alone=None, alone=None, teacher=None, entropy=.
             'entropy':dict(entropy=entropy)}
 
 _paper = Settings(method='paper', epochs=100, lr=4e-5, div=400., pct_start=.1, one_cycle=False,
-                  adam=dict(sqr_mom=.999, decouple_wd=False))
+                  decay=.999, adam=dict(sqr_mom=.999, decouple_wd=False))
 _cpu = Settings(method='paper', width=8, epochs=4, n_iters=500, bs=8, unlabeled_bs=8, lr=5e-3,
                 div=5., pct_start=.1, decay=.99)
 _lit,_moved = replace(_cpu, jitter=.5),replace(_cpu, jitter=.5, shift=.5)

@@ -60,12 +60,14 @@ def _tested(test, scores, study, rows):
         return np.nan if k==other or other not in of_row else test(of_row[other], of_row[k])
     return [one(k) for k in rows]
 
+_least_gap = .02 # in Dice: a part of less would say more of the draws than of the method
+
 def _gap(mean, study, rows):
-    "The part of the gap that each row closes"
+    "The part of the gap that each row closes; NaN where there is hardly a gap"
     def one(k):
         if study.x and k==study.bound: return 1.
         lo,hi = (mean.get(o) for o in (study.at(study.base, k), study.bound))
-        return np.nan if lo is None or hi is None or hi==lo else (mean[k]-lo)/(hi-lo)
+        return np.nan if lo is None or hi is None or hi-lo<_least_gap else (mean[k]-lo)/(hi-lo)
     return [one(k) for k in rows]
 
 def study_table(
@@ -143,7 +145,7 @@ def legend(
     if study.draws: text = text.replace('seeds', 'draws of the labelled subjects, each with its own seed')
     if 'gap_closed' in table:
         lo,hi = ('partial','full') if study.base=='Partial supervision' else (study.base, study.bound)
-        text += f' Gap closed: (method − {lo}) / ({hi} − {lo}).'
+        text += f' Gap closed: (method − {lo}) / ({hi} − {lo}); empty where that gap is below {_least_gap}.'
     if 'p' in table:
         text += (f" p: one-sided paired t-test over subjects, of means over the seeds, {study.ours}"
                  f"{' with as many labelled' if study.x else ''} above the row; "
@@ -195,11 +197,11 @@ def _plot_dice(ax, seeds, study):
     ax.axhline(full.mean(), color=palette[3], lw=2, label=study.bound)
     by = lines.groupby(['line','x'])['mean'].agg(['mean','std']).fillna(0)
     for k in sorted(lines.line.unique(), key=lambda k: list(looks).index(k) if k in looks else 9):
-        g,look = by.loc[k],looks.get(k, dict(color='.7', lw=1))
+        g,look = by.loc[k],looks.get(k, dict(color='.7', lw=1, marker='.'))
         ax.plot(g.index, g['mean'], label=k if k in looks else '_', ms=5, **look)
         if k not in looks: continue
         ax.fill_between(g.index, g['mean']-g['std'], g['mean']+g['std'], color=look['color'], alpha=.1, lw=0)
-    ax.plot([], [], color='.7', lw=1, label='the other methods')
+    ax.plot([], [], color='.7', lw=1, marker='.', label='the other methods')
     ticks = sorted(lines.x.unique())
     ax.set(xscale='log', xlabel='labelled subjects', ylabel='Dice, mean and sd over draws')
     ax.set_xticks(ticks, [str(o) for o in ticks])

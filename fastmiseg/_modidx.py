@@ -2143,6 +2143,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fastmiseg.warps.RandomWarps.draw': ('warps.html#randomwarps.draw', 'fastmiseg/warps.py'),
                                  'fastmiseg.warps.Warps': ('warps.html#warps', 'fastmiseg/warps.py'),
                                  'fastmiseg.warps.Warps.__call__': ('warps.html#warps.__call__', 'fastmiseg/warps.py'),
-                                 'fastmiseg.warps.Warps._take': ('warps.html#warps._take', 'fastmiseg/warps.py'),
+                                 'fastmiseg.warps.Warps._places': ('warps.html#warps._places', 'fastmiseg/warps.py'),
                                  'fastmiseg.warps.Warps.inverse': ('warps.html#warps.inverse', 'fastmiseg/warps.py'),
                                  'fastmiseg.warps.usual_pool': ('warps.html#usual_pool', 'fastmiseg/warps.py')}}}

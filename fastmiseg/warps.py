@@ -20,25 +20,31 @@ class Warps(Transformation):
     "Each image turned, scaled and moved about its centre"
     matrix:torch.Tensor # (N,2,3): where a pixel comes from, x before y, the image from -1 to 1 along each axis
 
-    def _take(self, x, matrix):
+    def _places(self, size, device):
+        "(N,H,W,2): where each pixel of a map comes from; kept for the next tensor"
+        if '_made' not in vars(self): self._made = {}
+        if (size,device) not in self._made:
+            m = self.matrix.to(device, non_blocking=True)[...,None,None]
+            # not `affine_grid`: its product of matrices may be in TF32, a tenth of a pixel
+            y,x = ((2*torch.arange(n, device=device)+1)/n - 1 for n in size)
+            self._made[size,device] = (m[:,:,0]*x + m[:,:,1]*y[:,None] + m[:,:,2]).permute(0,2,3,1)
+        return self._made[size,device]
+
+    def __call__(self, x):
         if len(x)!=len(self):
             raise ValueError(f"x: {len(x)} images were given to a transformation drawn for {len(self)}; "
                              "draw one for this batch")
-        m,planes = matrix.to(x.device, non_blocking=True)[...,None,None],x.reshape(len(x), -1, *x.shape[-2:])
-        # not `affine_grid`: its product of matrices may be in TF32, a tenth of a pixel
-        y,x_ = ((2*torch.arange(n, device=x.device)+1)/n - 1 for n in x.shape[-2:])
-        grid = (m[:,:,0]*x_ + m[:,:,1]*y[:,None] + m[:,:,2]).permute(0,2,3,1)
-        mode = 'bilinear' if x.is_floating_point() else 'nearest'
-        res = F.grid_sample(planes.float(), grid, mode, padding_mode='reflection', align_corners=False)
+        size = tuple(x.shape[-2:])
+        planes,mode = x.reshape(len(x), -1, *size),'bilinear' if x.is_floating_point() else 'nearest'
+        res = F.grid_sample(planes.float(), self._places(size, x.device), mode, 'reflection', align_corners=False)
         return res.view(x.shape).to(x.dtype)
 
-    def __call__(self, x): return self._take(x, self.matrix)
     def inverse(self, x):
         "T⁻¹(x), as far as nothing was lost at the border; interpolated twice"
         turn,move = self.matrix[:,:,:2],self.matrix[:,:,2:]
         a,b,c,d = turn.flatten(1).unbind(1)
         back = torch.stack([torch.stack([d,-b], 1), torch.stack([-c,a], 1)], 1)/(a*d-b*c)[:,None,None]
-        return self._take(x, torch.cat([back, -(back[...,None]*move[:,None]).sum(2)], 2))
+        return Warps(torch.cat([back, -(back[...,None]*move[:,None]).sum(2)], 2))(x)
 
 @dataclass
 class RandomWarps(Pool):

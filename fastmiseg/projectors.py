@@ -25,6 +25,8 @@ class GlobalProjector(nn.Module):
         self.n_clusters, self.n_heads, self.pool = n_clusters, n_heads, pool
         self.head = nn.Linear(n_in, n_heads*n_clusters)
         self.memory = JointMemory(n_heads, n_clusters, memory) if memory else None
+        self.scale = n_in**-.5 if memory else 1. # of the features, in exchange for larger weights: slower heads
+        with torch.no_grad(): self.head.weight.div_(self.scale)
 
     def forward(self,
         f: torch.Tensor, # features (N,C,*map)
@@ -33,6 +35,7 @@ class GlobalProjector(nn.Module):
         _check_features('f', f, self.head.in_features)
         f = (f.flatten(2).amax(-1) if self.pool == 'max' else f.flatten(2).float().mean(-1)).to(self.head.weight.dtype)
         with torch.autocast(f.device.type, enabled=False):
+            if self.memory: f = f*self.scale
             if f.is_cuda: z = (f[:, None]*self.head.weight).sum(-1) + self.head.bias # a product might be in TF32
             else: z = self.head(f)
             return z.unflatten(1, (self.n_heads, self.n_clusters)).softmax(-1)

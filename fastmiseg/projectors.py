@@ -18,14 +18,15 @@ class GlobalProjector(nn.Module):
         n_clusters: int = 10, # K
         n_heads: int = 5, # S
         pool: str = 'max', # over the map: 'max' (the paper) or 'avg' (the published code)
-        memory: float = 0., # decay of the joint's running mean, see `JointMemory`; 0: each batch for itself
+        # decay of the joint's running mean, see `JointMemory`, and slower heads; 0: each batch for itself
+        memory: float = 0.,
     ):
         super().__init__()
         if pool not in ('max', 'avg'): raise ValueError(f"pool: expected 'max' or 'avg', got {pool!r}")
         self.n_clusters, self.n_heads, self.pool = n_clusters, n_heads, pool
         self.head = nn.Linear(n_in, n_heads*n_clusters)
         self.memory = JointMemory(n_heads, n_clusters, memory) if memory else None
-        self.scale = n_in**-.5 if memory else 1. # of the features, in exchange for larger weights: slower heads
+        self.scale = n_in**-.5 if memory else 1. # of the features; the weights are divided by it: slower heads
         with torch.no_grad(): self.head.weight.div_(self.scale)
 
     def forward(self,

@@ -118,7 +118,8 @@ class Settings:
             if not low<getattr(self, k)<high: raise ValueError(f'{k}: {getattr(self, k)} is not {words}')
         if self.wd<0: raise ValueError(f'wd: {self.wd} is below 0')
         if self.method=='pretrain' and self.epochs<2:
-            raise ValueError("epochs: 1 leaves nothing to train after the pretraining, which takes half; give 2 or more")
+            raise ValueError("epochs: pretraining takes half of them, so 1 leaves none for the labelled scans; "
+                             "give 2 or more")
         if not 0<=self.decay<1: raise ValueError(f'decay: {self.decay} is not between 0 and 1 (1 would never learn)')
         self.weights
 

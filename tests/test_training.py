@@ -62,7 +62,7 @@ def test_settings_from_files(tmp_path):
 
 @pytest.mark.parametrize('bad,said', [
     (dict(epochs=0), 'epochs: 0 is below 1'),
-    (dict(method='pretrain', epochs=1), 'epochs: 1 leaves nothing to train after the pretraining'),
+    (dict(method='pretrain', epochs=1), 'epochs: pretraining takes half of them'),
     (dict(epochs=1.5), 'epochs: expected int, got 1.5'),
     (dict(skip_bad=1), 'skip_bad: expected bool, got 1'),
     (dict(lr='fast'), "lr: expected float, got 'fast'"),

@@ -21,7 +21,7 @@ class EMATeacherCallback(Teacher):
     def __init__(self,
         decay:float=.99,        # of the average, for each step; less in the first steps
         # of the squared distance between the student's prediction for T(x) and the teacher's: a number, or a function
-        # of the training fraction; None: 15, growing until .8, or 0 beside a method that compares with the teacher itself
+        # of the training fraction; None: 15, growing until .8, or 0 beside a method that compares with the teacher
         weight:float|Callable|None=None,
         evaluate:str='teacher', # who is validated, and saved by `SaveModelCallback`: 'teacher' or 'student'
         unlabeled=None,         # items or a `DataLoader` of unlabelled images; not needed where the batches are paired

@@ -60,10 +60,10 @@ def _tested(test, scores, study, rows):
         return np.nan if k==other or other not in of_row else test(of_row[other], of_row[k])
     return [one(k) for k in rows]
 
-_least_gap = .02 # in Dice: a part of less would say more of the draws than of the method
+_least_gap = .02 # in Dice; a share of a smaller gap says more about the draws than about the method
 
 def _gap(mean, study, rows):
-    "The part of the gap that each row closes; NaN where there is hardly a gap"
+    "The part of the gap that each row closes; NaN where there is hardly a gap, or none"
     def one(k):
         if study.x and k==study.bound: return 1.
         lo,hi = (mean.get(o) for o in (study.at(study.base, k), study.bound))

@@ -103,7 +103,7 @@ def each_draw(runs, scores):
         at = o['row'],cohorts[o['cohort'],o['labeled']]
         found.setdefault(at, {})[o['settings']['seed']] = scores.dice[o['id']]
     found = {k:v for k,v in found.items() if len(v)==3}
-    rows = dict.fromkeys(k for k,_ in found)
+    rows = sorted({k for k,_ in found})
     shown = [c for c in cohorts.values() if any(c==k for _,k in found)]
     def text(row, c):
         v = found.get((row, c), {})

@@ -4,8 +4,9 @@
 
 The trainings were made by `python benchmarks/gpu_studies.py run CARRIED OUT --epochs 2 PLAN@acdc-64:1,3
 PLAN@hippocampus:2` (some on a CPU), with the settings in runs.jsonl; those of `plans/default.json` without
-`--epochs` and at phantom:4 and acdc-64:7 too; those of the fourth round one by one, with the same presets. In the first round the presets' `test` was set to 0 and their test
-subjects were not there; in the second they were, and nothing was scored on them.
+`--epochs` and at phantom:4 and acdc-64:7 too; those of the fourth round one by one, with the same presets. In the
+first round the presets' `test` was set to 0 and their test subjects were not there; in the second they were, and
+nothing was scored on them.
 """
 import json
 from pathlib import Path
@@ -86,33 +87,20 @@ def one_round(runs, scores):
         lines.append(f'| {row} | '+' | '.join(cell(found.get((row, c), [])) for c in columns.values())+' |')
     return '\n'.join(lines)
 
-def means(runs, scores):
-    "Mean and standard deviation over the draws, of the rows that have all three in a column"
+def draws(runs, scores, text):
+    "What `text` says of the three draws of each row, where a column has all three"
     found = {}
-    for o in runs:
-        found.setdefault((o['row'], columns[o['cohort'],o['labeled']]), []).append(scores.dice[o['id']])
+    for o in sorted(runs, key=lambda o: o['settings']['seed']):
+        found.setdefault((o['row'], cohorts[o['cohort'],o['labeled']]), []).append(scores.dice[o['id']])
     found = {k:v for k,v in found.items() if len(v)==3}
-    rows = dict.fromkeys(k for k,_ in found)
-    shown = [c for c in columns.values() if any(c==k for _,k in found)]
-    lines = ['| | '+' | '.join(shown)+' |', '|---|'+'---|'*len(shown)]
-    def mean_of(row, c): return f'{np.mean(v):.3f} ({np.std(v, ddof=1):.3f})' if (v := found.get((row, c))) else ''
-    return '\n'.join([*lines, *(f'| {row} | '+' | '.join(mean_of(row, c) for c in shown)+' |' for row in rows)])
-
-def each_draw(runs, scores):
-    "Mean over the draws, and each draw, of the rows that have all three in a column"
-    found = {}
-    for o in runs:
-        at = o['row'],cohorts[o['cohort'],o['labeled']]
-        found.setdefault(at, {})[o['settings']['seed']] = scores.dice[o['id']]
-    found = {k:v for k,v in found.items() if len(v)==3}
-    rows = sorted({k for k,_ in found})
+    rows = [k for k in dict.fromkeys(o['row'] for o in runs) if any(k==row for row,_ in found)]
     shown = [c for c in cohorts.values() if any(c==k for _,k in found)]
-    def text(row, c):
-        v = found.get((row, c), {})
-        each = ' '.join(f'{v[i]:.3f}' for i in sorted(v))
-        return f'{np.mean(list(v.values())):.3f} ({each})' if v else ''
     lines = ['| | '+' | '.join(shown)+' |', '|---|'+'---|'*len(shown)]
-    return '\n'.join([*lines, *(f'| {row} | '+' | '.join(text(row, c) for c in shown)+' |' for row in rows)])
+    def cell(row, c): return text(v) if (v := found.get((row, c))) else ''
+    return '\n'.join([*lines, *(f'| {row} | '+' | '.join(cell(row, c) for c in shown)+' |' for row in rows)])
+
+def mean_and_sd(v): return f'{np.mean(v):.3f} ({np.std(v, ddof=1):.3f})'
+def mean_and_each(v): return f"{np.mean(v):.3f} ({' '.join(f'{o:.3f}' for o in v)})"
 
 def default(runs, scores):
     "Dice without and with the default method, by cohort and number of steps"
@@ -135,8 +123,9 @@ def table():
     runs = [json.loads(l) for l in (here/'choice/runs.jsonl').read_text().splitlines()]
     scores = pd.read_csv(here/'choice/scores.csv').groupby('run')[['dice','hd95']].mean()
     def of(*numbers): return [o for o in runs if o['round'] in numbers]
-    parts = [f"{drawn}\n{means(of(2), scores)}\n", f"{never_below}\n{default(of(2, 3), scores)}\n",
-             f"{one_change}\n{each_draw(of(4), scores)}\n",
+    changed = sorted(of(4), key=lambda o: o['row'])
+    parts = [f"{drawn}\n{draws(of(2), scores, mean_and_sd)}\n", f"{never_below}\n{default(of(2, 3), scores)}\n",
+             f"{one_change}\n{draws(changed, scores, mean_and_each)}\n",
              *(f"{text}\n{one_round(of(n), scores)}\n" for n,text in rounds.items())]
     made = sorted({o['versions'] for o in runs})
     return about + ''.join(parts) + '\nMade with ' + '; '.join(made) + '.\n'

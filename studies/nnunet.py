@@ -33,9 +33,9 @@ that are only in the mask or only in the prediction of a scan; their Dice is 0, 
 
 {table}
 
-At equal processor time this library's base is ahead in each of the three draws. A step of nnU-Net with batches of 8 costs
-4 times as much here (it has 3.6 times the parameters and takes slices of 64 instead of crops of 48), so that it makes
-230 to 270 steps, or 360 to 540 with the smaller batches that it plans, with a pipeline that is made for 250,000. With
+At equal processor time this library's base is ahead in each of the three draws. A step of nnU-Net with batches of 8
+costs 4 times as much here (it has 3.6 times the parameters and takes slices of 64 instead of crops of 48), so that it
+makes 230 to 270 steps, or 360 to 540 with the smaller batches that it plans, with a pipeline made for 250,000. With
 four times the time it comes closer (1,308 steps, one draw) and is still behind. What it reaches with hours these
 trainings do not say.
 
@@ -45,11 +45,11 @@ trainings do not say.
   gamma).
 - **nnU-Net**: the prepared slices of the labelled scans are its raw dataset (NIfTI; nothing is left to resample),
   planned with `-c 2d`: 64×64, five stages of 32 to 512 channels (7.8 million parameters), instance norm, batches of
-  5 in draw 0 and of 3 in the others (nnU-Net lets a batch hold at most a twentieth of all pixels). Its own augmentation,
-  deep supervision, loss, foreground sampling (a third) and SGD (0.01, momentum 0.99, polynomial decay, which follows
-  the processor time here instead of 1,000 epochs of 250 steps); trained on all labelled scans (fold `all`), without
-  its looks at validation batches. Predicted by its sliding window, without mirroring (its default mirrors; this
-  library is scored without, too).
+  5 in draw 0 and of 3 in the others (nnU-Net lets a batch hold at most a twentieth of all pixels). Its own
+  augmentation, deep supervision, loss, foreground sampling (a third) and SGD (0.01, momentum 0.99, polynomial decay,
+  which follows the processor time here instead of 1,000 epochs of 250 steps); trained on all labelled scans (fold
+  `all`), without its looks at validation batches. Predicted by its sliding window, without mirroring (its default
+  mirrors; this library is scored without, too).
 - **Processor time**: user and system time of training on one thread, augmentation in the same process. Planning,
   preprocessing and prediction do not count. Other work shared the cores, in both trainings.
 - Rows with (GPU) are trainings of `choice/README.md` with the same settings, draws and validation scans.

@@ -129,7 +129,7 @@ def check_arithmetic(scores, table, study):
     for k,m in means.items() if 'gap_closed' in t else ():
         if study.x and k==study.bound: continue
         lo,hi = means[base[k]].mean(),means[study.bound].mean()
-        assert np.isclose(t.gap_closed[k], (m.mean()-lo)/(hi-lo) if hi-lo>=.02 else np.nan, equal_nan=True)
+        assert np.isclose(t.gap_closed[k], (m.mean()-lo)/(hi-lo) if hi!=lo else np.nan, equal_nan=True)
     by = lambda k: [scores[(scores.row==k)&(scores.subject==s)].dice.mean() for s in sorted(set(scores.subject))]
     for k in set(means)-{study.against(k) for k in means}:
         ours = study.against(k)

@@ -60,14 +60,12 @@ def _tested(test, scores, study, rows):
         return np.nan if k==other or other not in of_row else test(of_row[other], of_row[k])
     return [one(k) for k in rows]
 
-_least_gap = .02 # in Dice; a share of a smaller gap says more about the draws than about the method
-
 def _gap(mean, study, rows):
-    "The part of the gap that each row closes; NaN where there is hardly a gap, or none"
+    "The part of the gap that each row closes"
     def one(k):
         if study.x and k==study.bound: return 1.
         lo,hi = (mean.get(o) for o in (study.at(study.base, k), study.bound))
-        return np.nan if lo is None or hi is None or hi-lo<_least_gap else (mean[k]-lo)/(hi-lo)
+        return np.nan if lo is None or hi is None or hi==lo else (mean[k]-lo)/(hi-lo)
     return [one(k) for k in rows]
 
 def study_table(
@@ -145,7 +143,7 @@ def legend(
     if study.draws: text = text.replace('seeds', 'draws of the labelled subjects, each with its own seed')
     if 'gap_closed' in table:
         lo,hi = ('partial','full') if study.base=='Partial supervision' else (study.base, study.bound)
-        text += f' Gap closed: (method − {lo}) / ({hi} − {lo}); empty where that gap is below {_least_gap}.'
+        text += f' Gap closed: (method − {lo}) / ({hi} − {lo}).'
     if 'p' in table:
         text += (f" p: one-sided paired t-test over subjects, of means over the seeds, {study.ours}"
                  f"{' with as many labelled' if study.x else ''} above the row; "

@@ -8,7 +8,9 @@ __all__ = ['launch_options', 'dot_precision', 'split_16_bit', 'implementation', 
 
 # %% ../nbs/36_pair_kernels.ipynb #0ab105b0
 from contextlib import nullcontext
+from functools import reduce
 from math import prod
+from operator import add
 from os import environ
 from types import SimpleNamespace
 
@@ -71,6 +73,22 @@ def _means_kernel(x, weight, bias, out, heads, pixels, stride_n, stride_c, strid
         tl.store(at + K, tl.sum(p*p, 1), mask=k < K)
 
 @_jit
+def _centres_kernel(sums, centres, parts, pixels, heads, K: tl.constexpr, KP: tl.constexpr, B: tl.constexpr):
+    "Of a head on one side, from all sums of `_means_kernel`: means, or 0 for a cluster that is on or off"
+    s, side, k = tl.program_id(0), tl.program_id(1), tl.arange(0, KP)
+    total, squares = tl.zeros([KP], tl.float64), tl.zeros([KP], tl.float64)
+    for i in range(0, parts, B):
+        part = i + tl.arange(0, B)
+        at = sums + ((side*parts + part)*heads + s)[:, None]*2*K + k[None, :]
+        mask = (part < parts)[:, None] & (k < K)[None, :]
+        total += tl.sum(tl.load(at, mask=mask, other=0.).to(tl.float64), 0)
+        squares += tl.sum(tl.load(at + K, mask=mask, other=0.).to(tl.float64), 0)
+    mean = total/pixels
+    c = tl.where(squares/pixels < 2*mean*mean, mean, 0.)
+    # as the maps take them off: rounded to float32
+    tl.store(centres + (side*heads + s)*K + k, c.to(tl.float32).to(tl.float64), mask=k < K)
+
+@_jit
 def _line_kernel(x, weight, bias, centre, line, lead, area, plane, pitch, depth, height, width, heads,
                  stride_n, stride_c, stride_px,
                  HEAD: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
@@ -85,7 +103,7 @@ def _line_kernel(x, weight, bias, centre, line, lead, area, plane, pitch, depth,
     for s in range(heads):
         if HEAD: p = _softmax(_weights(weight + s*K*C, K, KP, C, CP), bias + s*K, features, K, KP, DOT)
         else: p = _probabilities(x, n, s, px, inside, heads, pixels, K, KP)
-        c = tl.load(centre + s*K + k, mask=k < K, other=0.)
+        c = tl.load(centre + s*K + k, mask=k < K, other=0.).to(tl.float32)
         p = tl.where(k[:, None] < K, p - c[:, None], 1.)
         p = tl.where(inside[None, :], p, 0.)*1024
         high = p.to(tl.float16)
@@ -121,7 +139,8 @@ def _product(a, a_low, b, b_low, sums, EXACT: tl.constexpr):
 @_jit
 def _store_sums(out, sums, m0, n0, M: tl.constexpr, N: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr):
     m, n = m0 + tl.arange(0, MP), n0 + tl.arange(0, NP)
-    tl.store(out + m[:, None]*N + n[None, :], sums, mask=(m < M)[:, None] & (n < N)[None, :])
+    # both sides are stored 1024 times as large
+    tl.store(out + m[:, None]*N + n[None, :], sums/1048576, mask=(m < M)[:, None] & (n < N)[None, :])
 
 @_jit
 def _sums_kernel(p, q, out, lead4, area4, plane4, pitch4, heads,
@@ -166,7 +185,23 @@ def _sums_kernel(p, q, out, lead4, area4, plane4, pitch4, heads,
 
 # %% ../nbs/36_pair_kernels.ipynb #e78a3840
 @_jit
-def _gradient_kernel(q, G, unscale, out, lead, area, plane, pitch, depth, height, width, heads,
+def _factors_kernel(G, largest, centres, out, heads, K: tl.constexpr, KP: tl.constexpr,
+                    WZ: tl.constexpr, WY: tl.constexpr, WX: tl.constexpr):
+    "`G L` of one side, head and displacement, where the largest number of `G` is 1"
+    d, s, side = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    D: tl.constexpr = WZ*WY*WX
+    N: tl.constexpr = WX*(K + 1)
+    k, l = tl.arange(0, KP)[:, None], tl.arange(0, KP)[None, :]
+    inside = (k < K) & (l < K)
+    source = tl.where(side == 0, d, D - 1 - d)*K*K + tl.where(side == 0, k*K + l, l*K + k)
+    a = tl.load(G + s*D*K*K + source, mask=inside, other=0.)/tl.maximum(tl.load(largest), 1e-37)
+    c = tl.load(centres + ((1 - side)*heads + s)*K + l, mask=l < K, other=0.)
+    at = out + (((side*heads + s)*WZ*WY + d//WX)*K + k)*N + d%WX*(K + 1)
+    tl.store(at + l, a.to(tl.float32), mask=inside)
+    tl.store(at + K, tl.sum(a*c, 1)[:, None].to(tl.float32), mask=k < K)
+
+@_jit
+def _gradient_kernel(q, G, largest, out, lead, area, plane, pitch, depth, height, width, heads,
                      K: tl.constexpr, WZ: tl.constexpr, WY: tl.constexpr, WX: tl.constexpr,
                      ROWS: tl.constexpr, MP: tl.constexpr, PIECE: tl.constexpr, BX: tl.constexpr, EXACT: tl.constexpr):
     "Gradient of the probabilities (N,S,K,*map): ROWS rows of BX pixels"
@@ -189,20 +224,20 @@ def _gradient_kernel(q, G, unscale, out, lead, area, plane, pitch, depth, height
                            (col < N)[:, None] & inside[None, :], EXACT)
         dy = j - row
         a = tl.load(G + ((((s*WZ + dz)*WY + dy)*K + k)*N)[:, None] + col[None, :],
-                    mask=((row < ROWS) & (dy >= 0) & (dy < WY))[:, None] & (col < N)[None, :], other=0.)
+                    mask=((row < ROWS) & (dy >= 0) & (dy < WY))[:, None] & (col < N)[None, :], other=0.)*1024
         high = a.to(tl.float16)
         sums = _product(high, (a - high.to(tl.float32)).to(tl.float16), b, b_low, sums, EXACT)
-    sums *= tl.load(unscale)
+    sums *= (tl.load(largest)/1048576).to(tl.float32)
     pixels = depth*height*width
     to = (out + ((n*heads + s)*K + k).to(tl.int64)[:, None]*pixels + ((z*height + y)*width + x)[None, :]
           + (row*width)[:, None])
     tl.store(to, sums, mask=(row < ROWS)[:, None] & (y[None, :] + row[:, None] < height) & inside[None, :])
 
 @_jit
-def _head_kernel(x, weight, bias, g, gx, gw, gb, heads, pixels, stride_n, stride_c, stride_px,
+def _head_kernel(x, weight, bias, g, gx, parts, heads, pixels, stride_n, stride_c, stride_px,
                  K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
                  NEED_X: tl.constexpr, NEED_HEAD: tl.constexpr, BP: tl.constexpr, DOT: tl.constexpr):
-    "Gradient of the probabilities through softmax and head, to features, weights and biases"
+    "Gradient of the probabilities through softmax and head, to features, weights and (in a last column) biases"
     tile, n = tl.program_id(0), tl.program_id(1)
     k, c = tl.arange(0, KP), tl.arange(0, CP)
     px = tile*BP + tl.arange(0, BP)
@@ -216,21 +251,21 @@ def _head_kernel(x, weight, bias, g, gx, gw, gb, heads, pixels, stride_n, stride
         y = p*(y - tl.sum(p*y, 0)[None, :])
         if NEED_X: sums = tl.dot(tl.trans(w), y, sums, input_precision=DOT)
         if NEED_HEAD:
-            part = (n*tl.num_programs(0) + tile)*heads + s
-            at = (part*K + k)[:, None]*C + c[None, :]
-            tl.store(gw + at, tl.dot(y, tl.trans(f), input_precision=DOT), mask=(k < K)[:, None] & (c < C)[None, :])
-            tl.store(gb + part*K + k, tl.sum(y, 1), mask=k < K)
+            at = parts + (((n*tl.num_programs(0) + tile)*heads + s)*K + k)*(C + 1)
+            tl.store(at[:, None] + c[None, :], tl.dot(y, tl.trans(f), input_precision=DOT),
+                     mask=(k < K)[:, None] & (c < C)[None, :])
+            tl.store(at + C, tl.sum(y, 1), mask=k < K)
     if NEED_X:
         at = n.to(tl.int64)*stride_n + c[:, None]*stride_c + px[None, :]*stride_px
         tl.store(gx + at, sums, mask=(c < C)[:, None] & inside[None, :])
 
 # %% ../nbs/36_pair_kernels.ipynb #3185941e
-_SCALE = 1024 # of what is stored, so that the low halves stay normal numbers
 _MOST = 1 << 26 # numbers in the cluster maps of one side; more images than fit are done one block after the other
 
 # Sizes of blocks and numbers of warps, for each kernel
 launch_options = dict(
     means=dict(BP=128, STEP=4, num_warps=4),
+    centres=dict(B=64, num_warps=4),
     line=dict(BP=128, num_warps=4),
     sums=dict(T=2048, BX=32, num_warps=4, num_stages=2),
     gradient=dict(ROWS=3, MP=32, PIECE=16, BX=128, num_warps=4, num_stages=2),
@@ -294,7 +329,7 @@ class _Pair:
                 o, weight, bias, c, line, g.lead, g.area, g.plane, g.pitch, g.D, g.H, g.W, g.S, *_strides(o),
                 HEAD=self.with_head, **g.head, EXACT=exact, DOT=dot_precision, **opts)
 
-    def _centres(self): # (2,S,K) float32
+    def _centres(self): # (2,S,K), float64
         g, opts = self.shape, dict(launch_options['means'])
         size = opts['BP'] = g.pixels_per_program(opts['BP'])
         tiles = triton.cdiv(triton.cdiv(g.pixels, size), opts['STEP'])
@@ -303,12 +338,10 @@ class _Pair:
             _means_kernel[(tiles, self.images)](o, self.weight, self.bias, sums, g.S, g.pixels, *_strides(o),
                                                 HEAD=self.with_head, **g.head, DOT=dot_precision, **opts)
         seen = self.images*sum(min(size, g.pixels - i*size*opts['STEP']) for i in range(tiles))
-        mean, square = out.sum(1, dtype=torch.float64).div_(seen).unbind(2)
-        return torch.where(square < 2*mean*mean, mean, 0).float()
-
-    def ways_back(self): # two of (S,1,1,1,K,K+1), float64: from what is stored to probabilities
-        eye = torch.eye(self.shape.K, dtype=torch.float64, device=self.memory.device).expand(2, self.shape.S, -1, -1)
-        return torch.cat([eye, self.centres.double()[..., None]], -1)[:, :, None, None, None]
+        centres = out.new_empty(2, g.S, g.K, dtype=torch.float64)
+        _centres_kernel[(g.S, 2)](out, centres, self.images*tiles, seen, g.S, K=g.K, KP=g.KP,
+                                  **launch_options['centres'])
+        return centres
 
     def sums(self): # (S,wz,wy,wx,K,K)
         g, opts = self.shape, launch_options['sums']
@@ -319,34 +352,44 @@ class _Pair:
         _sums_kernel[(tiles, self.images, g.S*wz)](*self.lines, out, g.lead//4, g.area//4, g.plane//4, g.pitch//4,
                                                    g.S, **g.window,
                                                    M1=M1, M2=M2, N1=N1, N2=N2, EXACT=self.exact, **opts)
-        R = out.sum(0, dtype=torch.float64).transpose(3, 4)/_SCALE**2
-        Lp, Lq = self.ways_back()
-        return Lp @ R @ Lq.mT
+        R = out.sum(0, dtype=torch.float64).transpose(3, 4)
+        c, d = self.centres[:, :, None, None, None]
+        R = torch.addcmul(R[..., :-1, :], c[..., None], R[..., -1:, :])
+        return torch.addcmul(R[..., :-1], R[..., -1:], d[..., None, :])
 
-    def gradient(self, side, G, scale): # G (S,wz,wy,wx,K,K): rows belong to this side -> (N,S,K,*map), float32
+    def factors(self, G, largest): # G (S,wz,wy,wx,K,K), float64 -> of both sides (2,S,wz,wy,K,wx,K+1), float32
+        g = self.shape
+        out = self.memory.new_empty(2, g.S, *g.w[:2], g.K, g.w[2], g.K + 1, dtype=torch.float32)
+        _factors_kernel[(prod(g.w), g.S, 2)](G, largest, self.centres, out, g.S, KP=g.KP, **g.window)
+        return out
+
+    def gradient(self, side, factors, largest): # -> (N,S,K,*map), float32
         g, opts = self.shape, launch_options['gradient']
-        G = (G @ self.ways_back()[1 - side]*scale).transpose(3, 4).float().contiguous()
         out = self.memory.new_empty(self.images, g.S, g.K, *g.map, dtype=torch.float32)
         rows = max(1, min(opts['ROWS'], opts['MP']//g.K))
         opts = {**opts, 'ROWS':rows, 'MP':_power_of_2(rows*g.K)}
         tiles = triton.cdiv(g.D*triton.cdiv(g.H, rows)*g.W, opts['BX'])
-        _gradient_kernel[(tiles, self.images, g.S)](self.lines[1 - side], G, (1/(scale*_SCALE)).float(), out,
+        _gradient_kernel[(tiles, self.images, g.S)](self.lines[1 - side], factors[side], largest, out,
                                                     g.lead, g.area, g.plane, g.pitch,
                                                     g.D, g.H, g.W, g.S, **g.window, EXACT=self.exact, **opts)
         return out
 
-    def head_gradient(self, side, y, gx, need_head): # -> float64 gradients of weights (S,K,C) and biases (S,K), or None
-        g, x, opts = self.shape, self.sides[side], dict(launch_options['head'])
-        opts['BP'] = g.pixels_per_program(opts['BP'])
-        tiles = triton.cdiv(g.pixels, opts['BP'])
-        parts = self.images*tiles if need_head else 1
-        gw = self.memory.new_empty(parts, g.S, g.K, g.C, dtype=torch.float32)
-        gb = self.memory.new_empty(parts, g.S, g.K, dtype=torch.float32)
-        _head_kernel[(tiles, self.images)](x, self.weight, self.bias, y, x if gx is None else gx, gw, gb,
-                                           g.S, g.pixels, *_strides(x),
-                                           **g.head, NEED_X=gx is not None, NEED_HEAD=need_head,
+    def _head_tiles(self):
+        opts = dict(launch_options['head'])
+        opts['BP'] = self.shape.pixels_per_program(opts['BP'])
+        return triton.cdiv(self.shape.pixels, opts['BP']), opts
+
+    def head_parts(self, sides): # (sides,programs,S,K,C+1): what each program finds for weights and biases
+        g = self.shape
+        return self.memory.new_empty(sides, self.images*self._head_tiles()[0], g.S, g.K, g.C + 1, dtype=torch.float32)
+
+    def head_gradient(self, side, y, gx, parts): # fills `gx` (N,C,*map) and, of this side, `parts`; either may be None
+        g, x, (tiles, opts) = self.shape, self.sides[side], self._head_tiles()
+        unused = self.memory
+        _head_kernel[(tiles, self.images)](x, self.weight, self.bias, y, unused if gx is None else gx,
+                                           unused if parts is None else parts, g.S, g.pixels, *_strides(x),
+                                           **g.head, NEED_X=gx is not None, NEED_HEAD=parts is not None,
                                            DOT=dot_precision, **opts)
-        return [o.sum(0, dtype=torch.float64) for o in (gw, gb)] if need_head else None
 
 # %% ../nbs/36_pair_kernels.ipynb #c4038b81
 def _prepared(x, y, weight, bias, w):
@@ -369,7 +412,7 @@ def cuda_pair_sums(
     "Sums of p(x) q(x+δ)ᵀ over images and pixels, for each head and displacement"
     with _on(x):
         (x, y), head, shape, exact = _prepared(x, y, weight, bias, w)
-        R = sum(_Pair(x[i:j], y[i:j], *head, shape, exact).sums() for i, j in shape.blocks(len(x)))
+        R = reduce(add, (_Pair(x[i:j], y[i:j], *head, shape, exact).sums() for i, j in shape.blocks(len(x))))
     return R.reshape(shape.S, *w, shape.K, shape.K)
 
 def cuda_pair_sums_backward(
@@ -380,20 +423,21 @@ def cuda_pair_sums_backward(
     "The adjoint of `cuda_pair_sums`"
     with _on(x):
         (x, y), (weight, bias), shape, exact = _prepared(x, y, weight, bias, w)
-        need_head = any(needs[2:])
+        need_head, G, for_head = any(needs[2:]), G.contiguous(), []
         grads = [torch.empty_like(o) if need else None for o, need in zip((x, y), needs)]
-        G = G.reshape(shape.S, *shape.w, shape.K, shape.K)
-        scale = _SCALE/G.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-        for_head = []
+        sides = [side for side, g in enumerate(grads) if need_head or g is not None]
+        largest = torch.linalg.vector_norm(G, float('inf'))
         for i, j in shape.blocks(len(x)):
             pair = _Pair(x[i:j], y[i:j], weight, bias, shape, exact)
-            for side, (G_, g) in enumerate(zip((G, G.flip(1, 2, 3).mT), grads)):
-                if g is None and not need_head: continue
-                p = pair.gradient(side, G_, scale)
-                if weight is None: g[i:j] = p.view_as(g[i:j])
-                else: for_head.append(pair.head_gradient(side, p, None if g is None else g[i:j], need_head))
-        sums = [sum(o) for o in zip(*for_head)] if need_head else (None, None)
-    return *grads, *[o if need else None for o, need in zip(sums, needs[2:])]
+            factors, parts = pair.factors(G, largest), pair.head_parts(len(sides)) if need_head else None
+            for k, side in enumerate(sides):
+                g = None if grads[side] is None else grads[side][i:j]
+                p = pair.gradient(side, factors, largest)
+                if weight is None: g.copy_(p.view_as(g))
+                else: pair.head_gradient(side, p, g, parts[k] if need_head else None)
+            if need_head: for_head.append(parts.sum((0, 1), dtype=torch.float64))
+        sums = reduce(add, for_head).split([shape.C, 1], -1) if need_head else (None, None)
+    return *grads, *[o.view_as(like) if need else None for o, like, need in zip(sums, (weight, bias), needs[2:])]
 
 def supported(
     x: torch.Tensor, # probabilities or features

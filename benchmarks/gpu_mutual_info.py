@@ -238,12 +238,13 @@ def one_kernel(stage, exact, kernel, opts, repeats):
             (x, y), head, shape, _ = pair_kernels._prepared(f, g, *head, (size, size))
             pair = pair_kernels._Pair(x, y, *head, shape, exact)
             G = torch.randn(S, *shape.w, K, K, device=DEVICE, dtype=f64)
-            scale = 1024/G.abs().amax()
-            run = dict(sums=pair.sums, gradient=lambda: pair.gradient(0, G, scale),
+            largest = G.abs().amax()
+            factors = pair.factors(G, largest)
+            run = dict(sums=pair.sums, gradient=lambda: pair.gradient(0, factors, largest),
                        line=lambda: pair_kernels._Pair(x, y, *head, shape, exact))
             if kernel == 'head':
-                y, gx = pair.gradient(0, G, scale), torch.empty_like(x)
-                run['head'] = lambda: pair.head_gradient(0, y, gx, True)
+                y, gx, (parts,) = pair.gradient(0, factors, largest), torch.empty_like(x), pair.head_parts(1)
+                run['head'] = lambda: pair.head_gradient(0, y, gx, parts)
             run[kernel]()
             return median(events(run[kernel], repeats))
     except Exception as e: return f'{type(e).__name__}: {str(e)[:60]}'

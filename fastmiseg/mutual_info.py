@@ -10,6 +10,7 @@ __all__ = ['mutual_info', 'global_joint', 'global_mi_loss', 'JointMemory', 'loca
 import torch
 from torch import nn
 from .processes import sum_of_all
+from .pair_kernels import information_on_cuda
 from .pair_sums import at_least_float32, pair_sums, wide
 
 # %% ../nbs/39_mutual_info.ipynb #b3664c67
@@ -61,7 +62,7 @@ class _MILoss(torch.autograd.Function):
     "Minus the mean information, and the gradient that falls out of it"
     @staticmethod
     def forward(ctx, R, *choices):
-        I, dI = _information(R, *choices)
+        I, dI = (information_on_cuda(R) or _information)(R, *choices)
         ctx.choices, ctx.scale = choices, -1/I.numel()
         ctx.save_for_backward(R, dI)
         return -I.mean()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['launch_options', 'dot_precision', 'split_16_bit', 'implementation', 'cuda_pair_sums', 'cuda_pair_sums_backward',
-           'supported', 'on_cuda']
+           'supported', 'cuda_information', 'on_cuda', 'information_on_cuda']
 
 # %% ../nbs/37_pair_kernels.ipynb #0ab105b0
 from contextlib import nullcontext
@@ -12,252 +12,13 @@ from functools import reduce
 from math import prod
 from operator import add
 from os import environ
-from types import SimpleNamespace
+from typing import Callable
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from . import pair_products
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError: # there are no wheels for this platform
-    triton, tl = None, SimpleNamespace(constexpr=None)
-
-# %% ../nbs/37_pair_kernels.ipynb #1d7e1f52
-def _jit(f): return triton.jit(f) if triton else f
-
-@_jit
-def _softmax(w, bias, f, K: tl.constexpr, KP: tl.constexpr, DOT: tl.constexpr):
-    "Features (CP,n), weights (KP,CP) and biases (K) of a head to probabilities (KP,n)"
-    k = tl.arange(0, KP)
-    b = tl.load(bias + k, mask=k < K, other=float('-inf'))
-    z = tl.dot(w, f, input_precision=DOT) + b[:, None]
-    z = tl.exp(z - tl.max(z, 0)[None, :])
-    return z/tl.sum(z, 0)[None, :]
-
-@_jit
-def _features(x, n, px, inside, stride_n, stride_c, stride_px, C: tl.constexpr, CP: tl.constexpr):
-    "Features (CP,n) of the pixels `px` of an image"
-    c = tl.arange(0, CP)
-    at = n.to(tl.int64)*stride_n + c[:, None]*stride_c + px[None, :]*stride_px
-    return tl.load(x + at, mask=(c < C)[:, None] & inside[None, :], other=0.).to(tl.float32)
-
-@_jit
-def _weights(weight, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr):
-    k, c = tl.arange(0, KP), tl.arange(0, CP)
-    return tl.load(weight + k[:, None]*C + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0.)
-
-@_jit
-def _probabilities(x, n, s, px, inside, heads, pixels, K: tl.constexpr, KP: tl.constexpr):
-    "Probabilities (KP,n) that need no head"
-    k = tl.arange(0, KP)
-    at = ((n*heads + s)*K + k).to(tl.int64)[:, None]*pixels + px[None, :]
-    return tl.load(x + at, mask=(k < K)[:, None] & inside[None, :], other=0.).to(tl.float32)
-
-@_jit
-def _means_kernel(x, weight, bias, out, heads, pixels, stride_n, stride_c, stride_px,
-                  HEAD: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
-                  STEP: tl.constexpr, BP: tl.constexpr, DOT: tl.constexpr):
-    "Sums of p and p² over every STEP-th run of BP pixels"
-    tile, n, k = tl.program_id(0), tl.program_id(1), tl.arange(0, KP)
-    px = tile*STEP*BP + tl.arange(0, BP)
-    inside = px < pixels
-    if HEAD: f = _features(x, n, px, inside, stride_n, stride_c, stride_px, C, CP)
-    for s in range(heads):
-        if HEAD: p = _softmax(_weights(weight + s*K*C, K, KP, C, CP), bias + s*K, f, K, KP, DOT)
-        else: p = _probabilities(x, n, s, px, inside, heads, pixels, K, KP)
-        p = tl.where(inside[None, :], p, 0.)
-        at = out + ((n*tl.num_programs(0) + tile)*heads + s)*2*K + k
-        tl.store(at, tl.sum(p, 1), mask=k < K)
-        tl.store(at + K, tl.sum(p*p, 1), mask=k < K)
-
-@_jit
-def _centres_kernel(sums, centres, parts, pixels, heads, K: tl.constexpr, KP: tl.constexpr, B: tl.constexpr):
-    "Of a head on one side, from all sums of `_means_kernel`: means, or 0 for a cluster that is on or off"
-    s, side, k = tl.program_id(0), tl.program_id(1), tl.arange(0, KP)
-    total, squares = tl.zeros([KP], tl.float64), tl.zeros([KP], tl.float64)
-    for i in range(0, parts, B):
-        part = i + tl.arange(0, B)
-        at = sums + ((side*parts + part)*heads + s)[:, None]*2*K + k[None, :]
-        mask = (part < parts)[:, None] & (k < K)[None, :]
-        total += tl.sum(tl.load(at, mask=mask, other=0.).to(tl.float64), 0)
-        squares += tl.sum(tl.load(at + K, mask=mask, other=0.).to(tl.float64), 0)
-    mean = total/pixels
-    c = tl.where(squares/pixels < 2*mean*mean, mean, 0.)
-    # as the maps take them off: rounded to float32
-    tl.store(centres + (side*heads + s)*K + k, c.to(tl.float32).to(tl.float64), mask=k < K)
-
-@_jit
-def _line_kernel(x, weight, bias, centre, line, lead, area, plane, pitch, depth, height, width, heads,
-                 stride_n, stride_c, stride_px,
-                 HEAD: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
-                 EXACT: tl.constexpr, BP: tl.constexpr, DOT: tl.constexpr):
-    "Centred maps and a map of ones, scaled, each with zeros after its rows and planes"
-    tile, n, k = tl.program_id(0), tl.program_id(1), tl.arange(0, KP)
-    f = tile*BP + tl.arange(0, BP)
-    z, y, x_ = f//plane, f%plane//pitch, f%pitch
-    inside = (z < depth) & (y < height) & (x_ < width)
-    px, pixels = (z*height + y)*width + x_, depth*height*width
-    if HEAD: features = _features(x, n, px, inside, stride_n, stride_c, stride_px, C, CP)
-    for s in range(heads):
-        if HEAD: p = _softmax(_weights(weight + s*K*C, K, KP, C, CP), bias + s*K, features, K, KP, DOT)
-        else: p = _probabilities(x, n, s, px, inside, heads, pixels, K, KP)
-        c = tl.load(centre + s*K + k, mask=k < K, other=0.).to(tl.float32)
-        p = tl.where(k[:, None] < K, p - c[:, None], 1.)
-        p = tl.where(inside[None, :], p, 0.)*1024
-        high = p.to(tl.float16)
-        at = line + lead + ((n*heads + s)*(K + 1) + k)[:, None]*area + f[None, :]
-        mask = (k <= K)[:, None] & (f < area)[None, :]
-        if EXACT:
-            low = (p - high.to(tl.float32)).to(tl.float16)
-            word = ((high.to(tl.int16, bitcast=True).to(tl.int32) & 0xffff)
-                    | (low.to(tl.int16, bitcast=True).to(tl.int32) << 16))
-            tl.store(at, word, mask=mask)
-        else: tl.store(at, high, mask=mask)
-
-# %% ../nbs/37_pair_kernels.ipynb #3e3cce20
-@_jit
-def _halves(at, mask, EXACT: tl.constexpr):
-    "High and low half of what is stored"
-    if EXACT:
-        word = tl.load(at, mask=mask, other=0)
-        high = word.to(tl.int16).to(tl.float16, bitcast=True)
-        low = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-    else:
-        high = tl.load(at, mask=mask, other=0.)
-        low = high
-    return high, low
-
-@_jit
-def _product(a, a_low, b, b_low, sums, EXACT: tl.constexpr):
-    if EXACT:
-        sums = tl.dot(a_low, b, sums)
-        sums = tl.dot(a, b_low, sums)
-    return tl.dot(a, b, sums)
-
-@_jit
-def _store_sums(out, sums, m0, n0, M: tl.constexpr, N: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr):
-    m, n = m0 + tl.arange(0, MP), n0 + tl.arange(0, NP)
-    # both sides are stored 1024 times as large
-    tl.store(out + m[:, None]*N + n[None, :], sums/1048576, mask=(m < M)[:, None] & (n < N)[None, :])
-
-@_jit
-def _sums_kernel(p, q, out, lead4, area4, plane4, pitch4, heads,
-                 K: tl.constexpr, WZ: tl.constexpr, WY: tl.constexpr, WX: tl.constexpr,
-                 M1: tl.constexpr, M2: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
-                 T: tl.constexpr, BX: tl.constexpr, EXACT: tl.constexpr):
-    "Sums over T places of the line of (maps of p at rows above and below) × (maps of q at the left and right)"
-    tile, n, s, dz = tl.program_id(0), tl.program_id(1), tl.program_id(2)//WZ, tl.program_id(2)%WZ
-    area, pitch = area4*4, pitch4*4
-    M: tl.constexpr = WY*(K + 1)
-    N: tl.constexpr = WX*(K + 1)
-    base = lead4*4 + (n*heads + s)*(K + 1)*area
-    f = tl.arange(0, BX)
-    m1, m2 = tl.arange(0, M1), M1 + tl.arange(0, M2)
-    n1, n2 = tl.arange(0, N1), N1 + tl.arange(0, N2)
-    shift = (dz - WZ//2)*plane4*4 - WX//2
-    a1 = (m1%(K + 1)*area - (m1//(K + 1) - WY//2)*pitch)[:, None] + f[None, :]
-    a2 = (m2%(K + 1)*area - (m2//(K + 1) - WY//2)*pitch)[:, None] + f[None, :]
-    b1 = (n1%(K + 1)*area + n1//(K + 1) + shift)[:, None] + f[None, :]
-    b2 = (n2%(K + 1)*area + n2//(K + 1) + shift)[:, None] + f[None, :]
-    s11, s12 = tl.zeros([M1, N1], tl.float32), tl.zeros([M1, N2], tl.float32)
-    s21, s22 = tl.zeros([M2, N1], tl.float32), tl.zeros([M2, N2], tl.float32)
-    for i in range(tile*T, tl.minimum(tile*T + T, area), BX):
-        inside = (i + f < area)[None, :]
-        p1, p1_low = _halves(p + (base + i) + a1, (m1 < M)[:, None] & inside, EXACT)
-        q1, q1_low = _halves(q + (base + i) + b1, (n1 < N)[:, None] & inside, EXACT)
-        q1, q1_low = tl.trans(q1), tl.trans(q1_low)
-        s11 = _product(p1, p1_low, q1, q1_low, s11, EXACT)
-        if N1 < N:
-            q2, q2_low = _halves(q + (base + i) + b2, (n2 < N)[:, None] & inside, EXACT)
-            q2, q2_low = tl.trans(q2), tl.trans(q2_low)
-            s12 = _product(p1, p1_low, q2, q2_low, s12, EXACT)
-        if M1 < M:
-            p2, p2_low = _halves(p + (base + i) + a2, (m2 < M)[:, None] & inside, EXACT)
-            s21 = _product(p2, p2_low, q1, q1_low, s21, EXACT)
-            if N1 < N: s22 = _product(p2, p2_low, q2, q2_low, s22, EXACT)
-    out += (((n*tl.num_programs(0) + tile)*heads + s)*WZ + dz).to(tl.int64)*M*N
-    _store_sums(out, s11, 0, 0, M, N, M1, N1)
-    if N1 < N: _store_sums(out, s12, 0, N1, M, N, M1, N2)
-    if M1 < M: _store_sums(out, s21, M1, 0, M, N, M2, N1)
-    if (M1 < M) and (N1 < N): _store_sums(out, s22, M1, N1, M, N, M2, N2)
-
-# %% ../nbs/37_pair_kernels.ipynb #e78a3840
-@_jit
-def _factors_kernel(G, largest, centres, out, heads, K: tl.constexpr, KP: tl.constexpr,
-                    WZ: tl.constexpr, WY: tl.constexpr, WX: tl.constexpr):
-    "`G L` of one side, head and displacement, where the largest number of `G` is 1"
-    d, s, side = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    D: tl.constexpr = WZ*WY*WX
-    N: tl.constexpr = WX*(K + 1)
-    k, l = tl.arange(0, KP)[:, None], tl.arange(0, KP)[None, :]
-    inside = (k < K) & (l < K)
-    source = tl.where(side == 0, d, D - 1 - d)*K*K + tl.where(side == 0, k*K + l, l*K + k)
-    a = tl.load(G + s*D*K*K + source, mask=inside, other=0.)/tl.maximum(tl.load(largest), 1e-37)
-    c = tl.load(centres + ((1 - side)*heads + s)*K + l, mask=l < K, other=0.)
-    at = out + (((side*heads + s)*WZ*WY + d//WX)*K + k)*N + d%WX*(K + 1)
-    tl.store(at + l, a.to(tl.float32), mask=inside)
-    tl.store(at + K, tl.sum(a*c, 1)[:, None].to(tl.float32), mask=k < K)
-
-@_jit
-def _gradient_kernel(q, G, largest, out, lead, area, plane, pitch, depth, height, width, heads,
-                     K: tl.constexpr, WZ: tl.constexpr, WY: tl.constexpr, WX: tl.constexpr,
-                     ROWS: tl.constexpr, MP: tl.constexpr, PIECE: tl.constexpr, BX: tl.constexpr, EXACT: tl.constexpr):
-    "Gradient of the probabilities (N,S,K,*map): ROWS rows of BX pixels"
-    n, s = tl.program_id(1), tl.program_id(2)
-    N: tl.constexpr = WX*(K + 1)
-    PIECES: tl.constexpr = (N + PIECE - 1)//PIECE
-    LINES: tl.constexpr = ROWS + WY - 1
-    at = tl.program_id(0)*BX + tl.arange(0, BX)
-    groups = (height + ROWS - 1)//ROWS
-    z, y, x = at//(groups*width), at//width%groups*ROWS, at%width
-    inside = z < depth
-    base = lead + (n*heads + s)*(K + 1)*area + z*plane + y*pitch + x - WX//2
-    m, c = tl.arange(0, MP), tl.arange(0, PIECE)
-    row, k = m//K, m%K
-    sums = tl.zeros([MP, BX], tl.float32)
-    for i in range(WZ*LINES*PIECES):
-        dz, j, col = i//(LINES*PIECES), i//PIECES%LINES, i%PIECES*PIECE + c
-        b, b_low = _halves(q + (col%(K + 1)*area + col//(K + 1) + (dz - WZ//2)*plane
-                                + (j - WY//2)*pitch)[:, None] + base[None, :],
-                           (col < N)[:, None] & inside[None, :], EXACT)
-        dy = j - row
-        a = tl.load(G + ((((s*WZ + dz)*WY + dy)*K + k)*N)[:, None] + col[None, :],
-                    mask=((row < ROWS) & (dy >= 0) & (dy < WY))[:, None] & (col < N)[None, :], other=0.)*1024
-        high = a.to(tl.float16)
-        sums = _product(high, (a - high.to(tl.float32)).to(tl.float16), b, b_low, sums, EXACT)
-    sums *= (tl.load(largest)/1048576).to(tl.float32)
-    pixels = depth*height*width
-    to = (out + ((n*heads + s)*K + k).to(tl.int64)[:, None]*pixels + ((z*height + y)*width + x)[None, :]
-          + (row*width)[:, None])
-    tl.store(to, sums, mask=(row < ROWS)[:, None] & (y[None, :] + row[:, None] < height) & inside[None, :])
-
-@_jit
-def _head_kernel(x, weight, bias, g, gx, parts, heads, pixels, stride_n, stride_c, stride_px,
-                 K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
-                 NEED_X: tl.constexpr, NEED_HEAD: tl.constexpr, BP: tl.constexpr, DOT: tl.constexpr):
-    "Gradient of the probabilities through softmax and head, to features, weights and (in a last column) biases"
-    tile, n = tl.program_id(0), tl.program_id(1)
-    k, c = tl.arange(0, KP), tl.arange(0, CP)
-    px = tile*BP + tl.arange(0, BP)
-    inside = px < pixels
-    f = _features(x, n, px, inside, stride_n, stride_c, stride_px, C, CP)
-    sums = tl.zeros([CP, BP], tl.float32)
-    for s in range(heads):
-        w = _weights(weight + s*K*C, K, KP, C, CP)
-        p = _softmax(w, bias + s*K, f, K, KP, DOT)
-        y = _probabilities(g, n, s, px, inside, heads, pixels, K, KP)
-        y = p*(y - tl.sum(p*y, 0)[None, :])
-        if NEED_X: sums = tl.dot(tl.trans(w), y, sums, input_precision=DOT)
-        if NEED_HEAD:
-            at = parts + (((n*tl.num_programs(0) + tile)*heads + s)*K + k)*(C + 1)
-            tl.store(at[:, None] + c[None, :], tl.dot(y, tl.trans(f), input_precision=DOT),
-                     mask=(k < K)[:, None] & (c < C)[None, :])
-            tl.store(at + C, tl.sum(y, 1), mask=k < K)
-    if NEED_X:
-        at = n.to(tl.int64)*stride_n + c[:, None]*stride_c + px[None, :]*stride_px
-        tl.store(gx + at, sums, mask=(c < C)[:, None] & inside[None, :])
+from .kernels import (centres_kernel, factors_kernel, gradient_kernel, head_kernel, information_kernel,
+                               line_kernel, means_kernel, sums_kernel, triton)
 
 # %% ../nbs/37_pair_kernels.ipynb #3185941e
 _MOST = 1 << 26 # numbers in the cluster maps of one side; more images than fit are done one block after the other
@@ -325,7 +86,7 @@ class _Pair:
         for o, line, c in zip(self.sides, self.lines, self.centres):
             opts = dict(launch_options['line'])
             opts['BP'] = g.pixels_per_program(opts['BP'])
-            _line_kernel[(triton.cdiv(g.area, opts['BP']), images)](
+            line_kernel[(triton.cdiv(g.area, opts['BP']), images)](
                 o, weight, bias, c, line, g.lead, g.area, g.plane, g.pitch, g.D, g.H, g.W, g.S, *_strides(o),
                 HEAD=self.with_head, **g.head, EXACT=exact, DOT=dot_precision, **opts)
 
@@ -335,12 +96,12 @@ class _Pair:
         tiles = triton.cdiv(triton.cdiv(g.pixels, size), opts['STEP'])
         out = self.memory.new_empty(2, self.images*tiles, g.S, 2, g.K, dtype=torch.float32)
         for o, sums in zip(self.sides, out):
-            _means_kernel[(tiles, self.images)](o, self.weight, self.bias, sums, g.S, g.pixels, *_strides(o),
-                                                HEAD=self.with_head, **g.head, DOT=dot_precision, **opts)
+            means_kernel[(tiles, self.images)](o, self.weight, self.bias, sums, g.S, g.pixels, *_strides(o),
+                                               HEAD=self.with_head, **g.head, DOT=dot_precision, **opts)
         seen = self.images*sum(min(size, g.pixels - i*size*opts['STEP']) for i in range(tiles))
         centres = out.new_empty(2, g.S, g.K, dtype=torch.float64)
-        _centres_kernel[(g.S, 2)](out, centres, self.images*tiles, seen, g.S, K=g.K, KP=g.KP,
-                                  **launch_options['centres'])
+        centres_kernel[(g.S, 2)](out, centres, self.images*tiles, seen, g.S, K=g.K, KP=g.KP,
+                                 **launch_options['centres'])
         return centres
 
     def sums(self): # (S,wz,wy,wx,K,K)
@@ -349,9 +110,9 @@ class _Pair:
         (M1, M2), (N1, N2) = _tiles(wy*k1), _tiles(wx*k1)
         tiles = triton.cdiv(g.area, opts['T'])
         out = self.memory.new_empty(self.images*tiles, g.S, wz, wy, k1, wx, k1, dtype=torch.float32)
-        _sums_kernel[(tiles, self.images, g.S*wz)](*self.lines, out, g.lead//4, g.area//4, g.plane//4, g.pitch//4,
-                                                   g.S, **g.window,
-                                                   M1=M1, M2=M2, N1=N1, N2=N2, EXACT=self.exact, **opts)
+        sums_kernel[(tiles, self.images, g.S*wz)](*self.lines, out, g.lead//4, g.area//4, g.plane//4, g.pitch//4,
+                                                  g.S, **g.window,
+                                                  M1=M1, M2=M2, N1=N1, N2=N2, EXACT=self.exact, **opts)
         R = out.sum(0, dtype=torch.float64).transpose(3, 4)
         c, d = self.centres[:, :, None, None, None]
         R = torch.addcmul(R[..., :-1, :], c[..., None], R[..., -1:, :])
@@ -360,7 +121,7 @@ class _Pair:
     def factors(self, G, largest): # G (S,wz,wy,wx,K,K), float64 -> of both sides (2,S,wz,wy,K,wx,K+1), float32
         g = self.shape
         out = self.memory.new_empty(2, g.S, *g.w[:2], g.K, g.w[2], g.K + 1, dtype=torch.float32)
-        _factors_kernel[(prod(g.w), g.S, 2)](G, largest, self.centres, out, g.S, KP=g.KP, **g.window)
+        factors_kernel[(prod(g.w), g.S, 2)](G, largest, self.centres, out, g.S, KP=g.KP, **g.window)
         return out
 
     def gradient(self, side, factors, largest): # -> (N,S,K,*map), float32
@@ -369,9 +130,9 @@ class _Pair:
         rows = max(1, min(opts['ROWS'], opts['MP']//g.K))
         opts = {**opts, 'ROWS':rows, 'MP':_power_of_2(rows*g.K)}
         tiles = triton.cdiv(g.D*triton.cdiv(g.H, rows)*g.W, opts['BX'])
-        _gradient_kernel[(tiles, self.images, g.S)](self.lines[1 - side], factors[side], largest, out,
-                                                    g.lead, g.area, g.plane, g.pitch,
-                                                    g.D, g.H, g.W, g.S, **g.window, EXACT=self.exact, **opts)
+        gradient_kernel[(tiles, self.images, g.S)](self.lines[1 - side], factors[side], largest, out,
+                                                   g.lead, g.area, g.plane, g.pitch,
+                                                   g.D, g.H, g.W, g.S, **g.window, EXACT=self.exact, **opts)
         return out
 
     def _head_tiles(self):
@@ -386,10 +147,10 @@ class _Pair:
     def head_gradient(self, side, y, gx, parts): # fills `gx` (N,C,*map) and, of this side, `parts`; either may be None
         g, x, (tiles, opts) = self.shape, self.sides[side], self._head_tiles()
         unused = self.memory
-        _head_kernel[(tiles, self.images)](x, self.weight, self.bias, y, unused if gx is None else gx,
-                                           unused if parts is None else parts, g.S, g.pixels, *_strides(x),
-                                           **g.head, NEED_X=gx is not None, NEED_HEAD=parts is not None,
-                                           DOT=dot_precision, **opts)
+        head_kernel[(tiles, self.images)](x, self.weight, self.bias, y, unused if gx is None else gx,
+                                          unused if parts is None else parts, g.S, g.pixels, *_strides(x),
+                                          **g.head, NEED_X=gx is not None, NEED_HEAD=parts is not None,
+                                          DOT=dot_precision, **opts)
 
 # %% ../nbs/37_pair_kernels.ipynb #c4038b81
 def _prepared(x, y, weight, bias, w):
@@ -439,6 +200,10 @@ def cuda_pair_sums_backward(
         sums = reduce(add, for_head).split([shape.C, 1], -1) if need_head else (None, None)
     return *grads, *[o.view_as(like) if need else None for o, like, need in zip(sums, (weight, bias), needs[2:])]
 
+def _on_nvidia(x):
+    return (triton is not None and x.is_cuda and not torch.version.hip and not isinstance(x, FakeTensor)
+            and x.numel() > 0)
+
 def supported(
     x: torch.Tensor, # probabilities or features
     y: torch.Tensor, # the other side
@@ -446,14 +211,35 @@ def supported(
     w: tuple, # window per axis
 ) -> bool: # can the kernels do it?
     "An NVIDIA GPU with tensor cores for float32's halves, Triton, and a window and clusters that fit the tiles"
-    if triton is None or not x.is_cuda or torch.version.hip or isinstance(x, FakeTensor) or x.numel() == 0: return False
+    if not _on_nvidia(x): return False
     half = torch.float16, torch.bfloat16, torch.float32
     K, C = weight.shape[1:] if weight is not None else (x.shape[2], 1)
     return (x.dtype in half and y.dtype in half and torch.cuda.get_device_capability(x.device) >= (8, 0)
             and K <= 32 and C <= 256 and max(w[-2:])*(K + 1) <= 128)
 
+# %% ../nbs/37_pair_kernels.ipynb #04ace360
+def cuda_information(
+    R: torch.Tensor, # sums (S,D,K,K), float64
+    symmetric: bool, # use (R + Rᵀ)/2
+    prior: torch.Tensor|None, # logarithms of the wanted sizes (S or 1,1,K) times K, float64
+    marginal: float, # weight of the entropies of the clusters' sizes
+) -> tuple: # information (S,D,1,1) in nats, and its derivative (S,D,K,K)
+    "Information of each table of sums, and its derivative"
+    (S, D, K, _), R = R.shape, R.contiguous()
+    out, gradient = R.new_empty(S, D, 1, 1), torch.empty_like(R)
+    wanted = R if prior is None else prior.contiguous()
+    with _on(R):
+        information_kernel[(D, S)](R, wanted, out, gradient, len(wanted), D, K=K, KP=_power_of_2(K),
+                                   SYMMETRIC=symmetric, PRIOR=prior is not None, MARGINAL=marginal)
+    return out, gradient
+
 # %% ../nbs/37_pair_kernels.ipynb #9fce2d61
 implementation = environ.get('FASTMISEG_PAIR_SUMS', 'triton') # or 'torch', 'loop'
+
+def _asked():
+    if implementation not in ('triton', 'torch', 'loop'):
+        raise ValueError(f"FASTMISEG_PAIR_SUMS: expected 'triton', 'torch' or 'loop', got {implementation!r}")
+    return implementation
 
 def on_cuda(
     x: torch.Tensor,           # probabilities or features
@@ -462,8 +248,14 @@ def on_cuda(
     w: tuple,                  # window per axis
 )->tuple|None: # two functions that fill the seam of `pair_sums`, or None for those of every device
     "The sums and their adjoint for CUDA tensors"
-    if implementation not in ('triton', 'torch', 'loop'):
-        raise ValueError(f"FASTMISEG_PAIR_SUMS: expected 'triton', 'torch' or 'loop', got {implementation!r}")
-    if implementation == 'loop' or not x.is_cuda or x.numel() == 0: return None
-    if implementation == 'triton' and supported(x, y, weight, w): return cuda_pair_sums, cuda_pair_sums_backward
+    how = _asked()
+    if how == 'loop' or not x.is_cuda or x.numel() == 0: return None
+    if how == 'triton' and supported(x, y, weight, w): return cuda_pair_sums, cuda_pair_sums_backward
     return pair_products.sums, pair_products.sums_backward
+
+def information_on_cuda(
+    R: torch.Tensor # sums (S,D,K,K)
+)->Callable|None: # that takes the place of the formula, or None
+    "The tables of joints for CUDA tensors"
+    usable = _on_nvidia(R) and R.dtype == torch.float64 and R.shape[-1] <= 32
+    return cuda_information if _asked() == 'triton' and usable else None

@@ -1,7 +1,9 @@
 "The Triton kernels against a double loop in float64: on a GPU as they are, elsewhere in Triton's interpreter"
-import os
+import os, subprocess, sys
 from itertools import product
+from pathlib import Path
 import pytest, torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CUDA = torch.cuda.is_available()
 
@@ -108,11 +110,56 @@ def test_what_is_not_wanted_is_not_made():
         for a, b, need in zip(cuda_pair_sums_backward(G, x, y, weight, bias, (3, 3), needs), whole, needs):
             assert (a is not None) == need and (a is None or torch.equal(a, b))
 
+class Operations(TorchDispatchMode):
+    "Counts what PyTorch would launch on a device"
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        res = f(*args, **(kwargs or {}))
+        self.count += not (f.is_view or 'empty' in f.overloadpacket.__name__)
+        return res
+
+def test_launches_are_few(monkeypatch):
+    "Forward and backward of a stage: 16 kernels and 7 operations of PyTorch"
+    kernels,launched = [o for o in vars(pair_kernels) if o.endswith('_kernel')],[]
+    class Launched(dict):
+        def __missing__(self, grid): return lambda *args,**kwargs: launched.append(1)
+    for o in kernels: monkeypatch.setattr(pair_kernels, o, Launched())
+    inputs, G = problem((2, 9, 7), 3, 2, 4), torch.ones(2, 3, 3, 4, 4, dtype=f64, device=device)
+    with Operations() as seen:
+        cuda_pair_sums(*inputs, (3, 3))
+        cuda_pair_sums_backward(G, *inputs, (3, 3), (True,)*4)
+    assert (len(launched), seen.count) == (16, 7)
+
+@pytest.mark.parametrize('symmetric', [True, False])
+@pytest.mark.parametrize('K,prior', [(1, None), (3, None), (10, None), (20, None), (3, [.2,.3,.5]),
+                                     (3, [[.2,.3,.5], [1,2,1]])])
+def test_tables_are_those_of_the_formula(symmetric, K, prior):
+    from fastmiseg.mutual_info import _information, _prior_logs
+    torch.manual_seed(0)
+    R = torch.rand(2, 5, K, K, dtype=f64, device=device)**4
+    R[0, 0], R[1, 1, 0] = 0, 0 # no pairs of pixels; a cluster that is empty
+    if prior is not None: prior = _prior_logs(torch.tensor(prior), 2, K, device)
+    for marginal in (1., 1.1):
+        for a, b in zip(pair_kernels.cuda_information(R, symmetric, prior, marginal),
+                        _information(R, symmetric, prior, marginal)):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+@pytest.mark.parametrize('capability', [80, 90])
+def test_kernels_compile_for_a_gpu_that_is_not_here(capability, tmp_path):
+    "The interpreter takes what a compiler refuses"
+    env = {**os.environ, 'TRITON_INTERPRET':'0', 'TRITON_CACHE_DIR':str(tmp_path)}
+    script = Path(__file__).parent/'compile_kernels.py'
+    run = subprocess.run([sys.executable, script, str(capability)], env=env, text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr
+
 def test_unknown_implementation(monkeypatch):
     monkeypatch.setattr(pair_kernels, 'implementation', 'fast')
     x = torch.ones(1, 1, 3, 4, 4)
     with pytest.raises(ValueError, match="FASTMISEG_PAIR_SUMS: expected 'triton', 'torch' or 'loop', got 'fast'"):
         pair_kernels.on_cuda(x, x, None, (3, 3))
+    with pytest.raises(ValueError, match='FASTMISEG_PAIR_SUMS'): pair_kernels.information_on_cuda(x)
 
 @pytest.mark.cuda
 @needs_gpu

@@ -6,6 +6,7 @@
 __all__ = ['sigmoid_rampup', 'sigmoid_rampdown', 'SemiSupCallback', 'Teacher']
 
 # %% ../../nbs/47_callback.method.ipynb #55cc2ec9
+from dataclasses import dataclass
 from typing import Callable
 
 from fastai.basics import *
@@ -15,23 +16,35 @@ from ..processes import mean_of_all
 from ..transforms import Pool
 
 # %% ../../nbs/47_callback.method.ipynb #84d4032f
+@dataclass(frozen=True)
+class _Ramp:
+    "A schedule that can be saved, and says what it is"
+    weight:float
+    until:float
+    falls:bool=False
+
+    def __call__(self, pct):
+        t = min(pct/self.until, 1.)
+        return self.weight*math.exp(-5*(t if self.falls else 1-t)**2)
+
+    def __repr__(self): return f"sigmoid_ramp{'down' if self.falls else 'up'}({self.weight}, {self.until})"
+
+    @property
+    def __name__(self): return repr(self) # for the records of a training
+
 def sigmoid_rampup(
     weight:float,  # the weight in the end
     until:float=1. # the training fraction at which it is reached
 )->Callable: # a schedule for any weight of a method
     "A weight that grows as exp(-5(1-t)²), the usual ramp-up of consistency terms (Laine and Aila 2017)"
-    def ramp(pct): return weight*math.exp(-5*(1-min(pct/until, 1.))**2)
-    ramp.__name__ = f'sigmoid_rampup({weight}, {until})' # for the records of a training
-    return ramp
+    return _Ramp(weight, until)
 
 def sigmoid_rampdown(
     weight:float,  # the weight in the beginning
     until:float=1. # the training fraction at which next to nothing (0.7 %) is left of it
 )->Callable: # a schedule for any weight of a method
     "A weight that falls as exp(-5t²), the mirror image of `sigmoid_rampup`"
-    def ramp(pct): return weight*math.exp(-5*min(pct/until, 1.)**2)
-    ramp.__name__ = f'sigmoid_rampdown({weight}, {until})'
-    return ramp
+    return _Ramp(weight, until, falls=True)
 
 def _weight_at(weight, pct): return weight(pct) if callable(weight) else weight
 

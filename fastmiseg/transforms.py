@@ -13,7 +13,7 @@ from functools import reduce
 import torch
 from fastai.data.transforms import Normalize
 
-from .augment import draw_light, relight
+from .augment import draw_light, relight, send
 
 # %% ../nbs/29_transforms.ipynb #a57bca3f
 @dataclass(eq=False)
@@ -53,7 +53,20 @@ class Transformation:
 
     def _map(self, f): return replace(self, **{o.name: f(getattr(self, o.name)) for o in fields(self)})
     def __getitem__(self, part:slice): return self._map(lambda o: o[part])
-    def to(self, device:torch.device|str)->'Transformation': return self._map(lambda o: o.to(device, non_blocking=True))
+    def to(self, device:torch.device|str)->'Transformation':
+        "The same on a device, see `send`"
+        return self._with(iter(send(self._tensors(), device)))
+
+    def _parts(self): return [getattr(self, o.name) for o in fields(self)]
+
+    def _tensors(self):
+        nested = [o._tensors() if isinstance(o, Transformation) else [o]*torch.is_tensor(o) for o in self._parts()]
+        return [o for part in nested for o in part]
+
+    def _with(self, tensors):
+        return self._map(lambda o: next(tensors) if torch.is_tensor(o) else
+                         o._with(tensors) if isinstance(o, Transformation) else o)
+
     def __len__(self): return len(getattr(self, fields(self)[0].name))
 
 def normalize_of(
@@ -93,7 +106,7 @@ class Moves(Transformation):
         if (shape,device) not in self._made:
             there = 0
             for axis,length in zip(range(-len(shape),0), shape):
-                step = self.source(axis, length).to(device, non_blocking=True)
+                step = self.source(axis, length).to(device)
                 there = step if axis==-len(shape) else (there[...,None]*length + step[:,None]).flatten(1)
             positions = torch.arange(there.shape[1], device=device).expand_as(there)
             self._made[shape,device] = there,torch.empty_like(there).scatter_(1, there, positions)
@@ -138,7 +151,7 @@ class Light(Transformation):
     "Each image in another light; nothing moves"
     amounts:torch.Tensor # (N,3) brightness, contrast and gamma, as for `relight`
 
-    def light(self, x): return relight(x, *self.amounts.to(x.device, non_blocking=True).unbind(1))
+    def light(self, x): return relight(x, *self.amounts.to(x.device).unbind(1))
 
 # %% ../nbs/29_transforms.ipynb #c2de828a
 @dataclass(eq=False)
@@ -164,6 +177,7 @@ class _Chain(Transformation):
     def inverse(self, x): return reduce(lambda x,T: T.inverse(x), reversed(self.parts), x)
     def light(self, x): return reduce(lambda x,T: T.light(x), self.parts, x)
     def _map(self, f): return _Chain(tuple(f(o) for o in self.parts))
+    def _parts(self): return self.parts
     def __len__(self): return len(self.parts[0])
 
 def in_sequence(

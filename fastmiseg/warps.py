@@ -24,7 +24,7 @@ class Warps(Transformation):
         "(N,H,W,2): where each pixel of a map comes from; kept for the next tensor"
         if '_made' not in vars(self): self._made = {}
         if (size,device) not in self._made:
-            m = self.matrix.to(device, non_blocking=True)[...,None,None]
+            m = self.matrix.to(device)[...,None,None]
             # not `affine_grid`: its product of matrices may be in TF32, a tenth of a pixel
             y,x = ((2*torch.arange(n, device=device)+1)/n - 1 for n in size)
             self._made[size,device] = (m[:,:,0]*x + m[:,:,1]*y[:,None] + m[:,:,2]).permute(0,2,3,1)

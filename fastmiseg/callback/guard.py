@@ -23,7 +23,7 @@ class Guard:
         self.vals.copy_(vals, non_blocking=True)
         if vals.is_cuda:
             self.copied = torch.cuda.Event()
-            self.copied.record()
+            self.copied.record(torch.cuda.current_stream(vals.device))
 
     def bad(self)->str: # '' if all are finite
         "The terms that are NaN or infinite, in words"

@@ -198,6 +198,7 @@ class MIRegCallback(SemiSupCallback):
                                          self.marginal)
 
     def penalty(self, step):
+        if self.prior is not None: self.prior = torch.as_tensor(self.prior, device=step.x_u.device) # copied once
         res = {}
         if 'global_mi' in self.weights:
             res['global_mi'] = self._mean_over(self.global_layers, partial(self._global_loss, step))

@@ -125,12 +125,13 @@ def _prepare(self:PairedBatchCallback):
 
 @patch
 def draw(self:PairedBatchCallback,
-    n:int # images of this process
+    n:int,              # images of this process
+    device:torch.device # where they are
 ): # `Transformation`
     "T for the images of this process: the same as for these images in one process with the batches of all"
     rank,world = processes()
     T = self.T_pool.draw(n*world, self.generator)
-    return T if world==1 else T[rank*n:(rank+1)*n]
+    return (T if world==1 else T[rank*n:(rank+1)*n]).to(device)
 
 # %% ../../nbs/50_callback.paired.ipynb #c3f2f55c
 @patch
@@ -146,7 +147,7 @@ def before_batch(self:PairedBatchCallback):
     _check_sizes(x_l, x_u)
     y = self.yb[-1]
     y_l = y.as_subclass(Tensor) if isinstance(y, Tensor) else y
-    self.step = Step(x_l, y_l, x_u, self.draw(len(x_u)), self.pct_train,
+    self.step = Step(x_l, y_l, x_u, self.draw(len(x_u), x_u.device), self.pct_train,
                      self._ask_teacher(), self.normalization, self.generator)
     for r in self.methods: r.views(self.step)
     if 'tx' in self.step.images: self.T_pool.checked()

@@ -7,11 +7,13 @@ __all__ = ['Step', 'StageMaps']
 
 # %% ../../nbs/46_callback.step.ipynb #27a39412
 from functools import cached_property
+from itertools import accumulate
 from typing import Callable
 
 import torch
 from torch import Tensor
 
+from ..augment import send
 from ..processes import processes
 from ..transforms import Transformation
 
@@ -69,7 +71,7 @@ class Step:
         "Random numbers that a resumed training, and one in several processes, finds again"
         (rank,world),N = processes(),len(self.x_u)
         u = torch.rand(N*world, n, generator=self._generator)
-        return u[rank*N:(rank+1)*N].to(self.x_u.device, non_blocking=True)
+        return send([u[rank*N:(rank+1)*N]], self.x_u.device)[0]
 
     def receive(self,
         names:list,    # of the images, in the order in which they went through the network
@@ -81,8 +83,7 @@ class Step:
         self.logits.update(zip(names, logits.split(sizes)))
         parts = {stage: dict(zip(names, m.split(sizes))) for stage,m in maps.items()}
         for k in names: self.feats[k] = {stage: o[k] for stage,o in parts.items()}
-        ends = torch.tensor(sizes).cumsum(0).tolist()
-        for k,end,n in zip(names, ends, sizes): self._wholes[k] = maps,slice(end-n, end)
+        for k,end,n in zip(names, accumulate(sizes), sizes): self._wholes[k] = maps,slice(end-n, end)
 
     def on_gradient(self,
         name:str,   # of images that the network has seen; 'l': the labelled ones

@@ -1,27 +1,35 @@
 """What the parts of `gpu.sh` share: rows of results in OUT/results.jsonl, the clock of the device,
 and the page that is made of the rows.
 
-    python benchmarks/gpu.py about OUT    # the machine
     python benchmarks/gpu.py report OUT   # the page, to stdout
     python benchmarks/gpu.py curves OUT   # the figure of the trainings, from OUT/curves.jsonl
+
+OUT is where the parts work, or results.tar.gz unpacked. What else there is, `gpu.sh` calls.
 """
-import importlib.metadata, json, os, platform, sys, time
+import collections, importlib.metadata, json, os, platform, sys, tarfile, time
 from pathlib import Path
 from statistics import median
 
 DEVICE = os.environ.get('FASTMISEG_DEVICE', 'cuda')
 DRY = bool(os.environ.get('DRY'))
 OUT = Path(os.environ.get('OUT', '.'))
+LIMIT = float(os.environ.get('LIMIT', 'inf')) # seconds that this part has
+RUN = int(os.environ.get('RUN', 0)) # which call this is
 
 def add(part, **row):
     "A row of results, at once"
-    row = dict(part=part, **row)
+    row = dict(part=part, run=RUN, **row)
     with open(OUT/'results.jsonl', 'a') as f: f.write(json.dumps(row)+'\n')
 
 def rows(out, part=None):
     file = Path(out)/'results.jsonl'
     found = [json.loads(o) for o in file.read_text().splitlines() if o.strip()] if file.exists() else []
     return [o for o in found if part is None or o['part']==part]
+
+def missing(part, **row):
+    "Whether there is no such row yet; also where the part was asked for by its name"
+    there = [o for o in rows(OUT, part) if row.items()<=o.items() and 'error' not in o]
+    return not there or bool(os.environ.get('AGAIN'))
 
 def table(head, lines):
     "Markdown"
@@ -60,8 +68,24 @@ def take_turns(things, rounds, steps, warm=3):
             times[k] += clock.gaps()
     return {k:median(t) for k,t in times.items()}
 
+def smoke():
+    "A loss at each of the paper's stages, forward and backward: whether its kernels compile here"
+    import torch
+    import fastmiseg.all # noqa: F401  its bytecode is written before many processes ask for it
+    from fastmiseg.projectors import LocalProjector
+    begun = time.perf_counter()
+    for c,n,size in ((32,112,3),(16,224,7)):
+        f,g = (torch.randn(2, c, *[n//8 if DRY else n]*2, device=DEVICE, requires_grad=True) for _ in range(2))
+        loss = LocalProjector(c).to(DEVICE).loss(f, g, size)
+        loss.backward()
+        if not all(o.isfinite().all() for o in (loss, f.grad, g.grad)):
+            raise FloatingPointError(f'local loss, {c} channels of {n}×{n}: expected finite numbers, got {loss}')
+    return round(time.perf_counter()-begun, 1)
+
 def about():
     import torch
+    if DEVICE=='cuda' and not torch.cuda.is_available():
+        sys.exit('gpu.sh: PyTorch finds no CUDA device; DRY=1 runs everything on the CPU')
     names = ('fastmiseg','fastai','fastcore','torch','triton','numpy','timm','SimpleITK')
     def version(n):
         try: return importlib.metadata.version(n)
@@ -73,6 +97,7 @@ def about():
         row.update(device=p.name, memory_gb=round(p.total_memory/2**30, 1),
                    multiprocessors=p.multi_processor_count, cuda=torch.version.cuda,
                    cudnn=torch.backends.cudnn.version(), driver=driver())
+    row['first_losses_s'] = smoke()
     print(row)
     add('about', **row)
 
@@ -83,6 +108,7 @@ def driver():
                               capture_output=True, text=True).stdout.strip()
     except OSError: return None
 
+ABSENT = 'belongs to a package that is not on this machine'
 _stand_in = '''\
 """Stands where a package would be that is not here: it can be imported, and says so when it is used."""
 import sys
@@ -91,13 +117,13 @@ class Absent(type):
         if name.startswith('__'): raise AttributeError(name)
         return Absent(name, (), {})
     def __call__(cls, *args, **kwargs):
-        raise ImportError(f'{cls.__name__} belongs to a package that is not on this machine')
+        raise ImportError(f'{cls.__name__} ABSENT')
 class LoggerBase:
     def __getattr__(self, name): return lambda *args: None
 def __getattr__(name):
     if name.startswith('__'): raise AttributeError(name)
     return Absent(name, (Exception,), {}) if name.endswith('Error') else Absent(name, (), {})
-'''
+'''.replace('ABSENT', ABSENT)
 
 def stand_ins(folder, names):
     "Modules that can be imported but not used, for those of `names` that are not installed"
@@ -110,14 +136,76 @@ def stand_ins(folder, names):
             (Path(folder)/name/f'{part}.py').write_text(_stand_in)
         print(f'{name} is not installed: a stand-in')
 
+def install(carried, site):
+    "Those of the wheels in `carried` whose package is not here"
+    import subprocess
+    def here(name):
+        try: return bool(importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError: return False
+    wheels = [str(o) for o in sorted(Path(carried).glob('*.whl')) if not here(o.name.split('-')[0])]
+    if not wheels: return
+    subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-index', '--no-deps', '--target', str(site),
+                    '--upgrade', *wheels], check=True)
+    print(f"installed from {carried}: {', '.join(Path(o).name.split('-')[0] for o in wheels)}")
+
+def bring(work, out, checkpoints=False):
+    "What came of it, as few files as can be sent home"
+    work,out = Path(work),Path(out)
+    (out/'gpu.md').write_text(report(work))
+    with tarfile.open(work/'results.part', 'w:gz') as tar:
+        for f in sorted(work.iterdir()):
+            if f.suffix in ('.jsonl','.txt','.csv'): tar.add(f, f.name)
+    (work/'results.part').replace(out/'results.tar.gz')
+    if not checkpoints: return
+    newest = {f.parent:f for f in sorted(work.glob('trainings/*/run/*.pt'))}.values()
+    room = PIECES*PIECE-20480 # what ends a tar
+    with tarfile.open(work/'checkpoints.part', 'w') as tar:
+        for f in sorted(newest, key=lambda f: -int(f.stem)): # the furthest first
+            if f.stat().st_size+2048<=room-tar.offset: tar.add(f, f.relative_to(work))
+            else: print(f'{f}: no room left in {PIECES} pieces of {PIECE>>20} MiB')
+    for f in out.glob('checkpoints.*'): f.unlink()
+    with open(work/'checkpoints.part', 'rb') as f:
+        for i in range(PIECES):
+            if piece:=f.read(PIECE): (out/f'checkpoints.{i}').write_bytes(piece)
+    (work/'checkpoints.part').unlink()
+
+PIECE,PIECES = 15<<20,4
+
+def begin(earlier, work):
+    "With what an earlier call has left"
+    earlier,work = Path(earlier),Path(work)
+    if (work/'results.jsonl').exists(): return print(f'{work}: there are results already, {earlier} is not looked at')
+    if not (earlier/'results.tar.gz').exists():
+        sys.exit(f'FROM={earlier}: expected results.tar.gz there, which an earlier call left in its OUT')
+    with tarfile.open(earlier/'results.tar.gz') as tar: tar.extractall(work, filter='data')
+    pieces = sorted(earlier.glob('checkpoints.*'))
+    if not pieces: return
+    with open(work/'checkpoints.part', 'wb') as f:
+        for o in pieces: f.write(o.read_bytes())
+    with tarfile.open(work/'checkpoints.part') as tar: tar.extractall(work, filter='data')
+    (work/'checkpoints.part').unlink()
+
 def _latest(found, *keys):
     "The last row for each value of `keys`"
     return list({tuple(str(o.get(k)) for k in keys): o for o in found}.values())
 
+_SUBJECT = 'precision','method','seed','variant','loader','what','stage','features','way'
+
+def _of_the_last_run(found):
+    "For each subject the rows of the last run that has some: failures of before are forgotten"
+    of = lambda o: tuple(o.get(k) for k in _SUBJECT)
+    last = {of(o): o.get('run') for o in found}
+    return [o for o in found if o.get('run')==last[of(o)]]
+
+def _said_of_tests(found):
+    found = _latest(found, 'test')
+    n = collections.Counter(o['outcome'] for o in found)
+    return ['## Tests', '', ', '.join(f'{v} {k}' for k,v in sorted(n.items()))+'.', '',
+            *(f"- {o['test']} failed" for o in found if o['outcome']=='failed'), '']
+
 def report(out):
     made = _latest(rows(out, 'about'), 'part')
-    text = ['# On a CUDA device', '',
-            'Made by `bash benchmarks/gpu.sh OUT` and `python benchmarks/gpu.py report OUT`.', '']
+    text = ['# On a CUDA device', '', 'Made by `bash benchmarks/gpu.sh OUT`.', '']
     for o in made[-1:]:
         text += [f"{o['device']}"
                  + (f", {o['memory_gb']} GB, driver {o['driver']}, CUDA {o['cuda']}, cuDNN {o['cudnn']}"
@@ -129,13 +217,13 @@ def report(out):
         lines = [(o['of'], _OUTCOMES.get(o['status'], f"failed ({o['status']})"), o['seconds'])
                  for o in notes]
         text += ['## Parts', '', table(['part','outcome','seconds'], lines), '']
-    found = rows(out)
+    if found := rows(out, 'test'): text += _said_of_tests(found)
     for part,head in _SECTIONS.items():
-        mine = [o for o in found if o['part']==part]
+        mine = _of_the_last_run(rows(out, part))
         if not mine: continue
         text += [f'## {head}', '']
         for name in dict.fromkeys(o.get('table','') for o in mine):
-            some = [{k:v for k,v in o.items() if k not in ('part','table')}
+            some = [{k:v for k,v in o.items() if k not in ('part','run','table')}
                     for o in mine if o.get('table','')==name]
             keys = list(dict.fromkeys(k for o in some for k in o))
             if name: text += [f'{name}:', '']
@@ -153,10 +241,13 @@ def curves(file):
     plt.tight_layout()
     plt.savefig(Path(file).with_suffix('.png'), dpi=120)
 
-_OUTCOMES = {0: 'done', 124: 'stopped at its limit', 137: 'stopped at its limit'} # by exit status
+UNFINISHED = 75
+_OUTCOMES = {0: 'done', 5: 'done', UNFINISHED: 'not finished', # by exit status; 5: no test was left
+             124: 'stopped at its limit', 137: 'stopped at its limit'}
 _SECTIONS = dict(
     waiting='Without waiting',
     step='Milliseconds to a step',
+    turns='Before and after',
     mutual_info='The local information loss',
     loading='Reading',
     network='What makes the step fast',
@@ -176,4 +267,7 @@ if __name__=='__main__':
     elif what=='report': print(report(out))
     elif what=='curves': curves(Path(out)/'curves.jsonl')
     elif what=='note': add('note', of=more[0], status=int(more[1]), seconds=int(more[2]))
-    elif what=='done': sys.exit(not any(o['of']==more[0] and o['status']==0 for o in rows(out, 'note')))
+    elif what=='done': sys.exit(not any(o['of']==more[0] and o['status'] in (0,5) for o in rows(out, 'note')))
+    elif what=='install': install(out, more[0])
+    elif what=='begin': begin(out, more[0])
+    elif what=='bring': bring(out, *more)

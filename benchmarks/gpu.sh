@@ -1,64 +1,77 @@
 #!/bin/bash
-# All that is measured on one CUDA device, part by part; each has a limit and writes its results as it goes.
-#     bash benchmarks/gpu.sh OUT             # every part that OUT does not say is done
-#     bash benchmarks/gpu.sh OUT step train  # these parts only
+# All that is measured on one CUDA device, part by part, the most valuable first.
+#     bash benchmarks/gpu.sh OUT             # every part that is not done yet
+#     bash benchmarks/gpu.sh OUT step train  # these parts, done or not
 #     DRY=1 bash benchmarks/gpu.sh OUT       # tiny sizes on the CPU: what the tests run
-# OUT gets results.jsonl (a line for each row, and for each part that is done), log-PART.txt, the tests
-# that failed, and the trainings' curves and scores; `python benchmarks/gpu.py report OUT` makes gpu.md
-# from it.
+# BUDGET=560: seconds for all; PART=seconds (as TRAIN=300): for one part, within the budget.
+# CARRIED=gpu-carry: what `make gpu-carry` has made: packages that are missing here, and slices to train on.
+# Parts work in OUT.work, and go on with what is there. OUT gets few files, after each part: gpu.md and
+# results.tar.gz (rows, logs, curves, scores); with CHECKPOINTS=1 also those of trainings that are not
+# finished, in pieces. FROM=folder: begin with what an earlier call has left in its OUT.
 cd "$(dirname "$0")/.." || exit 1
-OUT=$(realpath -m "$1"); shift
-mkdir -p "$OUT"
-export OUT PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore PYTHONPATH="$PWD:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH}"
+[ -n "$1" ] || { echo 'gpu.sh: expected a folder for the results: bash benchmarks/gpu.sh OUT'; exit 2; }
+SECONDS=0
+BUDGET=${BUDGET:-560}
+RESULTS=$(realpath -m "$1"); shift
+export OUT=$RESULTS.work RUN=$(date +%s) AGAIN=$*
+mkdir -p "$OUT" "$RESULTS" || exit 1
+export PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export PYTHONPATH="$PWD:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH}"
 export FASTMISEG_DEVICE=${FASTMISEG_DEVICE:-$([ -n "$DRY" ] && echo cpu || echo cuda)}
+CARRIED=$(realpath -m "${CARRIED:-gpu-carry}")
+[ -d "$CARRIED/slices" ] && export FASTMISEG_SLICES=${FASTMISEG_SLICES:-$CARRIED/slices}
 PYTHON=${PYTHON:-python3}
-ASKED=" $* "
+gpu() { $PYTHON benchmarks/gpu.py "$@"; }
+
+CHILD=
+trap 'gpu bring "$OUT" "$RESULTS" ${CHECKPOINTS:+checkpoints}; echo "== results: $RESULTS"' EXIT
+trap '[ -z "$CHILD" ] || kill "$CHILD"; exit 143' INT TERM
 
 part() { # NAME SECONDS COMMAND...
-    local name=$1 limit=$2; shift 2
-    if [ "$ASKED" != "  " ]; then case "$ASKED" in *" $name "*) ;; *) return;; esac
-    elif $PYTHON benchmarks/gpu.py done "$OUT" "$name"; then echo "== $name: done before"; return; fi
+    local name=$1 own=${1^^} limit=$2 begun=$SECONDS status
+    limit=${!own:-$limit}; shift 2
+    if [ -n "$AGAIN" ]; then case " $AGAIN " in *" $name "*) ;; *) return;; esac
+    elif gpu done "$OUT" "$name"; then echo "== $name: done before"; return; fi
+    [ -z "$DRY" ] || limit=$BUDGET
+    [ $limit -le $((BUDGET-SECONDS)) ] || limit=$((BUDGET-SECONDS))
+    if [ $limit -lt 10 ]; then echo "== $name: no time left"; return; fi
     echo "== $name (at most $limit s)"
-    local begun=$SECONDS
-    timeout -k 5 "$limit" "$@" > >(tee -a "$OUT/log-$name.txt") 2>&1
-    local status=$?
-    $PYTHON benchmarks/gpu.py note "$OUT" "$name" $status $((SECONDS-begun))
+    LIMIT=$limit timeout -k 5 $limit "$@" > >(tee -a "$OUT/log-$name.txt") 2>&1 &
+    CHILD=$!
+    wait $CHILD
+    status=$?
+    CHILD=
+    gpu note "$OUT" "$name" $status $((SECONDS-begun))
+    gpu bring "$OUT" "$RESULTS"
+    return $status
+}
+tests() { # NAME SECONDS ARGUMENTS...; what has passed before is left out
+    local name=$1 limit=$2; shift 2
+    part $name $limit $PYTHON -m pytest -q "$@" -p no:cacheprovider -p gpu_tests --tb=short --maxfail=40 \
+        $([ -n "$DRY" ] || echo "${XDIST--n 12}")
 }
 
-part about 60 $PYTHON benchmarks/gpu.py about "$OUT"
+[ -z "$FROM" ] || gpu begin "$FROM" "$OUT" || exit 1
+gpu install "$CARRIED" "$OUT/site" || exit 1
+export PYTHONPATH="$PYTHONPATH:$OUT/site"
 # What reads scans is not needed here, so that it need not be brought along.
-if [ -z "$DRY" ]; then
-    $PYTHON benchmarks/gpu.py stand_ins "$OUT/stand_ins" SimpleITK pydicom nibabel &&
-        PYTHONPATH="$PYTHONPATH:$OUT/stand_ins"
-fi
-NEEDS_SCANS=$([ -d "$OUT/stand_ins/SimpleITK" ] && echo 'and not inference')
+gpu stand_ins "$OUT/stand_ins" SimpleITK pydicom nibabel || exit 1
+export PYTHONPATH="$PYTHONPATH:$OUT/stand_ins"
 
-if [ -n "$DRY" ]; then
-    part right 100 $PYTHON -m pytest -q -m cuda tests/test_cuda.py \
-        -k 'volume_metrics or (test_losses and Projector and plain)' -p no:cacheprovider -p gpu_failures
-    part train 100 $PYTHON benchmarks/gpu_train.py
-else
-    # trainings, whose pace alone is measured first, beside the tests, which take no times
-    if [ -n "$BESIDE" ]; then
-        part train $((${TRAIN:-150}+30)) \
-            env SECONDS_TO_TRAIN=${TRAIN:-150} SHARE=.7 $PYTHON benchmarks/gpu_train.py &
-        sleep ${PACE:-25}
-    fi
-    part right ${RIGHT:-110} $PYTHON -m pytest -q -m cuda tests/test_cuda.py -k "test_ $NEEDS_SCANS" \
-        -p no:cacheprovider -p gpu_failures --tb=short --maxfail=40 ${XDIST--n 10}
-    wait
-fi
-part step ${STEP:-90} $PYTHON benchmarks/gpu_step.py
-[ -n "$DRY" ] || part mutual_info ${MUTUAL_INFO:-60} $PYTHON benchmarks/gpu_mutual_info.py
-part waiting ${WAITING:-60} $PYTHON benchmarks/gpu_waiting.py
-part loading ${LOADING:-30} $PYTHON benchmarks/gpu_network.py loading
-part compile ${COMPILE:-60} $PYTHON benchmarks/gpu_step.py compile
-if [ -z "$DRY$BRIEF" ]; then
-    part network ${NETWORK:-100} $PYTHON benchmarks/gpu_network.py
-    MAIN=$(ls tests/test_{learners,no_trace,resume,metrics,mutual_info,inference,segmenter,slices}.py 2>/dev/null)
-    part main ${MAIN_LIMIT:-100} $PYTHON -m pytest -q $MAIN \
-        -p no:cacheprovider -p gpu_failures --tb=line ${XDIST--n 12}
-    part train ${TRAIN:-300} $PYTHON benchmarks/gpu_train.py
-fi
-$PYTHON benchmarks/gpu.py report "$OUT" > "$OUT/gpu.md"
-echo "== results: $OUT/gpu.md"
+part about 30 $PYTHON benchmarks/gpu.py about "$OUT" || { echo 'gpu.sh: nothing can be measured here, see above'; exit 1; }
+# All that are marked `cuda`, and those that run on the device as they are.
+if [ -n "$DRY" ]; then WHICH='volume_metrics or unknown_impl or (test_losses and Projector and plain)'
+else WHICH='not compile_for_a_gpu'; fi
+tests right 110 tests/test_{cuda,pair_kernels,pair_products,augment,copypaste,pseudo}.py tests/test_data.py::test_cuda \
+    -k "$WHICH"
+part step 70 $PYTHON benchmarks/gpu_step.py
+part train 170 $PYTHON benchmarks/gpu_train.py
+part turns 40 $PYTHON benchmarks/gpu_step.py turns
+part mutual_info 40 $PYTHON benchmarks/gpu_mutual_info.py
+part waiting 35 $PYTHON benchmarks/gpu_waiting.py
+part loading 15 $PYTHON benchmarks/gpu_network.py loading
+part compile 35 $PYTHON benchmarks/gpu_step.py compile
+part network 20 $PYTHON benchmarks/gpu_network.py
+# Not those that ask for equal bits, which sums of atomics do not give, nor those that write scans.
+[ -n "$DRY" ] || tests main 30 tests/test_{learners,no_trace,metrics,mutual_info}.py
+exit 0

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from fastai.basics import Adam
 from fastmiseg.models import create_unet
-from gpu import DEVICE, DRY, add, take_turns
+from gpu import DEVICE, DRY, add, missing, take_turns
 
 SIZE,WIDTH,IMAGES = (32,4,3) if DRY else (224,16,24)
 
@@ -103,6 +103,7 @@ def variants():
 
 def network_rows():
     for name,make in variants():
+        if not missing('network', variant=name): continue
         begun = time.perf_counter()
         try:
             f = make()
@@ -141,6 +142,4 @@ def loading_rows():
             add('network', table='Reading a batch', **row)
             print(row, flush=True)
 
-if __name__=='__main__':
-    loading_rows()
-    if 'loading' not in sys.argv: network_rows()
+if __name__=='__main__': loading_rows() if 'loading' in sys.argv else network_rows()

@@ -1,14 +1,13 @@
-"""Trainings at the paper's size, several in processes of their own on the one device; curves and scores
-as they go (a part of `gpu.sh`).
+"""Trainings at the paper's size, each in a process of its own on the one device; curves and scores as
+they go (a part of `gpu.sh`).
 
-Slices from FASTMISEG_SLICES (see gpu_slices.py), else discs on noise. SECONDS_TO_TRAIN (none): a short
-run of each method says how many steps are made in that time, the same for all; a training that is
-still not done then stops, and is scored as it is. It goes on from its last epoch in another call with
-the same OUT and STEPS, and so does one that was lost with its machine.
-STEPS (6000, or what SECONDS_TO_TRAIN allows), METHODS (names, separated by commas; all),
-PROCESSES (4), SEED (0).
+Slices from FASTMISEG_SLICES (see gpu_slices.py). In LIMIT seconds (as long as it takes) a training
+that is not done stops, and is scored as it is; it goes on from its last epoch in another call with the
+same OUT, and so does one that was lost with its machine. STEPS: how many each makes (else what an
+earlier call has planned, or what LIMIT allows by the milliseconds that `gpu_step.py` has measured, at
+most 6000); METHODS (names, separated by commas; all), SEED (0).
 """
-import json, os, subprocess, sys, time, traceback
+import json, os, shutil, subprocess, sys, time, traceback
 from contextlib import suppress
 import pandas as pd, torch
 from fastai.basics import Callback, set_seed
@@ -22,16 +21,14 @@ from fastmiseg.learner import miseg_learner
 from fastmiseg.losses import CrossEntropyDiceLoss
 from fastmiseg.metrics import VolumeDice
 from fastmiseg.surface import VolumeHD95
-from gpu import DEVICE, DRY, OUT, add
+from gpu import DEVICE, DRY, LIMIT, OUT, UNFINISHED, add, rows
 from gpu_slices import Discs, Packed, loaders
 
-STEPS = int(os.environ.get('STEPS', 8 if DRY else 6000))
+STEPS = int(os.environ.get('STEPS', 0))
 SEED = int(os.environ.get('SEED', 0))
-PROCESSES = int(os.environ.get('PROCESSES', 1 if DRY else 4))
-LIMIT = float(os.environ.get('SECONDS_TO_TRAIN', 0))
-SHARE = float(os.environ.get('SHARE', 1)) # of the device that is theirs
 UNTIL = float(os.environ.get('UNTIL', 'inf')) # seconds since 1970
-EPOCH = min(STEPS, 4 if DRY else 300)
+TO_START,TO_SCORE = 15,35 # seconds
+EPOCH = 4 if DRY else min(STEPS or 300, 300)
 WIDTH = 4 if DRY else 16
 
 # as in the benchmark: Dice beside cross-entropy and labelled images in a pass of their own,
@@ -44,6 +41,7 @@ METHODS = {
     'pseudo-labels + teacher': lambda: [PseudoLabelCallback(sigmoid_rampup(1., .8)), EMATeacherCallback(.99)],
 }
 if DRY: METHODS = {k:METHODS[k] for k in ('pseudo-labels + teacher',)}
+AS_MEASURED = {'the paper': 'all terms of the paper'} # names in gpu_step.py, where they are others
 
 def schedule(lr, div=400., warm=.1):
     "Linear warm-up and a cosine, as in the paper"
@@ -65,11 +63,11 @@ class TimeIsUp(Exception): "For `ResumeCallback` a training that was interrupted
 class Deadline(Callback):
     "Stops when the time is over"
     order = ResumeCallback.order-1
-    steps = 0
+    first = None # step of this call
+    def before_batch(self):
+        if self.training and self.first is None: self.first = self.train_iter
     def after_batch(self):
-        if not self.training: return
-        self.steps = self.train_iter
-        if time.time()>UNTIL: raise TimeIsUp('UNTIL')
+        if self.training and time.time()>UNTIL: raise TimeIsUp('UNTIL')
 
 def learner(name, work, store):
     make = METHODS[name]
@@ -91,7 +89,7 @@ def open_store():
 
 def train(name):
     store,what = open_store()
-    work = OUT/'work'/f"{name.replace(' ', '_')}-{SEED}-{STEPS}"
+    work = OUT/'trainings'/f"{name.replace(' ', '_')}-{SEED}-{STEPS}"
     work.mkdir(parents=True, exist_ok=True)
     learn,cbs = learner(name, work, store)
     begun = time.perf_counter()
@@ -101,12 +99,20 @@ def train(name):
                        until:=Deadline()])
     if DEVICE=='cuda': torch.cuda.synchronize()
     seconds = time.perf_counter()-begun
-    print(f'{name}: {until.steps} of {STEPS} steps in {seconds:.0f} s', flush=True)
+    steps = learn.train_iter # also where an earlier call has made them all
+    here = steps-(steps if until.first is None else until.first)
+    print(f'{name}: {steps} of {STEPS} steps, {here} of them in {seconds:.0f} s', flush=True)
+    score(learn, cbs, store, what, dict(method=name, seed=SEED, steps=steps, planned=STEPS),
+          dict(seconds=round(seconds, 1), steps_a_second=round(here/seconds, 1)))
+    if steps==STEPS: shutil.rmtree(work)
+
+def score(learn, cbs, store, what, of, took):
+    "Dice and HD95 of the test scans, by the student and by its teacher"
     test = loaders(store, ('labeled','test'), augment=False, device=DEVICE).valid
     teacher,scores = next((o for o in cbs if isinstance(o, EMATeacherCallback)), None),[]
     for who in ['student']+['teacher']*(teacher is not None):
         if who=='teacher': teacher.to_model(learn.model)
-        row = dict(method=name, who=who, seed=SEED, steps=until.steps, planned=STEPS)
+        row = {'method':of['method'], 'who':who, **of}
         found = []
         for metric in (VolumeDice(), VolumeHD95()):
             try:
@@ -116,12 +122,11 @@ def train(name):
                 mean = found[-1].groupby('class')[metric.base].mean()
                 add('train', table=f"{metric.base} of the test scans, {what}", **row,
                     mean=round(float(metric.value), 4),
-                    **{k:round(float(v), 4) for k,v in mean.items()},
-                    seconds=round(seconds, 1), steps_a_second=round(until.steps/seconds, 1))
+                    **{k:round(float(v), 4) for k,v in mean.items()}, **took)
                 print({**row, metric.base:float(metric.value)}, flush=True)
             except Exception as e:
                 traceback.print_exc(limit=3)
-                add('train', table='Failures', method=name, who=who,
+                add('train', table='Failures', method=of['method'], seed=SEED, who=who,
                     error=f'{metric.base}: {type(e).__name__}: {e}'[:300])
         if found:
             distances = {found[1].columns[-1]: found[1].iloc[:,-1]} if len(found)>1 else {}
@@ -129,71 +134,42 @@ def train(name):
     file = OUT/'scores.csv'
     if scores: pd.concat(scores).to_csv(file, mode='a', header=not file.exists(), index=False)
 
-def pace(names):
-    "Milliseconds in which the device is busy, and in all, of a step of each method, from a few steps"
-    from gpu_step import launches
-    store,_ = open_store()
-    res = {}
-    for k in names:
-        learn,cbs = learner(k, OUT/'work', store)
-        learn.dls.train.n_iters,learn.metrics = 6,[]
-        with learn.no_bar(), learn.no_logging():
-            learn.add_cbs(cbs)
-            learn.fit(1, 1e-4)
-            _,busy,_ = launches(learn, 3)
-            learn.dls.train.n_iters = 12
-            class Time(Callback):
-                def before_train(self): self.begun = time.perf_counter()
-                def after_train(self):
-                    if DEVICE=='cuda': torch.cuda.synchronize()
-                    self.took = time.perf_counter()-self.begun
-            learn.fit(1, 1e-4, cbs=(clock:=Time()))
-        res[k] = busy,1000*clock.took/12
-    return res
+def steps_for(seconds, names):
+    """How many steps all methods can make together, by the milliseconds of their steps: the device is
+    shared, the host is not"""
+    ms = {o['method']:o for o in rows(OUT, 'step') if o.get('table')=='Steps' and 'busy_ms' in o}
+    paces = [ms.get(AS_MEASURED.get(k, k)) for k in names]
+    if None in paces: return 2*EPOCH if DRY else 2100
+    one = max(1.15*sum(o['busy_ms'] for o in paces), 1.4*max(o['ms'] for o in paces))/1000
+    return max(EPOCH, min(2*EPOCH if DRY else 6000, int(seconds/one)//EPOCH*EPOCH))
 
-def steps_for(seconds, paces, most=6000):
-    "How many steps all methods can make together: the device is shared, the host is not"
-    one = max(1.15*sum(b for b,_ in paces.values()), 1.4*max(t for _,t in paces.values()))/1000
-    return max(EPOCH, min(most, int(seconds/one)//EPOCH*EPOCH))
+def planned(names):
+    "How many steps each training makes: as asked, as in an earlier call, or as the time allows"
+    if STEPS: return STEPS//EPOCH*EPOCH
+    if plans:=[o for o in rows(OUT, 'train') if o.get('table')=='Plan']: return plans[-1]['steps']
+    steps = steps_for(min(LIMIT, 10**5)-TO_START-TO_SCORE, names)
+    add('train', table='Plan', steps=steps)
+    return steps
 
-def done(name):
+def done(name, steps):
     file = OUT/'scores.csv'
     if not file.exists(): return False
     d = pd.read_csv(file)
-    return bool(((d.method==name) & (d.seed==SEED) & (d.steps==STEPS)).any())
+    return bool(((d.method==name) & (d.seed==SEED) & (d.steps==steps)).any())
 
 def main():
-    global STEPS
+    begun = time.time()
+    if not DRY and 'FASTMISEG_SLICES' not in os.environ:
+        sys.exit('gpu_train.py: there are no slices to train on; `make gpu-carry` makes a folder gpu-carry with '
+                 'them, or FASTMISEG_SLICES names the folder that gpu_slices.py has written')
     names = os.environ['METHODS'].split(',') if 'METHODS' in os.environ else list(METHODS)
-    env,begun = dict(os.environ),time.time()
-    if LIMIT:
-        env['UNTIL'] = str(begun+LIMIT)
-        if 'STEPS' not in os.environ:
-            try:
-                paces = pace(names)
-                for k,(busy,ms) in paces.items():
-                    add('train', table='Pace alone', method=k, busy_ms=round(busy, 2), ms=round(ms, 2))
-                # methods with such long steps would leave no time for the others
-                slow = [k for k in paces if paces[k][0]>60]
-                names = [k for k in names if k not in slow] or names
-                STEPS = steps_for(SHARE*(begun+LIMIT-time.time()-8), {k:paces[k] for k in names})
-                print(f'pace {paces}, left out {slow}, {STEPS} steps', flush=True)
-            except Exception:
-                traceback.print_exc()
-                STEPS = 2100
-        env['STEPS'] = str(STEPS)
-    todo,running,bad = [k for k in names if not done(k)],{},0
-    while todo or running:
-        while todo and len(running)<PROCESSES:
-            name = todo.pop(0)
-            running[name] = subprocess.Popen([sys.executable, __file__, name], env=env)
-        for k,p in list(running.items()):
-            if p.poll() is not None:
-                running.pop(k)
-                if p.returncode:
-                    bad += 1
-                    add('train', table='Failures', method=k, error=f'exit {p.returncode}, see log.txt')
-        time.sleep(.2)
-    sys.exit(bad>0)
+    steps = planned(names)
+    env = {**os.environ, 'STEPS':str(steps), 'UNTIL':str(begun+LIMIT-TO_SCORE)}
+    running = {k: subprocess.Popen([sys.executable, __file__, k], env=env) for k in names if not done(k, steps)}
+    print(f'{steps} steps of {", ".join(running)}', flush=True)
+    failed = {k:p.returncode for k,p in running.items() if p.wait()}
+    for k,status in failed.items():
+        add('train', table='Failures', method=k, seed=SEED, error=f'exit {status}, see log-train.txt')
+    sys.exit(1 if failed else 0 if all(done(k, steps) for k in names) else UNFINISHED)
 
 if __name__=='__main__': train(sys.argv[1]) if len(sys.argv)>1 else main()

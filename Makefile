@@ -7,7 +7,7 @@ SETUP = $(if $(filter .venv/bin,$(BIN)),.venv/installed)
 DATA ?=
 ARGS ?=
 
-.PHONY: help demo test prepare bench gpu docs clean
+.PHONY: help demo test prepare bench gpu gpu-carry docs clean
 
 help:
 	@echo 'make demo      the whole path on synthetic hearts; DATA=/my/scans: on yours'
@@ -16,6 +16,7 @@ help:
 	@echo 'make prepare   after an edit: modules, clean notebooks, README, the table of rooms'
 	@echo 'make bench     the measurements in benchmarks/'
 	@echo 'make gpu       those that need a GPU; OUT=folder'
+	@echo 'make gpu-carry what they need on a machine without network, in gpu-carry/; DATA=/my/acdc'
 	@echo 'make clean     remove .venv and what was built'
 
 .venv/installed: settings.ini setup.py pyproject.toml
@@ -45,6 +46,9 @@ bench: $(SETUP)
 
 gpu:
 	bash benchmarks/gpu.sh $(if $(OUT),"$(OUT)",gpu-results)
+
+gpu-carry: $(SETUP)
+	$(BIN)/python -W ignore benchmarks/gpu_carry.py gpu-carry $(if $(DATA),"$(DATA)")
 
 docs: $(SETUP)
 	$(BIN)/python docs/build.py

@@ -194,8 +194,8 @@ _SUBJECT = 'precision','method','seed','variant','loader','what','stage','featur
 def _of_the_last_run(found):
     "For each subject the rows of the last run that has some: failures of before are forgotten"
     of = lambda o: tuple(o.get(k) for k in _SUBJECT)
-    last = {of(o): o.get('run') for o in found}
-    return [o for o in found if o.get('run')==last[of(o)]]
+    last = {of(o): o['run'] for o in found}
+    return [o for o in found if o['run']==last[of(o)]]
 
 def _said_of_tests(found):
     found = _latest(found, 'test')
@@ -204,9 +204,11 @@ def _said_of_tests(found):
             *(f"- {o['test']} failed" for o in found if o['outcome']=='failed'), '']
 
 def report(out):
-    made = _latest(rows(out, 'about'), 'part')
+    made = rows(out, 'about')
+    devices = {o['run']:o['device'] for o in made}
+    several = len(set(devices.values()))>1
     text = ['# On a CUDA device', '', 'Made by `bash benchmarks/gpu.sh OUT`.', '']
-    for o in made[-1:]:
+    for o in _latest(made, 'device'):
         text += [f"{o['device']}"
                  + (f", {o['memory_gb']} GB, driver {o['driver']}, CUDA {o['cuda']}, cuDNN {o['cudnn']}"
                     if 'driver' in o else '')
@@ -223,7 +225,8 @@ def report(out):
         if not mine: continue
         text += [f'## {head}', '']
         for name in dict.fromkeys(o.get('table','') for o in mine):
-            some = [{k:v for k,v in o.items() if k not in ('part','run','table')}
+            some = [{**({'device':devices.get(o['run'])} if several else {}),
+                     **{k:v for k,v in o.items() if k not in ('part','run','table')}}
                     for o in mine if o.get('table','')==name]
             keys = list(dict.fromkeys(k for o in some for k in o))
             if name: text += [f'{name}:', '']

@@ -30,7 +30,8 @@ trap '[ -z "$CHILD" ] || kill "$CHILD"; exit 143' INT TERM
 part() { # NAME SECONDS COMMAND...
     local name=$1 own=${1^^} limit=$2 begun=$SECONDS status
     limit=${!own:-$limit}; shift 2
-    if [ -n "$AGAIN" ]; then case " $AGAIN " in *" $name "*) ;; *) return;; esac
+    if [ $name = about ]; then : # a second call may be on another machine
+    elif [ -n "$AGAIN" ]; then case " $AGAIN " in *" $name "*) ;; *) return;; esac
     elif gpu done "$OUT" "$name"; then echo "== $name: done before"; return; fi
     [ -z "$DRY" ] || limit=$BUDGET
     [ $limit -le $((BUDGET-SECONDS)) ] || limit=$((BUDGET-SECONDS))

@@ -9,6 +9,7 @@ most 6000); METHODS (names, separated by commas; all), SEED (0).
 """
 import json, os, shutil, subprocess, sys, time, traceback
 from contextlib import suppress
+from types import SimpleNamespace
 import pandas as pd, torch
 from fastai.basics import Callback, set_seed
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
@@ -50,11 +51,11 @@ def schedule(lr, div=400., warm=.1):
 class Log(Callback):
     "A line of the curve after each epoch"
     order = ResumeCallback.order+1
-    def __init__(self, method): self.method,self.begun = method,time.perf_counter()
+    def __init__(self, method): self.method,self.of_this_call = method,SimpleNamespace(begun=time.perf_counter())
     def after_epoch(self):
         row = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1]))
         row = dict(method=self.method, seed=SEED, step=(self.epoch+1)*EPOCH,
-                   seconds=round(time.perf_counter()-self.begun, 1),
+                   seconds=round(time.perf_counter()-self.of_this_call.begun, 1),
                    **{k:round(float(v), 5) for k,v in row.items() if k!='time'})
         with open(OUT/'curves.jsonl', 'a') as f: f.write(json.dumps(row)+'\n')
 
@@ -63,9 +64,10 @@ class TimeIsUp(Exception): "For `ResumeCallback` a training that was interrupted
 class Deadline(Callback):
     "Stops when the time is over"
     order = ResumeCallback.order-1
-    first = None # step of this call
+    # plain attributes `ResumeCallback` would bring back from the call before
+    def __init__(self): self.of_this_call = SimpleNamespace(first=None)
     def before_batch(self):
-        if self.training and self.first is None: self.first = self.train_iter
+        if self.training and self.of_this_call.first is None: self.of_this_call.first = self.train_iter
     def after_batch(self):
         if self.training and time.time()>UNTIL: raise TimeIsUp('UNTIL')
 
@@ -100,7 +102,7 @@ def train(name):
     if DEVICE=='cuda': torch.cuda.synchronize()
     seconds = time.perf_counter()-begun
     steps = learn.train_iter # also where an earlier call has made them all
-    here = steps-(steps if until.first is None else until.first)
+    here = steps-(steps if (first:=until.of_this_call.first) is None else first)
     print(f'{name}: {steps} of {STEPS} steps, {here} of them in {seconds:.0f} s', flush=True)
     score(learn, cbs, store, what, dict(method=name, seed=SEED, steps=steps, planned=STEPS),
           dict(seconds=round(seconds, 1), steps_a_second=round(here/seconds, 1)))

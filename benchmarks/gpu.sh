@@ -19,7 +19,7 @@ export PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore OMP_NUM_THREADS=${OMP_NUM_THREAD
 export PYTHONPATH="$PWD:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH}"
 export FASTMISEG_DEVICE=${FASTMISEG_DEVICE:-$([ -n "$DRY" ] && echo cpu || echo cuda)}
 CARRIED=$(realpath -m "${CARRIED:-gpu-carry}")
-[ -d "$CARRIED/slices" ] && export FASTMISEG_SLICES=${FASTMISEG_SLICES:-$CARRIED/slices}
+[ -z "$DRY" ] && [ -d "$CARRIED/slices" ] && export FASTMISEG_SLICES=${FASTMISEG_SLICES:-$CARRIED/slices}
 PYTHON=${PYTHON:-python3}
 gpu() { $PYTHON benchmarks/gpu.py "$@"; }
 

@@ -6,14 +6,14 @@ and the page that is made of the rows.
 
 OUT is where the parts work, or results.tar.gz unpacked. What else there is, `gpu.sh` calls.
 """
-import collections, importlib.metadata, json, os, platform, sys, tarfile, time
+import collections, importlib.metadata, json, os, platform, sys, tarfile, time, traceback
 from pathlib import Path
 from statistics import median
 
 DEVICE = os.environ.get('FASTMISEG_DEVICE', 'cuda')
 DRY = bool(os.environ.get('DRY'))
 OUT = Path(os.environ.get('OUT', '.'))
-LIMIT = float(os.environ.get('LIMIT', 'inf')) # seconds that this part has
+ENDS = float(os.environ.get('ENDS', 'inf')) # when this part is stopped, in seconds since 1970
 RUN = int(os.environ.get('RUN', 0)) # which call this is
 
 def add(part, **row):
@@ -71,7 +71,6 @@ def take_turns(things, rounds, steps, warm=3):
 def smoke():
     "A loss at each of the paper's stages, forward and backward: whether its kernels compile here"
     import torch
-    import fastmiseg.all # noqa: F401  its bytecode is written before many processes ask for it
     from fastmiseg.projectors import LocalProjector
     begun = time.perf_counter()
     for c,n,size in ((32,112,3),(16,224,7)):
@@ -97,7 +96,11 @@ def about():
         row.update(device=p.name, memory_gb=round(p.total_memory/2**30, 1),
                    multiprocessors=p.multi_processor_count, cuda=torch.version.cuda,
                    cudnn=torch.backends.cudnn.version(), driver=driver())
-    row['first_losses_s'] = smoke()
+    import fastmiseg.all # noqa: F401  its bytecode is written before many processes ask for it
+    try: row['first_losses_s'] = smoke()
+    except Exception as e: # the methods without it are worth having
+        traceback.print_exc()
+        row['error'] = f'the local loss: {type(e).__name__}: {e}'[:300]
     print(row)
     add('about', **row)
 
@@ -213,7 +216,8 @@ def report(out):
                  + (f", {o['memory_gb']} GB, driver {o['driver']}, CUDA {o['cuda']}, cuDNN {o['cudnn']}"
                     if 'driver' in o else '')
                  + f"; {o['cores']} cores, Python {o['python']}, "
-                 + ', '.join(f'{k} {v}' for k,v in o['versions'].items()) + '.', '']
+                 + ', '.join(f'{k} {v}' for k,v in o['versions'].items()) + '.'
+                 + (f" Failed: {o['error']}." if 'error' in o else ''), '']
     notes = _latest(rows(out, 'note'), 'of')
     if notes:
         lines = [(o['of'], _OUTCOMES.get(o['status'], f"failed ({o['status']})"), o['seconds'])

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from itertools import product
 from statistics import median
-from gpu import LIMIT, add, missing
+from gpu import ENDS, add, missing
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument('--device', default=os.environ.get('FASTMISEG_DEVICE', 'cuda'))
@@ -19,7 +19,8 @@ parser.add_argument('--tiny', action='store_true', default=bool(os.environ.get('
                     help='small maps, few repeats')
 parser.add_argument('--processes', type=int, default=12, help='compile kernels in this many at once')
 parser.add_argument('--compile', type=int, help=argparse.SUPPRESS)
-parser.add_argument('--seconds', type=float, default=min(LIMIT, 60), help='the search for the best launches ends then')
+parser.add_argument('--seconds', type=float, default=min(ENDS-time.time(), 60),
+                    help='the search for the best launches ends then')
 parser.add_argument('--sweep', action='store_true', help='search for the best launches')
 args = parser.parse_args()
 STOP = time.time() + args.seconds

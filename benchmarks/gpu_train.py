@@ -1,10 +1,10 @@
 """Trainings at the paper's size, each in a process of its own on the one device; curves and scores as
 they go (a part of `gpu.sh`).
 
-Slices from FASTMISEG_SLICES (see gpu_slices.py). In LIMIT seconds (as long as it takes) a training
+Slices from FASTMISEG_SLICES (see gpu_slices.py). Half a minute before ENDS (never, without) a training
 that is not done stops, and is scored as it is; it goes on from its last epoch in another call with the
 same OUT, and so does one that was lost with its machine. STEPS: how many each makes (else what an
-earlier call has planned, or what LIMIT allows by the milliseconds that `gpu_step.py` has measured, at
+earlier call has planned, or what there is time for by the milliseconds that `gpu_step.py` has measured, at
 most 6000); METHODS (names, separated by commas; all), SEED (0).
 """
 import json, os, shutil, subprocess, sys, time, traceback
@@ -22,13 +22,13 @@ from fastmiseg.learner import miseg_learner
 from fastmiseg.losses import CrossEntropyDiceLoss
 from fastmiseg.metrics import VolumeDice
 from fastmiseg.surface import VolumeHD95
-from gpu import DEVICE, DRY, LIMIT, OUT, UNFINISHED, add, rows
+from gpu import DEVICE, DRY, ENDS, OUT, UNFINISHED, add, rows
 from gpu_slices import Discs, Packed, loaders
 
 STEPS = int(os.environ.get('STEPS', 0))
 SEED = int(os.environ.get('SEED', 0))
-UNTIL = float(os.environ.get('UNTIL', 'inf')) # seconds since 1970
-TO_START,TO_SCORE = 15,35 # seconds
+TO_START,TO_SCORE = 15,30 # seconds
+UNTIL = ENDS-TO_SCORE # seconds since 1970
 EPOCH = 4 if DRY else min(STEPS or 300, 300)
 WIDTH = 4 if DRY else 16
 
@@ -149,7 +149,7 @@ def planned(names):
     "How many steps each training makes: as asked, as in an earlier call, or as the time allows"
     if STEPS: return STEPS//EPOCH*EPOCH
     if plans:=[o for o in rows(OUT, 'train') if o.get('table')=='Plan']: return plans[-1]['steps']
-    steps = steps_for(min(LIMIT, 10**5)-TO_START-TO_SCORE, names)
+    steps = steps_for(min(UNTIL-time.time(), 10**5)-TO_START, names)
     add('train', table='Plan', steps=steps)
     return steps
 
@@ -160,13 +160,12 @@ def done(name, steps):
     return bool(((d.method==name) & (d.seed==SEED) & (d.steps==steps)).any())
 
 def main():
-    begun = time.time()
     if not DRY and 'FASTMISEG_SLICES' not in os.environ:
         sys.exit('gpu_train.py: there are no slices to train on; `make gpu-carry` makes a folder gpu-carry with '
                  'them, or FASTMISEG_SLICES names the folder that gpu_slices.py has written')
     names = os.environ['METHODS'].split(',') if 'METHODS' in os.environ else list(METHODS)
     steps = planned(names)
-    env = {**os.environ, 'STEPS':str(steps), 'UNTIL':str(begun+LIMIT-TO_SCORE)}
+    env = {**os.environ, 'STEPS':str(steps)}
     running = {k: subprocess.Popen([sys.executable, __file__, k], env=env) for k in names if not done(k, steps)}
     print(f'{steps} steps of {", ".join(running)}', flush=True)
     failed = {k:p.returncode for k,p in running.items() if p.wait()}

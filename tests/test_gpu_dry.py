@@ -1,5 +1,5 @@
 "The command for a CUDA device in its dry form: tiny sizes on the CPU, every part, results found again"
-import importlib, json, os, re, subprocess, sys
+import importlib, json, os, re, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -226,9 +226,9 @@ def test_steps_that_there_is_time_for(bench, tmp_path, monkeypatch):
     for k,busy,ms in (('labels only',4,10), ('all terms of the paper',16,40)):
         train.add('step', table='Steps', method=k, precision='bf16', busy_ms=busy, ms=ms)
     assert train.steps_for(100, names)==1500 and train.steps_for(10**4, names)==6000 and train.steps_for(-5, names)==300
-    monkeypatch.setattr(train, 'LIMIT', 170)
-    assert train.planned(names)==train.planned(names)==2100
-    monkeypatch.setattr(train, 'LIMIT', 60)
+    monkeypatch.setattr(train, 'UNTIL', time.time()+140)
+    assert train.planned(names)==2100
+    monkeypatch.setattr(train, 'UNTIL', time.time()+60)
     assert train.planned(names)==2100 # as in the first call, so that it goes on
     monkeypatch.delenv('FASTMISEG_SLICES', raising=False)
     with pytest.raises(SystemExit, match='there are no slices to train on'): train.main()

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-def pack(data, folder, store=None, labeled=4, valid=20, test=30, seed=0, side=288, quality=95):
+def pack(data, folder, store=None, labeled=4, valid=20, test=30, seed=0, side=288, quality=90):
     "Prepare, cut, compress"
     from fastmiseg.scans.cohort import load_cohort
     from fastmiseg.scans.split import split_cohort

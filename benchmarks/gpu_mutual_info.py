@@ -386,17 +386,20 @@ def steps():
         for o in some: o.rows()
     measure(cases, ('kernels', 'products', 'projector'), *((4, 5) if CUDA else (1, 1)))
     measure(cases, ('loop', 'fft (cost only)'), *((2, 3) if CUDA else (1, 1)))
-    if CUDA:
-        measure([o for o in cases if o.dtype == bf16], ('one half',), 2, 5)
-        for o in cases: o.graph()
+    if CUDA: measure([o for o in cases if o.dtype == bf16], ('one half',), 2, 5)
     # seven tenths of a second each
     measure([o for o in cases if o.dtype == f32], ('textbook',), 1, 1 + CUDA)
+
+def graphs():
+    "After all else, which a capture that fails could disturb"
+    if not CUDA: return
+    for dtype, stage in product((f32, bf16), STAGES): Measured(stage, dtype).graph()
 
 if args.compile is not None:
     for job in sweep_list()[args.compile::args.processes]: one_kernel(*job, 1)
     sys.exit()
 failed = False
-for part in [steps, tables, errors, *([sweep] if args.sweep else [])]:
+for part in [steps, tables, errors, graphs, *([sweep] if args.sweep else [])]:
     start = time.time()
     try: part()
     except Exception as e: # the other parts are worth having

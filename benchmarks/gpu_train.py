@@ -164,6 +164,9 @@ def main():
         sys.exit('gpu_train.py: there are no slices to train on; `make gpu-carry` makes a folder gpu-carry with '
                  'them, or FASTMISEG_SLICES names the folder that gpu_slices.py has written')
     names = os.environ['METHODS'].split(',') if 'METHODS' in os.environ else list(METHODS)
+    if UNTIL-time.time()<TO_START:
+        print('too little time to train and score')
+        sys.exit(UNFINISHED)
     steps = planned(names)
     env = {**os.environ, 'STEPS':str(steps)}
     running = {k: subprocess.Popen([sys.executable, __file__, k], env=env) for k in names if not done(k, steps)}

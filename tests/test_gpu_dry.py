@@ -230,6 +230,9 @@ def test_steps_that_there_is_time_for(bench, tmp_path, monkeypatch):
     assert train.planned(names)==2100
     monkeypatch.setattr(train, 'UNTIL', time.time()+60)
     assert train.planned(names)==2100 # as in the first call, so that it goes on
+    monkeypatch.setenv('FASTMISEG_SLICES', 'somewhere')
+    monkeypatch.setattr(train, 'UNTIL', time.time()+5)
+    with pytest.raises(SystemExit, match=str(train.UNFINISHED)): train.main()
     monkeypatch.delenv('FASTMISEG_SLICES', raising=False)
     with pytest.raises(SystemExit, match='there are no slices to train on'): train.main()
 

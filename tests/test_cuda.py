@@ -16,6 +16,7 @@ from fastmiseg.callback.copypaste import CopyPasteCallback, largest_pieces
 from fastmiseg.callback.pseudo import PseudoLabelCallback
 from fastmiseg.callback.resume import ResumeCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
+from fastmiseg.inference import _probabilities
 from fastmiseg.learner import miseg_learner
 from fastmiseg.metrics import VolumeDice, VolumePrecision, VolumeSensitivity
 from fastmiseg.models import UNet, create_unet
@@ -260,6 +261,15 @@ def test_validation_is_that_of_the_cpu(tmp_path):
     cpu = VolumeDice()
     cpu.accumulate(SimpleNamespace(pred=probs.cpu(), y=y.cpu(), dl=None, dls=None))
     assert cpu.value==dice
+
+def test_probabilities_are_those_of_the_cpu():
+    "Flips and tiles of slices, without a scan"
+    set_seed(0)
+    net,x = UNet(1, 4, width=4),np.random.default_rng(0).random((3,1,48,64), dtype=np.float32)
+    for size in (None, (32,32)):
+        want,found = (_probabilities(net.to(d), x, 2, 'hv', size) for d in ('cpu',DEVICE))
+        assert found.shape==(3,4,48,64)
+        np.testing.assert_allclose(found, want, atol=1e-5)
 
 def test_inference(heart):
     "Probabilities and masks of a whole scan are those of the CPU"

@@ -10,6 +10,7 @@ from fastai.optimizer import ranger
 from fastmiseg.callback.mireg import MIRegCallback
 from fastmiseg.callback.method import SemiSupCallback
 from fastmiseg.callback.paired import PairedBatchCallback
+from fastmiseg.callback.pseudo import PseudoLabelCallback
 from fastmiseg.callback.step import Step
 from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.models import create_unet, find_stages, stages
@@ -386,3 +387,27 @@ def test_a_residual_network_trains(tmp_path):
     learn = quiet(learner(tmp_path, net=net))
     learn.fit(1, 1e-3, cbs=cb)
     assert np.isfinite(learn.recorder.values[-1]).all() and hooks(net)==0
+
+class Seen(Callback):
+    order = 100
+    def before_fit(self): self.terms = []
+    def after_loss(self):
+        if self.training: self.terms.append(float(self.loss_grad.detach()))
+
+@pytest.mark.parametrize('passes,make', [(2, lambda: [small_mireg(), EMATeacherCallback()]),
+                                         (1, lambda: [PseudoLabelCallback(threshold=.5)])],
+                         ids=['mi and teacher','pseudo-labels'])
+def test_a_compiled_network_trains_as_before(tmp_path, passes, make):
+    "Maps are taken from inside one graph, and the teacher's weights go through it; a second fit goes on with it"
+    def train(compiled):
+        torch._dynamo.reset()
+        learn = quiet(learner(tmp_path/str(compiled), seed=0, width=4, dls=loaders(size=32, n_iters=2, seed=0)))
+        learn.paired_batch.passes = passes
+        if compiled: learn.model.compile(backend='eager', fullgraph=True)
+        found = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            learn.fit(1, 1e-3, cbs=[*make(), seen := Seen()])
+            found += seen.terms
+        return found
+    assert train(True)==pytest.approx(train(False), rel=1e-5)

@@ -68,12 +68,12 @@ tests right 110 tests/test_{cuda,pair_kernels,pair_products,augment,copypaste,ps
     -k "$WHICH"
 part step 80 $PYTHON benchmarks/gpu_step.py
 part train 150 $PYTHON benchmarks/gpu_train.py
-part turns 40 $PYTHON benchmarks/gpu_step.py turns
+part turns 30 $PYTHON benchmarks/gpu_step.py turns
 part mutual_info 40 $PYTHON benchmarks/gpu_mutual_info.py
 part waiting 30 $PYTHON benchmarks/gpu_waiting.py
 part loading 15 $PYTHON benchmarks/gpu_network.py loading
-part compile 30 $PYTHON benchmarks/gpu_step.py compile
+part compile 45 $PYTHON benchmarks/gpu_step.py compile
 part network 15 $PYTHON benchmarks/gpu_network.py
 # Not those that ask for equal bits, which sums of atomics do not give, nor those that write scans.
-[ -n "$DRY" ] || tests main 25 tests/test_{learners,no_trace,metrics,mutual_info}.py
+[ -n "$DRY" ] || tests main 20 tests/test_{learners,no_trace,metrics,mutual_info}.py
 exit 0

@@ -4,13 +4,12 @@ bf16 (a part of `gpu.sh`).
 The step is fastai's whole loop on batches that lie on the device: 4 labelled and 10 unlabelled images
 of 224×224, of which 24 go through the U-Net of width 16. The time from one step's beginning to the
 next one's, by CUDA events; medians. With the argument `turns`: ways to the same step, which take turns;
-with `compile`: blocks of the U-Net by torch.compile.
+with `compile`: the network by torch.compile.
 """
 import sys, time, traceback
 from functools import cache, partial
 from statistics import median
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from fastai.basics import Adam, Callback, CancelValidException, noop, set_seed
 from fastmiseg import pair_kernels
@@ -118,13 +117,10 @@ def launches(learn, steps):
 class NoValidation(Callback):
     def before_validate(self): raise CancelValidException()
 
-def compile_blocks(learn):
-    "Each block of the U-Net by `torch.compile`; the stages, whose maps the methods take, stay as they are"
-    torch._dynamo.config.recompile_limit = 64 # all blocks have the same code
+def compile_network(learn):
+    "The whole network by `torch.compile`; the methods take their maps from inside it"
     learn.add_cb(NoValidation()) # whose other sizes would have to be compiled too
-    for m in learn.model.modules():
-        if isinstance(m, nn.Sequential):
-            m.forward = torch.compile(m.forward, dynamic=False, backend='eager' if DRY else 'inductor')
+    learn.model.compile(dynamic=False, fullgraph=True, backend='eager' if DRY else 'inductor')
 
 def times_of(learn, steps):
     "Milliseconds of each step of an epoch, the first ones and the last left out"
@@ -170,11 +166,11 @@ def sliced(n_iters, resident=None):
                    bs=LABELED, unlabeled_bs=UNLABELED, n_iters=n_iters, device=DEVICE, resident=resident)
 
 def compiled():
-    "The same with compiled blocks, and what compiling takes"
+    "The same with a compiled network, and what compiling takes"
     for k in ['labels only'] if DRY else ['labels only','all terms of the paper']:
-        for prepare in (None, compile_blocks):
+        for prepare in (None, compile_network):
             attempt(PRECISIONS[0], k, 2 if DRY else 15, 2, 'torch.compile', prepare,
-                    called=k+(', blocks compiled' if prepare else ''))
+                    called=k+(', network compiled' if prepare else ''))
             if prepare: torch._dynamo.reset()
 
 def ways():

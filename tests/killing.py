@@ -51,7 +51,7 @@ def steps(method): return EPOCHS*(5 if method in ('files','torch_loader','accumu
 def train(method, folder, log):
     """A whole training; the number of each step is written to `log`. Where there is something to go on from, it begins
     with other weights and random numbers"""
-    seed = os.getpid() if list(folder.glob('ckpt/*.pt')) else 0
+    seed = os.getpid() if checkpoints(folder/'ckpt') else 0 # a file that was half written is none
     class Tick(Callback):
         order = 80
         def after_batch(self):

@@ -53,11 +53,12 @@ def _grid(theta, out, bend, per_pixel):
     return g + F.interpolate(bend, (h,w), mode='bicubic', align_corners=True).permute(0,2,3,1)*per_pixel
 
 def send(
-    tensors:list,              # small ones, on the CPU
+    tensors:list,              # small ones
     device:torch.device|str    # where they are wanted
 )->list:                       # the same, there
     "Tensors to a device; to a GPU in a single copy that nobody waits for"
-    if torch.device(device).type!='cuda': return [o.to(device) for o in tensors]
+    if torch.device(device).type!='cuda' or any(o.device.type!='cpu' for o in tensors):
+        return [o.to(device) for o in tensors]
     wide_first = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size()) # each lies as its type must
     parts = [tensors[i].contiguous().view(-1).view(torch.uint8) for i in wide_first]
     there = torch.cat(parts).pin_memory().to(device, non_blocking=True).split([len(o) for o in parts])

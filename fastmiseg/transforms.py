@@ -54,8 +54,10 @@ class Transformation:
     def _map(self, f): return replace(self, **{o.name: f(getattr(self, o.name)) for o in fields(self)})
     def __getitem__(self, part:slice): return self._map(lambda o: o[part])
     def to(self, device:torch.device|str)->'Transformation':
-        "The same on a device, see `send`"
-        return self._with(iter(send(self._tensors(), device)))
+        "The same on a device, see `send`; itself, where nothing has to move"
+        tensors = self._tensors()
+        if all(o.device==torch.device(device) for o in tensors): return self
+        return self._with(iter(send(tensors, device)))
 
     def _parts(self): return [getattr(self, o.name) for o in fields(self)]
 

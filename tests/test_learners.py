@@ -14,6 +14,7 @@ from fastmiseg.callback.pseudo import PseudoLabelCallback
 from fastmiseg.callback.step import Step
 from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.models import create_unet, find_stages, stages
+from fastmiseg.transforms import Pool, Transformation
 from toy import UNet, hooks, learner, loaders, quiet, small_mireg
 
 def values(ps): return [p.detach().clone() for p in ps]
@@ -411,3 +412,17 @@ def test_a_compiled_network_trains_as_before(tmp_path, passes, make):
             found += seen.terms
         return found
     assert train(True)==pytest.approx(train(False), rel=1e-5)
+
+class Mirrored(Transformation):
+    "Not a dataclass, and nothing that would have to move to a device"
+    def __init__(self, axis): self.axis = axis
+    def __call__(self, x): return x.flip(self.axis)
+    inverse = __call__
+
+class AlwaysMirrored(Pool):
+    def draw(self, n, generator=None): return Mirrored(-1)
+
+def test_a_T_without_tensors(tmp_path):
+    learn = quiet(learner(tmp_path, width=4))
+    learn.fit(1, 1e-3, cbs=small_mireg(T=AlwaysMirrored()))
+    assert np.isfinite(learn.recorder.values[-1]).all()

@@ -143,7 +143,8 @@ class MIRegCallback(SemiSupCallback):
         if prior is not None and len({self.n_clusters[n] for n in self.layers})>1:
             raise ValueError("prior: has one share for each cluster, so all stages need the same n_clusters")
         self.n_heads,self.neighborhood,self.pool = n_heads,dict(neighborhood),pool
-        self.symmetric,self.subtract_min,self.prior,self.marginal = symmetric,subtract_min,prior,marginal
+        self.symmetric,self.subtract_min,self.marginal = symmetric,subtract_min,marginal
+        self.prior = None if prior is None else torch.as_tensor(prior)
         self.memory,self.balance = memory,GradientBalance() if balance else None
 
     @classmethod

@@ -19,10 +19,14 @@ def pytest_runtest_makereport(item, call):
         report.outcome,report.longrepr = 'skipped',(str(item.path), 0, f'needs what {ABSENT}')
     return report
 
-def pytest_runtest_logreport(report):
-    if 'PYTEST_XDIST_WORKER' in os.environ: return
-    if report.failed:
-        with open(OUT/'failures.txt', 'a') as f:
-            f.write(f'== {report.nodeid} ({report.when})\n{report.longreprtext[-2500:]}\n\n')
-    if report.when=='call' or report.when=='setup' and not report.passed:
-        add('test', test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 1))
+def pytest_configure(config):
+    if not hasattr(config, 'workerinput'): config.pluginmanager.register(Rows())
+
+class Rows:
+    "Outcomes, in the one process that hears of all of them"
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            with open(OUT/'failures.txt', 'a') as f:
+                f.write(f'== {report.nodeid} ({report.when})\n{report.longreprtext[-2500:]}\n\n')
+        if report.when=='call' or report.when=='setup' and not report.passed:
+            add('test', test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 1))

@@ -22,11 +22,14 @@ from fastmiseg.study.protocol import changes_of, made_with
 from fastmiseg.study.report import pages_text, paired_p, study_curves
 from fastmiseg.study.run import compare_study, report_study, run_study, scored, study_results, wanted_runs
 from fastmiseg.study.work import evaluate_slices, make_run, part_of
+from fastmiseg.methods import methods
 from fastmiseg.metrics import VolumeDice
 from fastmiseg.packed import open_store, pack_slices
 from fastmiseg.surface import VolumeHD95
 from fastmiseg.settings import Settings
 from fastmiseg.training import callbacks_of
+from fastmiseg.transforms import Flips, in_sequence
+from fastmiseg.warps import Warps
 
 recipe = Recipe(spacing=6., size=32, classes=('background','RV','Myo','LV'), flip='hv')
 small = Settings(method='paper', width=4, epochs=2, n_iters=10, bs=2, unlabeled_bs=2,
@@ -626,7 +629,7 @@ committed = [o for o in sorted(results.glob('*.csv')) if o.with_suffix('.md').ex
 
 @pytest.mark.parametrize('csv', committed, ids=lambda o: o.stem)
 def test_committed_tables_are_those_of_the_committed_runs(csv):
-    name,given = script('tables').command_of(csv.with_suffix('.md'))
+    name,given = script('all_tables').command_of(csv.with_suffix('.md'))
     study = find_study(results.parent/name if '/' in name else name)
     preset = presets[given.get('preset') or study.preset]
     preset = replace(preset, **{k:given[k] for k in ('labeled','valid','test') if k in given},
@@ -651,7 +654,7 @@ def test_every_committed_page_is_written_again(tmp_path, monkeypatch):
     monkeypatch.delenv('FASTMISEG_DATA', raising=False)
     monkeypatch.chdir(results.parent)
     for csv in committed[::4]:
-        name,given = script('tables').command_of(csv.with_suffix('.md'))
+        name,given = script('all_tables').command_of(csv.with_suffix('.md'))
         assert compare_study(name, None, tmp_path, **given)==csv.with_suffix('.md').read_text(encoding='utf-8')
         assert (tmp_path/csv.name).read_bytes()==csv.read_bytes()
 
@@ -707,6 +710,26 @@ def test_committed_evidence_is_whole():
                 and len(o['curve']['dice'])==o['settings']['epochs'])
         assert (parts.subject[parts.split=='labeled'].nunique()==o['labeled']
                 and {'versions','threads','seconds'}<=set(o))
+
+@pytest.fixture
+def leads():
+    before = dict(methods)
+    yield script('leads')
+    for k in methods.keys()-before.keys(): del methods[k]
+
+def test_each_lead_trains(leads, scans, tmp_path):
+    study = Study('leads', 'Leads', leads.rows, ours='recommended, valid area', score='valid', draws=True)
+    run(study, scans, tmp_path, preset=replace(tiny, settings=replace(small, n_iters=2)))
+    assert len(runs:=Evidence(tmp_path).runs())==len(leads.rows)
+    terms = {o['settings']['method']:set(o['curve']) for o in runs}
+    assert all('deep' in terms[k] for k in ('labels, deep','recommended, deep'))
+    assert 'pseudo' in terms['pseudo, dropped'] and {'global_mi','local_mi','consistency'}<=terms['valid area']
+
+def test_area_that_T_does_not_mirror_in(leads):
+    T = Warps(torch.tensor([[[1.,0,1],[0,1,0]], [[1,0,0],[0,1,0]]])) # half an image to the left; nothing
+    area = leads.inside(in_sequence(Flips(torch.tensor([[True,False]]*2)), T), x:=torch.rand(2,3,8,8))
+    assert area.shape==(2,1,8,8) and area[0,...,:4].all() and not area[0,...,4:].any() and area[1].all()
+    assert torch.equal(T(x)[0,...,:4], x[0,...,4:])
 
 @pytest.mark.parametrize('name', ['why','teacher_or_student'])
 def test_scripts_of_the_studies(name, scans, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,6 @@
 """Writes the tables and figures of this folder again, from the evidence in it, by the command on top of each
 
-    python studies/tables.py"""
+    python studies/all_tables.py"""
 import os, shlex
 from pathlib import Path
 

@@ -334,7 +334,7 @@ def export_onnx(
 )->Path:
     "Write the network in ONNX: `image` (N,C,H,W) to `logits` (N,K,H,W)"
     try: import onnx
-    except ImportError: raise ImportError('export_onnx needs the package onnx: pip install fastmiseg[onnx]') from None
+    except ImportError: raise ImportError('export_onnx needs the package onnx: pip install onnx') from None
     path,recipe,model = Path(path),recipe_of(learn, recipe),learn.model
     check_free([path], [], overwrite)
     free = {0:'n', 2:'height', 3:'width'}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .methods import methods
+from .methods import methods, terms
 from .scans.recipe import Recipe
 from .settings import Settings, schedule
 
@@ -160,12 +160,19 @@ def fit(
     return learn,cbs
 
 # %% ../nbs/67_training.ipynb #1dfbd310
+_of_callbacks = ('method',*terms,'flips','flip_p','shift','jitter','warp','decay','mireg','labels','paste')
+
 def semisup_cbs(
     unlabeled=None, # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
-    **settings      # fields of `Settings` that differ from the default, as method='paper'
+    **settings      # what differs from the default, as method='paper': the method, its weights, T, the callbacks' own
 )->list: # new callbacks, for the next fit
     "The callbacks of the recommended method; its base is `CrossEntropyDiceLoss` and `learn.paired_batch.passes = 2`"
-    cbs = callbacks_of(Settings.from_dict(settings))
+    s = Settings.from_dict(settings)
+    if others := [k for k in settings if k not in _of_callbacks]:
+        raise ValueError(f"semisup_cbs: {others[0]!r} is a matter of the learner or its fit (as learn.paired_batch.passes "
+                         "= 1, or loss_func=CrossEntropyDiceLoss()), and callbacks know nothing of it; they have "
+                         f"{', '.join(_of_callbacks)}")
+    cbs = callbacks_of(s)
     for o in cbs[:1]: o.unlabeled = unlabeled
     return cbs
 

@@ -338,7 +338,7 @@ def view_scan(
     "A scan in the notebook that one can scroll and turn, with its mask and a prediction on it"
     if find_spec('ipyniivue') is None:
         raise ImportError("view_scan needs the package ipyniivue, which is not installed: "
-                          "pip install 'fastmiseg[viewer]', then restart the notebook's kernel")
+                          "pip install ipyniivue, then restart the notebook's kernel")
     from ipyniivue import MultiplanarType, NiiVue, ShowRender, SliceType
     vol = _volume(scan)
     first,lo,hi = _window(vol)

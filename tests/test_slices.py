@@ -196,6 +196,12 @@ def test_auto_proposes_what_fits(tmp_path):
     df.attrs.update(classes=('background','ball','shell'), labels={205:1, 420:2})
     assert (Recipe.auto(df).classes, Recipe.auto(df).labels)==(('background','ball','shell'), {205:1, 420:2})
 
+@pytest.mark.parametrize('names, flip', [
+    (('left kidney','right kidney'), ''), (('Kidney_L','Kidney_R'), ''), (('LeftLung','RightLung'), ''),
+    (('LV','RV'), 'h'), (('bright','dark'), 'h'), (('left atrium','LV'), 'h')])
+def test_auto_mirrors_no_pair(tmp_path, names, flip):
+    assert Recipe.auto(cohort(tmp_path), classes=('background',*names)).flip==flip
+
 def test_auto_maps_odd_values_and_sees_ct(tmp_path):
     r = Recipe.auto(cohort(tmp_path, ct=True, values=(0,205,420)))
     assert r.labels=={0:0, 205:1, 420:2} and -20<=r.window[0]<=60 and 150<=r.window[1]<=210

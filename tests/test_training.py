@@ -186,6 +186,8 @@ def test_recommended_callbacks():
     assert not {id(o) for o in one} & {id(o) for o in two}
     assert two[0].unlabeled==[3,4] and two[0].weights['global_mi']==.2 and one[0].weights['global_mi']==.1
     with pytest.raises(ValueError, match="settings: there is no 'rate'"): semisup_cbs(rate=1)
+    with pytest.raises(ValueError, match=r"'passes' is a matter of the learner or its fit \(as learn.paired_batch"):
+        semisup_cbs(method='paper', passes=1)
     with pytest.raises(ValueError, match="paste: CopyPasteCallback takes no 'boxes' here"):
         semisup_cbs(method='copypaste', paste=dict(boxes=3))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ['Recipe']
 
 # %% ../../nbs/24_scans.recipe.ipynb #28d12c08
-import json
+import json, re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -361,6 +361,13 @@ def hippocampus(cls:Recipe)->Recipe:
                flip='h', jitter=.3)
 
 # %% ../../nbs/24_scans.recipe.ipynb #bf73dac5
+_side = re.compile('left|right|(?<![a-z])[lr](?![a-z])')
+
+def _pair(classes):
+    "Whether two classes are the left and the right of a pair, as far as their names say"
+    sided = [_side.sub('', o.lower()) for o in classes if _side.search(o.lower())]
+    return len(set(sided))<len(sided)
+
 @patch(cls_method=True)
 def auto(cls:Recipe,
     df:pd.DataFrame,              # Cohort: `image`, and where there are any `mask` and `split`
@@ -382,7 +389,7 @@ def auto(cls:Recipe,
     axes = {o['axis'] for o in seen}
     axis = axes.pop() if len(axes)==1 else 'auto'
     classes,labels = propose_classes(df, seen, classes)
-    flip = '' if axis==2 else 'h' # along the columns of any but sagittal slices runs left to right
+    flip = '' if axis==2 or _pair(classes) else 'h' # along the columns of any but sagittal slices runs left to right
     return cls(spacing=spacing, size=size, window=ct_window(seen), axis=axis, channels=max(o['channels'] for o in seen),
                classes=classes, labels=labels, rotate=10., flip=flip, jitter=.3, augment=augment)
 

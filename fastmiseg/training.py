@@ -169,9 +169,9 @@ def semisup_cbs(
     "The callbacks of the recommended method; its base is `CrossEntropyDiceLoss` and `learn.paired_batch.passes = 2`"
     s = Settings.from_dict(settings)
     if others := [k for k in settings if k not in _of_callbacks]:
-        raise ValueError(f"semisup_cbs: {others[0]!r} is a matter of the learner or its fit (as learn.paired_batch.passes "
-                         "= 1, or loss_func=CrossEntropyDiceLoss()), and callbacks know nothing of it; they have "
-                         f"{', '.join(_of_callbacks)}")
+        raise ValueError(f"semisup_cbs: {others[0]!r} is a matter of the learner or its fit "
+                         "(as learn.paired_batch.passes = 1, or loss_func=CrossEntropyDiceLoss()), and callbacks know "
+                         f"nothing of it; they have {', '.join(_of_callbacks)}")
     cbs = callbacks_of(s)
     for o in cbs[:1]: o.unlabeled = unlabeled
     return cbs

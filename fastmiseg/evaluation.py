@@ -24,11 +24,19 @@ from .scans.masks import read_mask
 from .scans.messages import VolumeError, VolumeWarning, collect_warnings, tell_warnings
 from .scans.volume import read_volume, scan_files
 from .surface import score_volume
+from .transforms import normalize_of
 
 # %% ../nbs/69_evaluation.ipynb #31ec28f5
+def _each_once(df):
+    "The cohort; an error where two scans have one name"
+    twice = df['scan'][df['scan'].duplicated()]
+    if not len(twice): return df
+    raise ValueError(f'scan: the cohort names {len(twice)} scan(s) twice ({", ".join(map(str, twice[:5]))}); expected '
+                     'unique names, for results and files go by them')
+
 def _as_cohort(scans):
     "Paths as a cohort; a cohort stays as it is"
-    if isinstance(scans, pd.DataFrame): return scans
+    if isinstance(scans, pd.DataFrame): return _each_once(scans)
     paths = [str(o) for o in ([scans] if isinstance(scans, (str,Path)) else scans)]
     names = [Path(o).name[:-len(extension(o) or '') or None] for o in paths]
     return cohort_frame([dict(subject=n, scan=n, image=o, mask=None) for n,o in zip(names, paths)])
@@ -63,7 +71,9 @@ trained_on = ('labeled','unlabeled') # parts of the split whose scans a network 
 
 def _identity(learn, recipe, **options):
     "A digest of everything that a segmentation depends on but the scan"
-    text = json.dumps([recipe.to_dict(), options], sort_keys=True, default=str)
+    normalize = normalize_of(getattr(learn, 'dls', None))
+    scale = [o.flatten().tolist() for o in (normalize.mean, normalize.std)] if normalize else []
+    text = json.dumps([recipe.to_dict(), options, *scale], sort_keys=True, default=str)
     h = hashlib.blake2b(text.encode(), digest_size=16)
     for k,v in learn.model.state_dict().items():
         h.update(k.encode())
@@ -344,7 +354,7 @@ def evaluate_cohort(
     **kwargs              # for `score_volume`
 )->pd.DataFrame: # subject, scan, split, class, dice, hd95, assd (mm), sensitivity, precision, outside, diagonal
     "Segment and score the scans of a cohort that have a mask"
-    recipe,masked = recipe_of(learn, recipe),df[df['mask'].notna()]
+    recipe,masked = recipe_of(learn, recipe),_each_once(df)[df['mask'].notna()]
     if not len(masked): raise ValueError("df: no scan has a mask, so there is nothing to compare with")
     _check_classes(recipe, df)
     masked = masked.assign(split=_parts(learn, masked))

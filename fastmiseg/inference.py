@@ -22,7 +22,8 @@ from .scans.placement import Placement
 from .scans.profile import how_far, scan_profile
 from .scans.recipe import Recipe
 from .scans.messages import VolumeError, VolumeWarning
-from .scans.volume import Volume, read_volume, write_volume
+from .scans.volume import Volume, read_volume, split_choice, write_volume
+from .transforms import normalize_of
 
 # %% ../nbs/68_inference.ipynb #2b2f309f
 def _predictor(model, flips):
@@ -63,7 +64,7 @@ def _in_tiles(predict, x, bs, size, centred):
         for (i,j),o in zip(some, p.split(len(x))): res[...,i:i+h,j:j+w] += o*weight[i,j]
     return res/total
 
-def _probabilities(model, x, bs, flips, size=None, centred=True):
+def _probabilities(model, x, bs, flips, size=None, centred=True, normalize=None):
     "Class probabilities (n,K,H,W) float32 of slices (n,C,H,W); in tiles of `size` where they are larger"
     device,predict,out = next(model.parameters()).device,_predictor(model, flips),[]
     tiled = size is not None and tuple(size)!=x.shape[-2:]
@@ -71,6 +72,7 @@ def _probabilities(model, x, bs, flips, size=None, centred=True):
     with evaluating(model), torch.no_grad():
         for i in range(0, len(x), step):
             o = torch.from_numpy(x[i:i+step]).to(device)
+            if normalize is not None: o = (o-normalize.mean.to(device))/normalize.std.to(device)
             out.append((_in_tiles(predict, o, bs, size, centred) if tiled else predict(o)).cpu())
     return torch.cat(out).numpy()
 
@@ -224,7 +226,8 @@ def ask_network(
         if limits is None: limits = recipe.local_limits(vol, where, known)
     try:
         x,where = recipe.slices(vol, limits, where)
-        opinions = (_probabilities(o, x, bs, flips, recipe.size, not larger) for o in networks)
+        normalize = normalize_of(getattr(learn, 'dls', None))
+        opinions = (_probabilities(o, x, bs, flips, recipe.size, not larger, normalize) for o in networks)
         p,doubt = mean_opinion(opinions, doubt)
     except VolumeError: raise
     except ValueError as e: raise VolumeError(f'{name}: {e}') from None
@@ -238,7 +241,7 @@ def check_free(
     overwrite:bool # may others be replaced?
 ):
     "No file of `files` replaces one of `keep`, or any at all unless `overwrite`"
-    keep = {Path(o).resolve() for o in keep if isinstance(o, (str,Path))}
+    keep = {Path(split_choice(o)[0]).resolve() for o in keep if isinstance(o, (str,Path))}
     for o in files:
         if Path(o).resolve() in keep:
             raise ValueError(f'out: {o} is a scan or mask that is read here; write to another folder')

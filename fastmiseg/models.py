@@ -243,6 +243,7 @@ def find_stages(
     size:int=64      # side of the image that is sent through
 )->Stages: # those asked for; a `ValueError` names the unknown ones and what exists
     "Look stages up by the paper's names or by the paths of modules"
+    if not names: return Stages()
     known = stages(model, size)
     if all(n in known for n in names): return Stages({n: known[n] for n in names})
     modules = {p:Stage(p, p, c, s) for p,_,c,_,s in _trace(model, size)}

@@ -27,6 +27,7 @@ from .scans.recipe import Recipe
 from .models import create_unet, evaluating
 from .callback.method import SemiSupCallback
 from .inference import check_free, predict_volume, recipe_of, training_scans
+from .transforms import normalize_of
 
 # %% ../nbs/71_segmenter.ipynb #2381ca9e
 class SegmenterError(ValueError): "A model file that cannot be used, or a learner that cannot become one"
@@ -139,6 +140,12 @@ def _provenance(learn):
     if method := method_of(learn.cbs): res['method'] = method
     return res
 
+def _check_plain(learn):
+    "A file of ours has a network that takes intensities in 0..1"
+    if normalize_of(getattr(learn, 'dls', None)) is None: return
+    raise SegmenterError('learn: its loaders have a `Normalize`, which the file cannot hold; use learn.export, for people '
+                         'who trust you, or train without it')
+
 def export_segmenter(
     learn:Learner|Segmenter, # a learner made by `miseg_learner`; or a `Segmenter`, to write it again
     path:str|Path,           # file to write, NAME.safetensors
@@ -158,6 +165,7 @@ def export_segmenter(
     if not (arch and _to_name(arch['arch'])):
         raise SegmenterError('learn: was not made by miseg_learner with an architecture that has a name, so nobody '
                              'else could build its network from a file; use learn.export, for people who trust you')
+    _check_plain(learn)
     arch = {**arch, 'arch':_to_name(arch['arch'])}
     arch.pop('pretrained', None)
     about = dict(format=_format, arch=arch, recipe=recipe.to_dict(), training=training_scans(learn),
@@ -335,6 +343,7 @@ def export_onnx(
     "Write the network in ONNX: `image` (N,C,H,W) to `logits` (N,K,H,W)"
     try: import onnx
     except ImportError: raise ImportError('export_onnx needs the package onnx: pip install onnx') from None
+    _check_plain(learn)
     path,recipe,model = Path(path),recipe_of(learn, recipe),learn.model
     check_free([path], [], overwrite)
     free = {0:'n', 2:'height', 3:'width'}

@@ -6,7 +6,7 @@
 __all__ = ['weight', 'schedule', 'json_object', 'Settings', 'read_settings']
 
 # %% ../nbs/66_settings.ipynb #1e4651e0
-import json
+import json, math
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -43,7 +43,7 @@ def _check_weight(name, w):
     if not number(w) and not ramp:
         raise ValueError(f"{name}: {w!r} is not a weight; give a number, or [number, until] or [number, until, 'down'] "
                          "with until a fraction of the training (above 0, at most 1)")
-    if _top(w)<0: raise ValueError(f'{name}: {_top(w)} is below 0')
+    if not 0<=_top(w)<math.inf: raise ValueError(f'{name}: {_top(w)} is not a number from 0 on')
 
 # %% ../nbs/66_settings.ipynb #abf078cd
 def json_object(
@@ -116,7 +116,7 @@ class Settings:
             if getattr(self, k)<1: raise ValueError(f'{k}: {getattr(self, k)} is below 1')
         for k,(low,high,words) in _ranges.items():
             if not low<getattr(self, k)<high: raise ValueError(f'{k}: {getattr(self, k)} is not {words}')
-        if self.wd<0: raise ValueError(f'wd: {self.wd} is below 0')
+        if not 0<=self.wd<math.inf: raise ValueError(f'wd: {self.wd} is not a number from 0 on')
         if self.method=='pretrain' and self.epochs<2:
             raise ValueError("epochs: pretraining takes half of them, so 1 leaves none for the labelled scans; "
                              "give 2 or more")

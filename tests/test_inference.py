@@ -1,16 +1,21 @@
 """Whole scans in and out: other geometries, two independent readers, faults"""
 import errno, os, warnings
+from dataclasses import replace
+from types import SimpleNamespace
 
 import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 import SimpleITK as sitk
+
+from fastai.data.transforms import Normalize
 
 import fastmiseg.evaluation as E, fastmiseg.scans.volume as V
 from fastmiseg.evaluation import evaluate_cohort, predict_cohort
 from fastmiseg.inference import ask_network, predict_volume
 from fastmiseg.scans.recipe import Recipe
+from fastmiseg.segmenter import SegmenterError, export_onnx, export_segmenter
 from fastmiseg.surface import dice
 from fastmiseg.scans.messages import VolumeError, VolumeWarning
-from fastmiseg.scans.volume import Volume, read_volume, resample, write_volume
+from fastmiseg.scans.volume import Volume, choose_volume, read_volume, resample, write_volume
 
 def agreement(a, b): return [dice(a==c, b==c) for c in (1,2,3)]
 
@@ -127,6 +132,55 @@ def test_any_batch_size(heart, scan):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 # -- many scans --------------------------------------------------------------------------------------------------------
+class Scaled(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+    def forward(self, x): return self.model((x-.2)/.5)
+
+def test_normalised_as_in_training(heart, scan):
+    "Where the loaders normalise, what the network sees of a scan is normalised too; our files cannot hold that"
+    normalize = Normalize.from_stats([.2], [.5], cuda=False)
+    learn = SimpleNamespace(model=heart.learn.model, recipe=heart.recipe,
+                            dls=SimpleNamespace(after_batch=SimpleNamespace(fs=[normalize])))
+    plain = SimpleNamespace(model=Scaled(heart.learn.model), recipe=heart.recipe)
+    a,b,other = (ask_network(o, heart.recipe, read_volume(scan)).p for o in (learn, plain, heart.learn))
+    assert np.array_equal(a, b) and not np.allclose(a, other)
+    rows = heart.df[heart.df.split=='test']
+    assert evaluate_cohort(learn, rows, progress=False).equals(evaluate_cohort(plain, rows, progress=False))
+    assert E._identity(learn, heart.recipe)!=E._identity(heart.learn, heart.recipe)
+    learn.arch = dict(arch='unet', n_in=1, n_out=4)
+    for export,name in ((export_segmenter,'a.safetensors'), (export_onnx,'a.onnx')):
+        with pytest.raises(SegmenterError, match='learn: its loaders have a `Normalize`, which the file cannot hold'):
+            export(learn, name)
+
+def test_a_scan_with_a_choice_is_not_replaced(heart, scan, tmp_path):
+    file = write_volume(read_volume(scan), tmp_path/'a.nii.gz')
+    before = file.read_bytes()
+    chosen = choose_volume(file, form='sform')
+    for out in (file, tmp_path/'sub'/'..'/'a.nii.gz'):
+        with pytest.raises(ValueError, match='is a scan or mask that is read here'):
+            predict_volume(heart.learn, chosen, out=out)
+    df = pd.DataFrame([dict(subject='a', scan='a', image=chosen, mask=None)])
+    with pytest.raises(ValueError, match='is a scan or mask that is read here'):
+        predict_cohort(heart.learn, df, tmp_path, overwrite=True, progress=False)
+    assert file.read_bytes()==before
+
+def test_two_scans_of_one_name(heart, tmp_path):
+    rows = heart.df[heart.df.split!='unlabeled'].iloc[:3].assign(scan=['case1','case1','other'])
+    say = r'scan: the cohort names 1 scan\(s\) twice \(case1\); expected unique names'
+    for call in (lambda: evaluate_cohort(heart.learn, rows, split='all'),
+                 lambda: predict_cohort(heart.learn, rows, tmp_path/'out')):
+        with pytest.raises(ValueError, match=say): call()
+    assert not (tmp_path/'out').exists()
+
+def test_background_of_masks_that_know_nobody_annotated(heart, scan, tmp_path):
+    "Where -1 and 0 are background, what is written is 0"
+    recipe = replace(heart.recipe, labels={-1:0, 0:0, 1:1, 205:2, -3:3})
+    assert recipe.stored==[0,1,205,-3]
+    seg = predict_volume(heart.learn, scan, out=tmp_path/'m.nii.gz', recipe=recipe)
+    assert (seg.array==0).mean()>.5 and set(np.unique(seg.array))<={0,1,205,-3}
+
 def test_one_scan_in_memory_at_a_time(heart, tmp_path, monkeypatch):
     import weakref
     alive = []

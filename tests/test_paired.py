@@ -1,16 +1,19 @@
 """The callback that takes paired batches apart: one pass or several, what methods share, and a sentence for each wrong
 use"""
+from copy import deepcopy
+
 import pytest, torch
 from torch import nn
 from fastai.basics import Callback, DataLoader
 from fastai.losses import CrossEntropyLossFlat
 from fastmiseg.callback.baselines import ConsistencyCallback, EntropyMinCallback
+from fastmiseg.callback.mireg import MIRegCallback
 from fastmiseg.callback.method import SemiSupCallback
 from fastmiseg.callback.paired import PairedBatchCallback
 from fastmiseg.callback.resume import ResumeCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.transforms import RandomFlips, RandomShifts
-from toy import UNet, learner, loaders, quiet, small_mireg
+from toy import UNet, balanced_mireg, learner, loaders, quiet, small_mireg
 from two_processes import Stop
 
 class Nothing(SemiSupCallback):
@@ -115,7 +118,7 @@ def test_wrong_uses_have_a_sentence(tmp_path):
         bad(tmp_path, Nothing(unlabeled=[]), supervised())
     with pytest.raises(ValueError, match='unlabeled: 2 methods were given images of their own, '
                                          'but one forward pass serves them all'):
-        bad(tmp_path, [Nothing(unlabeled=[4]), Nothing(unlabeled=[5])], supervised())
+        bad(tmp_path, [Nothing(unlabeled=[4]), ConsistencyCallback(unlabeled=[5])], supervised())
     with pytest.raises(ValueError, match='T: 2 methods were given a T of their own'):
         bad(tmp_path, [ConsistencyCallback(T=RandomFlips()), Nothing(T=RandomShifts(.5))])
     with pytest.raises(ValueError, match='T: .*RandomFlips.* is not a pool to draw transformations from; '
@@ -129,17 +132,81 @@ def test_wrong_uses_have_a_sentence(tmp_path):
         (learn:=quiet(learner(tmp_path))).paired_batch.passes = 0
         learn.fit(1, cbs=Nothing())
 
-def test_projectors_belong_to_a_network(tmp_path):
+def test_methods_begin_anew_with_another_network(tmp_path):
     cb = Probing()
     (learn:=quiet(learner(tmp_path))).fit(1, cbs=cb)
+    first = cb.projectors
+    learn.fit(1, cbs=cb)
+    assert cb.projectors is first
     learn.model,learn.opt = UNet(1,2,width=4),None
-    with pytest.raises(ValueError, match=r"was trained with another network, whose stages had "
-                                         r"\{'Conv5': 32\} channels; here they have \{'Conv5': 64\}"):
-        learn.fit(1, cbs=cb)
+    learn.fit(1, cbs=cb)
+    assert cb.projectors is not first and cb.projectors.in_features==64
+
+def test_nothing_of_one_learner_reaches_the_next(tmp_path):
+    used = [balanced_mireg(),EMATeacherCallback(.9)]
+    quiet(learner(tmp_path)).fit(1, 1e-2, cbs=used)
+    def result(cbs):
+        (learn:=quiet(learner(tmp_path))).fit(1, 1e-2, cbs=cbs)
+        return [*learn.model.state_dict().values(), *cbs[0].projectors.state_dict().values(),
+                *cbs[1].average.tensors.values(), *cbs[0].balance._sizes.values()]
+    again,new = result(used),result([balanced_mireg(),EMATeacherCallback(.9)])
+    assert all(map(torch.equal, again, new))
+
+def test_what_was_loaded_belongs_to_the_next_network(tmp_path):
+    used,cb = EMATeacherCallback(.9),EMATeacherCallback(.9)
+    for o in (used,cb): quiet(learner(tmp_path)).fit(1, 1e-2, cbs=o)
+    kept = deepcopy(used.state_dict())
+    cb.load_state_dict(kept)
+    quiet(learner(tmp_path)).fit(1, 0., cbs=cb)
+    assert cb.average.steps>used.average.steps
+
+def test_two_terms_of_one_name(tmp_path):
+    with pytest.raises(ValueError, match='consistency: MIRegCallback and ConsistencyCallback both have a term of this '
+                                         'name, so that it would count twice'):
+        bad(tmp_path, [small_mireg(), ConsistencyCallback()])
+    bad(tmp_path, [small_mireg(consistency_weight=0.), ConsistencyCallback()])
+
+def test_a_stage_is_clustered_in_one_way():
+    with pytest.raises(ValueError, match="MIRegCallback: 'Conv5' is in global_layers and in local_layers"):
+        MIRegCallback(local_layers=('Conv5','Upconv2'))
+
+def test_weight_that_is_no_number(tmp_path):
+    (learn:=quiet(learner(tmp_path)))
+    before = [o.clone() for o in learn.model.parameters()]
+    for w in (float('nan'), lambda pct: float('inf')):
+        with pytest.raises(ValueError, match=r'consistency: its weight is (nan|inf) at 0% of the training; expected a '):
+            learn.fit(1, cbs=ConsistencyCallback(w))
+    assert all(map(torch.equal, before, learn.model.parameters()))
+
+class Huge(SemiSupCallback):
+    def __init__(self): super().__init__(huge=10.)
+    def penalty(self, step): return step.logits['tx'].mean()+3e38
+
+def test_a_sum_that_is_not_finite(tmp_path):
+    with pytest.raises(FloatingPointError, match='the weighted sum is inf at step 0 '):
+        bad(tmp_path, Huge())
+
+class Validates(Callback):
+    def after_step(self): self.learn.validate()
+
+def test_validation_inside_a_fit(tmp_path):
+    with pytest.raises(RuntimeError, match='a fit with methods is under way: to validate or predict inside it'):
+        bad(tmp_path, [Nothing(), Validates()])
+    bad(tmp_path, Nothing())
+
+def test_networks_that_no_stage_is_asked_of(tmp_path):
+    class Fixed(nn.Module):
+        "Knows images of 16×16 only"
+        def __init__(self):
+            super().__init__()
+            self.conv,self.place = nn.Conv2d(1,2,3,padding=1),nn.Parameter(torch.zeros(16,16))
+        def forward(self, x): return self.conv(x+self.place)
+    (learn:=quiet(learner(tmp_path))).model,learn.opt = Fixed(),None
+    learn.fit(1, cbs=[ConsistencyCallback(), EMATeacherCallback()])
 
 def test_the_same_T_may_be_given_to_each(tmp_path):
     T = RandomFlips()+RandomShifts(.5)
-    bad(tmp_path, [small_mireg(T=T), EMATeacherCallback(T=T), ConsistencyCallback(T=T)])
+    bad(tmp_path, [small_mireg(consistency_weight=0., T=T), EMATeacherCallback(T=T), ConsistencyCallback(T=T)])
 
 def test_every_learner_has_it():
     from fastai.basics import defaults

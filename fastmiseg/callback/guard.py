@@ -15,10 +15,12 @@ from ..processes import mean_of_all
 class Guard:
     "Looks at the terms of a step without making the device wait"
     def __init__(self,
-        terms:dict # name -> scalar tensor
+        terms:dict,       # name -> scalar tensor
+        total:Tensor=None # their weighted sum, if there is more than one: named where each of them is finite
     ):
-        self.names,self.copied = list(terms),None
-        vals = mean_of_all(torch.stack([o.detach().float() for o in terms.values()])) # all processes stop, or none
+        self.names,self.copied = [*terms, 'the weighted sum'],None
+        vals = [*terms.values(), *([] if total is None else [total])]
+        vals = mean_of_all(torch.stack([o.detach().float() for o in vals])) # all processes stop, or none
         self.vals = torch.empty(len(vals), pin_memory=vals.is_cuda) # a copy to pageable memory would wait
         self.vals.copy_(vals, non_blocking=True)
         if vals.is_cuda:
@@ -28,7 +30,8 @@ class Guard:
     def bad(self)->str: # '' if all are finite
         "The terms that are NaN or infinite, in words"
         if self.copied: self.copied.synchronize()
-        return ' and '.join(f'{n} is {o}' for n,o in zip(self.names, self.vals.tolist()) if not math.isfinite(o))
+        bad = [(n,o) for n,o in zip(self.names, self.vals.tolist()) if not math.isfinite(o)]
+        return ' and '.join(f'{n} is {o}' for n,o in bad if n!=self.names[-1] or len(bad)==1)
 
 # %% ../../nbs/49_callback.guard.ipynb #dcf981a4
 def _items_of_batch(dl, i):

@@ -8,6 +8,7 @@ __all__ = ['sigmoid_rampup', 'sigmoid_rampdown', 'SemiSupCallback', 'Teacher']
 # %% ../../nbs/47_callback.method.ipynb #55cc2ec9
 from dataclasses import dataclass
 from typing import Callable
+from weakref import WeakKeyDictionary, ref
 
 from fastai.basics import *
 
@@ -49,6 +50,8 @@ def sigmoid_rampdown(
 def _weight_at(weight, pct): return weight(pct) if callable(weight) else weight
 
 # %% ../../nbs/47_callback.method.ipynb #bb334949
+_met = WeakKeyDictionary() # method -> weak reference to the network of its last fit
+
 class SemiSupCallback(Callback):
     "Base of all methods: `penalty(step)` times a weight is added to the supervised loss"
     order = Recorder.order+1 # writes its columns after fastai's recorder, before those that print them
@@ -98,6 +101,10 @@ class SemiSupCallback(Callback):
     def undo(self):
         "Take back what the method has done to the learner: called when a fit ends, however it ends"
 
+    def forget(self):
+        "Begin anew: called when a fit begins with another network than the last one"
+        self.projectors = None
+
     # what is done for it
     def weighted(self,
         step:Step # after the forward pass
@@ -115,14 +122,26 @@ class SemiSupCallback(Callback):
         step:Step
     )->float:
         "The weight of a term at this step"
-        return _weight_at(self.weights[term], step.pct)
+        weight = _weight_at(self.weights[term], step.pct)
+        if not torch.is_tensor(weight) and not math.isfinite(weight):
+            raise ValueError(f'{term}: its weight is {weight} at {step.pct:.0%} of the training; expected a finite number')
+        return weight
 
     def state_dict(self)->dict:
         "What has been learnt beside the network: tensors and numbers"
         return {} if self.projectors is None else {'projectors': self.projectors.state_dict()}
 
     def load_state_dict(self, sd:dict):
+        _met.pop(self, None)
         if self.projectors is not None: self.projectors.load_state_dict(sd['projectors'])
+
+    def meet(self,
+        network:nn.Module # of the fit that begins
+    ):
+        "Go on where it is the network of the last fit, or what was loaded belongs to it; else begin anew"
+        last = _met.get(self)
+        if last is not None and last() is not network: self.forget()
+        _met[self] = ref(network)
 
     def before_fit(self):
         self._fitting = hasattr(self.learn, '_in_fit') # and not a validation, or predictions

@@ -53,6 +53,13 @@ def _loader_of(dls, items):
     for tl in dl.dataset.tls: tl.tfms.split_idx = 0
     return dl
 
+def _check_terms(methods):
+    names = [(k, type(m).__name__) for m in methods for k in m.weights]
+    for i,(k,first) in enumerate(names):
+        if again := next((m for o,m in names[i+1:] if o==k), None):
+            raise ValueError(f"{k}: {first} and {again} both have a term of this name, so that it would count twice, and "
+                             "the log could not tell them apart; leave one out, or set the weight of one to 0")
+
 def _check_sizes(x_l, x_u):
     if x_l.shape[1:]==x_u.shape[1:]: return
     raise ValueError(f"unlabelled images are {tuple(x_u.shape[1:])} (channels, height, width), labelled ones "
@@ -63,13 +70,8 @@ def _check_sizes(x_l, x_u):
 def _projectors(methods, found, device):
     "Have each method make its projectors, once; returns all of them"
     for r in methods:
-        channels = {n:found[n].channels for n in r.layers}
         if r.projectors is None:
             with torch.random.fork_rng(devices=[]): r.projectors = r.make_projectors({n:found[n] for n in r.layers})
-        elif r.channels!=channels:
-            raise ValueError(f"{type(r).__name__}: was trained with another network, whose stages had {r.channels} "
-                             f"channels; here they have {channels}. Make a new one for this network")
-        r.channels = channels
         if r.projectors is not None: r.projectors.to(device)
     return [r.projectors for r in methods if r.projectors is not None]
 
@@ -96,6 +98,9 @@ class PairedBatchCallback(Callback):
 def before_fit(self:PairedBatchCallback):
     if hasattr(self.learn, 'distributed_trainer'): share_out(self.learn.distributed_trainer)
     finds = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+    if self.methods:
+        raise RuntimeError("a fit with methods is under way: to validate or predict inside it would end it for them and "
+                           "for fastai's recorder; do so after the fit, or with a metric")
     if hasattr(self.learn, '_in_fit'): self.methods = self.attached()
     if self.methods: self._prepare()
     if finds and (self.methods or isinstance(self.dls.train, PairedDL)): self._undo_lr_find = self._snapshot()
@@ -108,7 +113,10 @@ def attached(self:PairedBatchCallback)->list:
 @patch
 def _prepare(self:PairedBatchCallback):
     if self.passes not in (1,2,3): raise ValueError(f"passes: {self.passes!r} is not 1, 2 or 3")
-    for r in self.methods: r.join(self.methods)
+    _check_terms(self.methods)
+    for r in self.methods:
+        r.meet(get_model(self.model))
+        r.join(self.methods)
     self.teacher = next((r for r in self.methods if isinstance(r, Teacher)), None)
     self.stream = _unlabeled_stream(self.learn, self.methods)
     pool = _only_one('T', self.methods, 'a T') or usual_pool()
@@ -143,6 +151,9 @@ def before_batch(self:PairedBatchCallback):
         x_u,self.learn.yb = self.yb[0],self.yb[1:]
     if not self.training or not self.methods: return
     if self.stream is not None: x_u = to_device(next(self.stream), self.x.device)
+    if len(self.xb)!=1:
+        raise ValueError(f"the batches have {len(self.xb)} inputs for the network, and a method knows of one, the image; "
+                         "give the network one input, with several channels")
     x_l,x_u = (o.as_subclass(Tensor) for o in (self.x, x_u))
     _check_sizes(x_l, x_u)
     y = self.yb[-1]
@@ -205,7 +216,7 @@ def after_loss(self:PairedBatchCallback):
         for r in self.methods:
             self.learn.loss_grad = self.learn.loss_grad + r.weighted(self.step)
             terms.update(r.terms)
-    self.step,self.guard = None,Guard(terms)
+    self.step,self.guard = None,Guard(terms, self.loss_grad)
 
 # %% ../../nbs/50_callback.paired.ipynb #b8ebe44d
 @patch

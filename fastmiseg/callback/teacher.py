@@ -88,4 +88,10 @@ class EMATeacherCallback(Teacher):
         self.average.copy_to(get_model(model))
 
     def state_dict(self): return {} if self.average is None else self.average.state_dict()
-    def load_state_dict(self, sd): self.average = ModelAverage.from_state(sd) if sd else None
+    def load_state_dict(self, sd):
+        super().load_state_dict(sd)
+        self.average = ModelAverage.from_state(sd) if sd else None
+
+    def forget(self):
+        super().forget()
+        self.average = None

@@ -195,9 +195,10 @@ def shares(self:Recipe)->dict: # name -> 0..1
 
 @patch(as_prop=True)
 def stored(self:Recipe)->list:
-    "The value that mask files have for each class; where several became one class, the smallest"
+    "The value that mask files have for each class; where several became one class, the smallest from 0 on"
     labels = {0:0, **self.labels} if self.labels else {i:i for i in range(len(self.classes))}
-    return [min((v for v,k in labels.items() if k==c), default=c) for c in range(len(self.classes))]
+    first = lambda v: (v<0, v)
+    return [min((v for v,k in labels.items() if k==c), key=first, default=c) for c in range(len(self.classes))]
 
 @patch
 def for_cohort(self:Recipe,

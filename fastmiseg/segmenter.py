@@ -143,8 +143,8 @@ def _provenance(learn):
 def _check_plain(learn):
     "A file of ours has a network that takes intensities in 0..1"
     if normalize_of(getattr(learn, 'dls', None)) is None: return
-    raise SegmenterError('learn: its loaders have a `Normalize`, which the file cannot hold; use learn.export, for people '
-                         'who trust you, or train without it')
+    raise SegmenterError('learn: its loaders have a `Normalize`, which the file cannot hold; use learn.export, for '
+                         'people who trust you, or train without it')
 
 def export_segmenter(
     learn:Learner|Segmenter, # a learner made by `miseg_learner`; or a `Segmenter`, to write it again

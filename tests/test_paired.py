@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest, torch
 from torch import nn
-from fastai.basics import Callback, DataLoader
+from fastai.basics import Callback, DataLoader, DataLoaders
 from fastai.losses import CrossEntropyLossFlat
 from fastmiseg.callback.baselines import ConsistencyCallback, EntropyMinCallback
 from fastmiseg.callback.mireg import MIRegCallback
@@ -174,7 +174,7 @@ def test_weight_that_is_no_number(tmp_path):
     (learn:=quiet(learner(tmp_path)))
     before = [o.clone() for o in learn.model.parameters()]
     for w in (float('nan'), lambda pct: float('inf')):
-        with pytest.raises(ValueError, match=r'consistency: its weight is (nan|inf) at 0% of the training; expected a '):
+        with pytest.raises(ValueError, match=r'consistency: its weight is (nan|inf) at 0% of the training'):
             learn.fit(1, cbs=ConsistencyCallback(w))
     assert all(map(torch.equal, before, learn.model.parameters()))
 
@@ -193,6 +193,17 @@ def test_validation_inside_a_fit(tmp_path):
     with pytest.raises(RuntimeError, match='a fit with methods is under way: to validate or predict inside it'):
         bad(tmp_path, [Nothing(), Validates()])
     bad(tmp_path, Nothing())
+
+def test_networks_of_two_inputs(tmp_path):
+    x,y = torch.randn(1,16,16),torch.zeros(16,16).long()
+    dls = DataLoaders(*(DataLoader([(x,x,y)]*4, bs=2) for _ in range(2)))
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = UNet(2,2,width=2)
+        def forward(self, x, z): return self.net(torch.cat([x,z], 1))
+    with pytest.raises(ValueError, match='the batches have 2 inputs for the network, and a method knows of one'):
+        bad(tmp_path, ConsistencyCallback(unlabeled=DataLoader([x]*4, bs=2)), dls, net=Two)
 
 def test_networks_that_no_stage_is_asked_of(tmp_path):
     class Fixed(nn.Module):

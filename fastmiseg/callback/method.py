@@ -124,7 +124,8 @@ class SemiSupCallback(Callback):
         "The weight of a term at this step"
         weight = _weight_at(self.weights[term], step.pct)
         if not torch.is_tensor(weight) and not math.isfinite(weight):
-            raise ValueError(f'{term}: its weight is {weight} at {step.pct:.0%} of the training; expected a finite number')
+            raise ValueError(f'{term}: its weight is {weight} at {step.pct:.0%} of the training; expected a finite '
+                             'number')
         return weight
 
     def state_dict(self)->dict:

@@ -138,8 +138,8 @@ class MIRegCallback(SemiSupCallback):
             raise ValueError("MIRegCallback: every weight is 0 (or its layers are missing), so there is nothing to do; "
                              "leave the callback out")
         if both := [k for k in self.global_layers if k in self.local_layers]:
-            raise ValueError(f'MIRegCallback: {both[0]!r} is in global_layers and in local_layers; a stage is clustered '
-                             'as a whole or at each position, so leave it out of one of them')
+            raise ValueError(f'MIRegCallback: {both[0]!r} is in global_layers and in local_layers; a stage is '
+                             'clustered as a whole or at each position, so leave it out of one of them')
         super().__init__(unlabeled, T, **weights)
         self.n_clusters = _clusters(n_clusters, n_heads, (*self.global_layers, *self.local_layers))
         self.layers = self.global_layers*('global_mi' in weights) + self.local_layers*('local_mi' in weights)

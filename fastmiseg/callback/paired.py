@@ -57,8 +57,8 @@ def _check_terms(methods):
     names = [(k, type(m).__name__) for m in methods for k in m.weights]
     for i,(k,first) in enumerate(names):
         if again := next((m for o,m in names[i+1:] if o==k), None):
-            raise ValueError(f"{k}: {first} and {again} both have a term of this name, so that it would count twice, and "
-                             "the log could not tell them apart; leave one out, or set the weight of one to 0")
+            raise ValueError(f"{k}: {first} and {again} both have a term of this name, so that it would count twice, "
+                             "and the log could not tell them apart; leave one out, or set the weight of one to 0")
 
 def _check_sizes(x_l, x_u):
     if x_l.shape[1:]==x_u.shape[1:]: return
@@ -99,8 +99,8 @@ def before_fit(self:PairedBatchCallback):
     if hasattr(self.learn, 'distributed_trainer'): share_out(self.learn.distributed_trainer)
     finds = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
     if self.methods:
-        raise RuntimeError("a fit with methods is under way: to validate or predict inside it would end it for them and "
-                           "for fastai's recorder; do so after the fit, or with a metric")
+        raise RuntimeError("a fit with methods is under way: to validate or predict inside it would end it for them "
+                           "and for fastai's recorder; do so after the fit, or with a metric")
     if hasattr(self.learn, '_in_fit'): self.methods = self.attached()
     if self.methods: self._prepare()
     if finds and (self.methods or isinstance(self.dls.train, PairedDL)): self._undo_lr_find = self._snapshot()
@@ -150,10 +150,10 @@ def before_batch(self:PairedBatchCallback):
     if len(self.yb)==2 and getattr(self.dl, 'unlabeled', None) is not None:
         x_u,self.learn.yb = self.yb[0],self.yb[1:]
     if not self.training or not self.methods: return
-    if self.stream is not None: x_u = to_device(next(self.stream), self.x.device)
     if len(self.xb)!=1:
-        raise ValueError(f"the batches have {len(self.xb)} inputs for the network, and a method knows of one, the image; "
-                         "give the network one input, with several channels")
+        raise ValueError(f"the batches have {len(self.xb)} inputs for the network, and a method knows of one, the "
+                         "image; give the network one input, with several channels")
+    if self.stream is not None: x_u = to_device(next(self.stream), self.x.device)
     x_l,x_u = (o.as_subclass(Tensor) for o in (self.x, x_u))
     _check_sizes(x_l, x_u)
     y = self.yb[-1]

@@ -142,7 +142,7 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
         assert code.count(usual)==1
         code = code.replace(usual, small)
     exec(code, {})
-    assert (tmp_path/'mask.nii.gz').exists() and (tmp_path/'heart.safetensors').exists()
+    assert (tmp_path/'newscan_mask.nii.gz').exists() and (tmp_path/'heart.safetensors').exists()
     assert len(text.splitlines())<=150
 
 @pytest.mark.parametrize('page', ['CONTRIBUTING.md', 'README.md', 'CHANGELOG.md'])

@@ -174,8 +174,10 @@ def test_the_example_of_a_method_runs(contributing):
     import torch
     from types import SimpleNamespace
     cb = contributing('Adding a method')['SameSizeCallback']()
-    p = torch.rand(2,3,4,4).softmax(1)
-    assert cb.penalty(SimpleNamespace(target=p, probs=lambda name: p.flip(-1)))<1e-8
+    from fastmiseg.warps import RandomWarps
+    p,T = torch.rand(2,3,4,4).softmax(1),RandomWarps().draw(2)
+    assert cb.penalty(SimpleNamespace(target=p, T=T, probs=lambda name: T(p).flip(-1)))<1e-8
+    assert cb.penalty(SimpleNamespace(target=p, T=T, probs=lambda name: 1-T(p)))>.01
 
 def test_a_package_of_ones_own_registers_a_method(tmp_path):
     "As the page says: found by its entry point, by commands and studies, with a term that nothing here knows"

@@ -12,6 +12,7 @@ from dataclasses import MISSING, fields
 from functools import wraps
 from typing import Annotated
 
+from fastcore.basics import str2bool
 from fastcore.docments import docments
 from fastcore.script import call_parse
 
@@ -96,7 +97,7 @@ def _print_scores(scores):
     print('\n' + scores_text(scores))
 
 # %% ../nbs/85_cli.ipynb #4f2998cb
-def _yes_or_no(s): return {'yes':True, 'true':True, 'no':False, 'false':False}[s.lower()]
+def _yes_or_no(s): return str2bool(s)
 _yes_or_no.__name__ = _yes_or_no.__qualname__ = 'yes or no' # for --help
 
 def _said(cls):
@@ -127,13 +128,14 @@ def with_options(
     def decorate(f):
         @wraps(f)
         def command(*args, **kwargs):
-            return f(*args, **{k:o for k,o in kwargs.items() if k in own or o is not None and o is not False})
+            return f(*args, **{k:o for k,o in kwargs.items() if k in own or o is not default.get(k)})
         params = [p for p in inspect.signature(f).parameters.values() if p.kind is not p.VAR_KEYWORD]
         own,said = {p.name for p in params},docments(f)
         def annotated(p):
             if hasattr(p.annotation, '__metadata__'): return p
             return p.replace(annotation=Annotated[p.annotation, said[p.name] or ''])
         more = [o for cls in classes for o in _options_of(cls)]
+        default = {p.name:p.default for p in more}
         command.__signature__ = inspect.Signature([*map(annotated, params), *more])
         del command.__wrapped__
         return command

@@ -1,10 +1,11 @@
 """What the functions behind the commands accept, refuse, and go on with"""
-import inspect, json, os, shutil, warnings
+import contextlib, inspect, json, os, shutil, warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
 from fastai.basics import Callback
+from fastcore.script import anno_parser
 
 import fastmiseg.commands as C
 import fastmiseg.evaluation as evaluation
@@ -79,6 +80,25 @@ def test_options_come_from_the_command_line(monkeypatch, capsys, tmp_path, run, 
     with pytest.raises(SystemExit, match='2'):
         getattr(cli, command)(*first, str(tmp_path/'scans'), subject='^p', series=1, form='sform')
     assert "{'subject': '^p', 'form': 'sform', 'series': 1}" in capsys.readouterr().err
+
+def given(command, *words):
+    "Options as the command line gives them"
+    return {k:o for k,o in vars(anno_parser(command).parse_args(words)).items() if k in cli.options_in(command)}
+
+@pytest.mark.parametrize('word,value', [('no',False), ('False',False), ('yes',True), (None,True)])
+def test_what_is_on_by_default_can_be_switched_off(monkeypatch, word, value):
+    "And what is off by default stays as a file of settings has it"
+    def seen(data, out, settings, *args, **changes): raise ValueError(changes)
+    monkeypatch.setattr(C, 'train_run', seen)
+    options = given(cli.train, 'scans', *['--one-cycle',word]*(word is not None))
+    monkeypatch.setattr(cli, 'polite', lambda *args: contextlib.nullcontext())
+    with pytest.raises(ValueError) as e: cli.train(**options)
+    assert e.value.args==(dict(one_cycle=value) if word else {},)
+    assert C.settings_from(Settings(sync_bn=True), **e.value.args[0])==Settings(sync_bn=True, one_cycle=value)
+
+def test_neither_yes_nor_no(capsys):
+    with pytest.raises(SystemExit, match='2'): given(cli.train, 'scans', '--one-cycle', 'maybe')
+    assert "--one-cycle: invalid yes or no value: 'maybe'" in capsys.readouterr().err
 
 def test_subject_pattern(hearts, tmp_path):
     "Two scans of each person, whom only the names tell"

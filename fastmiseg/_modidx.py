@@ -1770,6 +1770,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fastmiseg.scores._missed_rule': ('scores.html#_missed_rule', 'fastmiseg/scores.py'),
                                   'fastmiseg.scores._of': ('scores.html#_of', 'fastmiseg/scores.py'),
                                   'fastmiseg.scores._plural': ('scores.html#_plural', 'fastmiseg/scores.py'),
+                                  'fastmiseg.scores.read_scores': ('scores.html#read_scores', 'fastmiseg/scores.py'),
                                   'fastmiseg.scores.score_table': ('scores.html#score_table', 'fastmiseg/scores.py'),
                                   'fastmiseg.scores.scores_text': ('scores.html#scores_text', 'fastmiseg/scores.py')},
             'fastmiseg.segmenter': { 'fastmiseg.segmenter.Ensemble': ('segmenter.html#ensemble', 'fastmiseg/segmenter.py'),

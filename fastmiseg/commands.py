@@ -26,6 +26,7 @@ from .run_folder import RunError, check_store, check_unused, in_use, new_run, re
 from .run_model import write_scores
 from .scans.cohort import load_cohort, save_cohort
 from .scans.store import SliceStore
+from .scores import read_scores
 from .segmenter import export_segmenter, method_of
 from .settings import Settings
 from .training import callbacks_of, check_processes, check_scans, fit
@@ -228,7 +229,7 @@ def _resume_folds(run, n, workers, say, cbs, changes):
         fold = run/f'fold{k}'
         if say and not processes()[0]: say(f'\n{fold} ({k+1} of {n})')
         if not changes and (fold/'model.safetensors').exists() and (fold/'metrics.csv').exists():
-            found = pd.read_csv(fold/'metrics.csv')
+            found = read_scores(fold/'metrics.csv')
             if say and not processes()[0]: say('is finished')
         else: found = resume_run(fold, workers, say, cbs, **changes)
         if found is None: continue

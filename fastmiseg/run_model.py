@@ -20,6 +20,7 @@ from .plots import plot_scans, plot_scores
 from .preparing import Reading, divide_options
 from .run_folder import RunError, check_unused, in_use, notes_file, read_config
 from .scans.cohort import load_cohort
+from .scores import kept_beside, read_scores
 from .segmenter import load_segmenter
 
 # %% ../nbs/75_run_model.ipynb #378e9ddc
@@ -91,7 +92,7 @@ def write_scores(
     with _made(out),held():
         scores = _score(seg, df, out/notes_file, overwrite, split=split, trained=trained, **kwargs)
         write_text(out/'metrics.csv', scores.to_csv(index=False))
-        kept = {k:scores.attrs.get(k, {}) for k in _kept}
+        kept = {k:scores.attrs.get(k, {}) for k in kept_beside}
         write_text(out/'metrics.json', json.dumps({**about, **kept}))
         for m in ('dice','hd95'): plot_scores(scores, m, out=out/'figures'/f'{m}.png')
         plot_scans(seg, df[df.scan.isin(scores.scan)], scores, out=out/'figures'/'worst.png')
@@ -116,8 +117,6 @@ def _with_known_parts(run, df):
     found = [where.get(os.path.realpath(o), 'unknown') for o in df.image]
     return df.assign(split=found) if set(found)!={'unknown'} else df
 
-_kept = ('problems','left_out') # beside the table
-
 def _about_scores(model, df, split, options):
     "What scores depend on, in a few words"
     scans = df[['scan','image','mask']].to_csv(index=False).encode('utf-8', 'surrogateescape')
@@ -131,9 +130,7 @@ def _scores_of_before(out, about):
     except (OSError, ValueError): before = {}
     if not isinstance(before, dict) or {k:before.get(k) for k in about}!=about:
         raise FileExistsError(f'{out/"metrics.csv"}: exists, with other scores; choose another folder, or overwrite it')
-    scores = pd.read_csv(out/'metrics.csv', dtype=dict(subject=str, scan=str))
-    scores.attrs.update({k:before.get(k, {}) for k in _kept})
-    return scores
+    return read_scores(out/'metrics.csv')
 
 def _score(seg, df, notes, overwrite, **kwargs):
     "`evaluate_cohort`, which goes on where it was killed; with `overwrite`, another model's notes are no obstacle"

@@ -19,6 +19,7 @@ from fastmiseg.scans.cohort import load_cohort, save_cohort
 from fastmiseg.scans.messages import VolumeError
 from fastmiseg.scans.layout import CohortError, layouts
 from fastmiseg.scans.volume import read_volume, write_volume
+from fastmiseg.scores import read_scores
 from fastmiseg.segmenter import load_segmenter
 from fastmiseg.settings import Settings
 
@@ -231,6 +232,7 @@ def test_repeated_evaluation_shows_the_table_again(run, capsys, tmp_path, monkey
     monkeypatch.setattr('fastmiseg.run_model.evaluate_cohort', None)
     again = evaluate_run(run, overwrite=False)
     pd.testing.assert_frame_equal(again, train_table, check_dtype=False)
+    assert again.attrs==train_table.attrs
     cli.evaluate(str(run))
     assert 'RV' in (said := capsys.readouterr().out) and f'{run}/metrics.csv' in said
     with pytest.raises(FileExistsError, match='metrics.csv: exists, with other scores; '
@@ -292,9 +294,15 @@ def test_folds(ten, capsys, monkeypatch):
         with pytest.raises(KeyboardInterrupt): train_run(ten, out, folds=4, **kw)
     assert sorted(o.name for o in out.iterdir())==['config.json','fold0','fold1','fold2','fold3','slices','split.csv']
     first = (out/'fold0'/'model.safetensors').stat().st_mtime_ns
-    cli.train(out=str(out), resume=True, workers=0)
+    file = out/'fold0'/'metrics.csv'
+    one = read_scores(file)
+    one.assign(subject='001', **{'class':one['class'].replace('class1', 'NA')}).to_csv(file, index=False)
+    file.with_suffix('.json').write_text('{"problems": {"heart007": "is damaged"}}')
+    with pytest.raises(SystemExit, match='1'): cli.train(out=str(out), resume=True, workers=0)
     assert (out/'fold0'/'model.safetensors').stat().st_mtime_ns==first
-    said = capsys.readouterr().out
+    said,err = capsys.readouterr()
+    assert 'heart007: is damaged\n1 scans could not be used' in err
+    assert '001' in set(read_scores(out/'metrics.csv').subject) and ' NA ' in said
     assert f'{out/"fold0"} (1 of 4)\nis finished' in said and f'{out/"fold3"} (4 of 4)' in said and 'fold' in said
     parts = [load_cohort(out/f'fold{k}'/'split.csv', 'csv') for k in range(4)]
     assert len({o.scan[o.split=='valid'].item() for o in parts})==4

@@ -398,6 +398,12 @@ def test_processes_add_runs_at_the_same_time(tmp_path):
         pd.testing.assert_frame_equal(of_run[o['id']][[*some_scores(seed)]].reset_index(drop=True),
                                       some_scores(seed), check_exact=True)
 
+def test_names_come_back_as_they_are(tmp_path):
+    scores = some_scores(0)
+    scores['class'],scores['subject'] = 'NA','001'
+    Evidence(tmp_path).add(some_run(0), scores, versions='v', threads=1, seconds=1, curve={})
+    pd.testing.assert_frame_equal(Evidence(tmp_path).scores()[[*scores]], scores, check_exact=True)
+
 def test_a_run_that_was_cut_while_it_was_added(tmp_path, monkeypatch):
     "Scores without their run are no run, and do not stand beside those of the next call"
     from fastmiseg.study import evidence

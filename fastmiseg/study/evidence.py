@@ -106,7 +106,7 @@ class Evidence:
 
     def scores(self)->pd.DataFrame: # run, subject, scan, class, dice, hd95, assd, sensitivity, precision
         "The scores of all runs"
-        df = pd.read_csv(self._scores, dtype=str)
+        df = pd.read_csv(self._scores, dtype=str, keep_default_na=False, na_values=[''])
         return df.astype({k:float for k in df if k not in ('run','subject','scan','class')}) # with all digits
 
     def add(self,

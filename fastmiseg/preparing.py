@@ -15,8 +15,9 @@ import pandas as pd
 from .scans.cohort import find_duplicates, load_cohort
 from .scans.split import split_cohort
 from .scans.formats import extension
-from .scans.layout import layouts
+from .scans.layout import cohort_frame, layouts, stem
 from .scans.recipe import Recipe
+from .scans.volume import choose_volume, split_choice
 
 # %% ../nbs/32_preparing.ipynb #7317d583
 def share(
@@ -87,10 +88,13 @@ class Reading:
 
     def load_any(self,
         data:str|Path # a scan, a folder of scans in any order or in none, or a CSV
-    )->pd.DataFrame|list: # cohort, or a list of one path
+    )->pd.DataFrame: # cohort
         "The scans of `data`, masks or not, for a prediction"
+        file,_ = split_choice(data)
+        if os.path.isfile(file) and extension(file):
+            image,name = choose_volume(data, self.series, self.phase, self.form),stem(file)
+            return cohort_frame([dict(subject=name, scan=name, image=image, mask=None)])
         data = Path(data)
-        if data.is_file() and extension(data): return [data]
         unknown = data.is_dir() and self.layout is None and not any(o.matches(data) for o in layouts.values())
         return (replace(self, layout='folder') if unknown else self).load(data)
 

@@ -3,7 +3,7 @@ import contextlib, inspect, json, os, shutil, warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest
+import nibabel as nib, numpy as np, pandas as pd, pytest
 from fastai.basics import Callback
 from fastcore.script import anno_parser
 
@@ -122,6 +122,30 @@ def test_prediction_of_a_folder_in_no_order_says_what_is_wrong_with_one_in_order
     with pytest.raises(CohortError, match='several kinds'):
         predict_scans(run, tmp_path/'b', tmp_path/'segs', progress=False)
     assert len(predict_scans(run, tmp_path/'b', tmp_path/'segs2', suffix='T2w', progress=False))==1
+
+def test_prediction_of_one_scan_is_read_as_the_options_say(run, hearts, tmp_path, monkeypatch, capsys):
+    "Under its plain name; what its kind of file does not have is refused"
+    scan = nib.load(hearts.df.image[0])
+    mirrored = scan.affine@np.diag([-1,1,1,1])
+    both = nib.Nifti1Image(np.asarray(scan.dataobj), scan.affine)
+    both.set_qform(scan.affine, 1)
+    both.set_sform(mirrored, 2)
+    both.to_filename(file := tmp_path/'two.nii.gz')
+    def predict(name, data, **kw):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            row = predict_scans(run, data, tmp_path/name, progress=False, **kw).iloc[0]
+        return row,{k for o in said for k in ('qform','sform') if f'the {k} was taken' in str(o.message)}
+    for name,data,kw in (('a',file,dict(form='sform')), ('b',f'{file}#form=sform',{}),
+                         ('c',f'{file}#form=qform',dict(form='sform'))):
+        row,taken = predict(name, data, **kw)
+        assert (row.image,row.scan,row.out)==(f'{file}#form=sform','two',str(tmp_path/name/'two.nii.gz'))
+        assert taken=={'sform'}
+    assert predict('d', file)[1]=={'qform'}
+    assert "series='1' does not apply" in predict('e', file, series=1)[0].problem
+    monkeypatch.chdir(tmp_path)
+    cli.predict(str(run), 'two.nii.gz#form=qform', 'f')
+    assert '1 segmentation in f' in capsys.readouterr().out and (tmp_path/'f'/'two.nii.gz').exists()
 
 # -- before any work -------------------------------------------------------------------------------------------------
 def test_nothing_unlabelled_is_said_before_slices_are_prepared(hearts, prepared, tmp_path, monkeypatch):

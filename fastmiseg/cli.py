@@ -73,8 +73,8 @@ def polite(
         except (ValueError, OSError, FloatingPointError) as e:
             say(e)
             sys.exit(2)
-        except KeyboardInterrupt:
-            print(f'\n{name}: interrupted{after}', file=sys.stderr)
+        except KeyboardInterrupt as e:
+            print(f'\n{name}: interrupted{str(e) or after}', file=sys.stderr)
             sys.exit(130)
         except Exception:
             traceback.print_exc()

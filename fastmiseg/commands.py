@@ -22,7 +22,8 @@ from .methods import methods
 from .plots import plot_clusters, plot_joints, plot_tsne
 from .preparing import Preparation, divide_options, parts_in_words
 from .processes import alone, gather, join_processes, processes
-from .run_folder import RunError, check_store, check_unused, in_use, new_run, read_config, write_config
+from .run_folder import (
+    RunError, check_store, check_unused, clear_run, in_use, new_run, read_config, write_config)
 from .run_model import write_scores
 from .scans.cohort import load_cohort, save_cohort
 from .scans.store import SliceStore
@@ -58,13 +59,25 @@ def _prepare(held, data, out, seed, workers, skip_bad, overwrite, settings, say,
     def announce(df):
         write_config(out, 'slices', seed, recipe, settings)
         save_cohort(df, out/'split.csv')
-    if settings: announce(df)
-    try: store = SliceStore(out/'slices', recipe).prepare(df, workers=workers, skip_bad=skip_bad)
-    except Exception:
-        for o in ('config.json','split.csv'): (out/o).unlink(missing_ok=True)
-        raise
-    if not settings: announce(df[~df.scan.isin(store.problems.scan)])
+    with _in_place_of(out) as old:
+        early = settings and not old # so that a run which is interrupted from here on can be resumed
+        if early: announce(df)
+        try: store = SliceStore(out/'slices', recipe).prepare(df, workers=workers, skip_bad=skip_bad)
+        except Exception:
+            for o in () if old else ('config.json','split.csv'): (out/o).unlink(missing_ok=True)
+            raise
+    if not early: announce(df if settings else df[~df.scan.isin(store.problems.scan)])
     return store.problems
+
+@contextmanager
+def _in_place_of(out):
+    "Inside, a run that is to be replaced is as it was, whatever goes wrong; afterwards it is gone"
+    old = (out/'config.json').exists()
+    try: yield old
+    except KeyboardInterrupt:
+        if not old: raise
+        raise KeyboardInterrupt(f'; the run in {out} is as it was, what is prepared is kept, call it again') from None
+    if old: clear_run(out)
 
 def _tell_preparation(say, df, recipe, store):
     say(parts_in_words(df))
@@ -102,7 +115,8 @@ def _begin(held, data, out, settings, overwrite, workers, folds, say, choices):
     prepared = (Path(data)/'config.json').exists()
     if prepared: _check_unchanged(data, out, choices)
     else: check_unused(data) # it may be one that is being prepared
-    if folds is not None: _begin_folds(held, data, out, settings, overwrite, prepared, folds, say, choices)
+    if folds is not None:
+        _begin_folds(held, data, out, settings, overwrite, workers, prepared, folds, say, choices)
     elif prepared: _begin_from(held, data, out, settings, overwrite, say)
     else: _prepare(held, data, out, settings.seed, workers, settings.skip_bad, overwrite, settings, say, choices)
 
@@ -136,11 +150,12 @@ def _begin_from(held, prepared, out, settings, overwrite, say):
     check_scans(settings, df)
     settings.check_T(c['recipe'])
     out = new_run(out, overwrite, held)
+    clear_run(out)
     if say: _tell_preparation(say, df, c['recipe'], c['store'])
     write_config(out, str(c['store'].resolve()), c['seed'], c['recipe'], settings)
     save_cohort(df, out/'split.csv')
 
-def _begin_folds(held, data, out, settings, overwrite, prepared, folds, say, choices):
+def _begin_folds(held, data, out, settings, overwrite, workers, prepared, folds, say, choices):
     "A run folder for each fold, inside of another one; what announces them is written last"
     choice = Preparation(**choices)
     c,df = _prepared(data) if prepared else (None, choice.load(data))
@@ -152,8 +167,11 @@ def _begin_folds(held, data, out, settings, overwrite, prepared, folds, say, cho
     settings.check_T(recipe)
     out = new_run(out, overwrite, held)
     store,name = (c['store'].resolve(),)*2 if prepared else (out/'slices','slices')
-    store.mkdir(exist_ok=True)
     if say: _tell_preparation(say, parts[0], recipe, store)
+    with _in_place_of(out) as old:
+        for o in parts if old and not prepared else ():
+            SliceStore(store, recipe).prepare(o, workers=workers, skip_bad=settings.skip_bad)
+    store.mkdir(exist_ok=True)
     for k,o in enumerate(parts):
         (out/f'fold{k}').mkdir(exist_ok=True)
         save_cohort(o, out/f'fold{k}'/'split.csv')

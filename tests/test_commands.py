@@ -176,6 +176,35 @@ def test_in_the_words_of_the_command_line(hearts, tmp_path, capsys):
     assert ('1 of 6 scans cannot be used' in said and 'leave them out with --skip-bad:' in said
             and 'skip_bad' not in said)
 
+@pytest.mark.parametrize('how', ['train','folds','prepare'])
+def test_a_run_is_replaced_when_the_next_one_is_prepared(run, hearts, tmp_path, monkeypatch, capsys, how):
+    "Not before: a broken scan, or Ctrl-C, leaves the finished model where it is"
+    shutil.copytree(run, out := tmp_path/'run')
+    def there(): return {o:o.stat().st_mtime_ns for o in out.rglob('*') if 'slices' not in o.parts}
+    before = there()
+    (tmp_path/'bad.nii.gz').write_bytes(b'x')
+    df = hearts.df[:8].drop(columns='split')
+    df.loc[0,'image'] = str(tmp_path/'bad.nii.gz')
+    df.attrs.update(hearts.df.attrs)
+    csv = save_cohort(df, tmp_path/'c.csv')
+    kw = dict(recipe=hearts.recipe, labeled=2, test=1, workers=0, overwrite=True)
+    command = cli.prepare if how=='prepare' else cli.train
+    if how!='prepare': kw.update(tiny)
+    if how=='folds': kw.update(folds=2)
+    with pytest.raises(SystemExit, match='2'): command(str(csv), str(out), **kw)
+    assert '1 of 8 scans cannot be used' in capsys.readouterr().err and there()==before
+    def stop(*args, **kwargs): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(C.SliceStore, 'prepare', stop)
+        with pytest.raises(SystemExit, match='130'): command(str(csv), str(out), **kw)
+    assert (f': interrupted; the run in {out} is as it was, what is prepared is kept, call it again\n'
+            in capsys.readouterr().err and there()==before)
+    monkeypatch.setattr(C, '_resume', lambda run, *args: None)
+    with pytest.raises(SystemExit, match='1') if how=='prepare' else contextlib.nullcontext():
+        command(str(csv), str(out), skip_bad=True, **kw)
+    assert sorted(os.listdir(out))==['config.json',*['fold0','fold1']*(how=='folds'),'slices','split.csv']
+    assert ('train' in read_config(out))==(how!='prepare')
+
 # -- config.json -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('changes,said', [
     (dict(store=5), "config.json: is damaged .store: expected str, got '5'"),

@@ -56,6 +56,20 @@ def test_classes_without_names_are_said(hearts):
     C._tell_preparation(said.append, hearts.df, hearts.recipe, 'slices')
     assert not [o for o in said if '--classes' in o]
 
+def test_names_for_masks_of_0_and_255(hearts, tmp_path):
+    "The advice that classes have no names can be followed"
+    for o in ('images','masks'): (tmp_path/'scans'/o).mkdir(parents=True)
+    for r in hearts.df[:3].itertuples():
+        os.link(r.image, tmp_path/'scans'/'images'/f'{r.scan}.nii.gz')
+        mask = read_volume(r.mask)
+        write_volume(mask.like((mask.array>0).astype(np.uint8)*255), tmp_path/'scans'/'masks'/f'{r.scan}.nii.gz')
+    kw = dict(size=[32], labeled=1, valid=1, workers=0)
+    prepare_run(tmp_path/'scans', tmp_path/'a', say=(said := []).append, **kw)
+    assert 'the classes have no names: --classes background,NAME gives them' in said
+    prepare_run(tmp_path/'scans', tmp_path/'b', classes=['background','heart'], **kw)
+    a,b = (read_config(tmp_path/o)['recipe'] for o in 'ab')
+    assert (b.classes, b.labels)==(('background','heart'), a.labels) and a.labels[255]==1
+
 # -- reading ---------------------------------------------------------------------------------------------------------
 def test_every_option_of_the_readers_is_one_of_the_commands():
     of_readers = {k for o in layouts.values() for k in list(inspect.signature(o.read).parameters)[1:]}

@@ -243,6 +243,19 @@ def test_auto_with_names(tmp_path):
     named = Recipe.auto(df, classes=('bg','ball','shell'))
     assert (named.classes, named.labels)==(('bg','ball','shell'), {205:1, 420:2})
 
+def test_names_that_are_given_for_odd_values(tmp_path):
+    "As the command line has them: the cohort knows them too, but not what is stored"
+    df = cohort(tmp_path, values=(0,255,255))
+    df.attrs['classes'] = given = ('background','ball')
+    assert (Recipe.auto(df, classes=given).classes, Recipe.auto(df, classes=given).labels)==(given, {0:0, 255:1})
+    assert Recipe.auto(df).labels is None                                   # a layout's own names are for its values
+    df = cohort(tmp_path, values=(0,1,3))
+    for attrs in ({}, dict(classes=('background','a','b','c'))):
+        df.attrs = attrs
+        assert Recipe.auto(df, classes=['background','a','b','c']).labels is None
+    df.attrs['classes'] = ('background','a')
+    assert Recipe.auto(df, classes=('background','a')).labels is None       # who prepares names the masks with a 3
+
 def test_a_recipe_without_classes_takes_the_cohorts(tmp_path):
     df = cohort(tmp_path, values=(0,205,420))
     df.attrs.update(classes=('background','ball','shell'), labels={205:1, 420:2})

@@ -186,10 +186,13 @@ def propose_classes(
     "Which classes the masks of a cohort hold"
     found = {int(v) for v in set().union(*[o['values'] for o in seen])}
     values = [0, *sorted(found-{0})]
-    known = df.attrs.get('classes')
+    known,labels = df.attrs.get('classes'),df.attrs.get('labels')
     if not (names or known): _check_lossy(seen, values)
     _say_background(seen, values)
-    if known: return names or known, df.attrs.get('labels')
+    positions = range(len(names or known or ()))
+    # names that somebody gives are for the values that are there; where these are more, some masks are wrong
+    if set(values)<=set(positions) or known and (labels or not names or len(names)<len(values)):
+        return names or known, labels
     _check_values(seen, values)
     if names and len(names)<len(values):
         raise ValueError(f'Recipe.auto: classes: {len(names)} names ({listed(names)}) for {len(values)} values in the '

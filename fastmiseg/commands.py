@@ -6,24 +6,27 @@
 __all__ = ['prepare_run', 'train_run', 'settings_from', 'resume_run']
 
 # %% ../nbs/76_commands.ipynb #760d2ee4
-import json, sys
+import sys
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
 import pandas as pd
 import torch
+from fastai.callback.core import Callback
 
 from .callback.log import plot_training
 from .callback.mireg import MIRegCallback
-from .files import read_json, write_text
+from .callback.resume import ResumeCallback
+from .files import write_text
 from .lock import only_one
 from .methods import methods
 from .plots import plot_clusters, plot_joints, plot_tsne
 from .preparing import Preparation, divide_options, parts_in_words
 from .processes import alone, gather, join_processes, processes
 from .run_folder import (
-    RunError, check_store, check_unused, clear_run, in_use, new_run, read_config, write_config)
+    RunError, change_config, check_store, check_unused, clear_run, in_use, new_run, read_config, write_config)
 from .run_model import write_scores
 from .scans.cohort import load_cohort, save_cohort
 from .scans.store import SliceStore
@@ -212,9 +215,17 @@ def resume_run(
     with ExitStack() as held:
         with _by_the_first() as first:
             if first: held.enter_context(only_one(run, in_use))
-        return _resume(run, c, workers, say, cbs, changes)
+        return _resume(run, c, workers, say, cbs, {**c['changed'], **changes})
+
+class _Changed(Callback):
+    "Notes the changes of a training in its run, when its checkpoint has accepted them"
+    order = ResumeCallback.order+1
+    def __init__(self, run, changes): self.note = partial(change_config, run, changed=changes)
+    def before_fit(self):
+        if not processes()[0]: self.note()
 
 def _resume(run, c, workers, say, cbs, changes):
+    if changes: cbs = [*(cbs or ()), _Changed(run, changes)]
     if 'folds' in c: return _resume_folds(run, c['folds'], workers, say, cbs, changes)
     if 'train' not in c:
         raise RunError(f'{run}: is prepared, but no training was begun in it; train from it into another folder')
@@ -225,10 +236,9 @@ def _resume(run, c, workers, say, cbs, changes):
                     more=cbs)
     if processes()[0]: return None
     with alone():
-        if changes:
-            config = {**read_json(run/'config.json'), 'train':s.to_dict()}
-            write_text(run/'config.json', json.dumps(config, indent=1))
-        return _finish(run, s, c, learn, cbs, df)
+        scores = _finish(run, s, c, learn, cbs, df)
+        if changes: change_config(run, train=s.to_dict(), changed=None)
+        return scores
 
 def _tell_training(say, s, run):
     if processes()[0]: return
@@ -246,7 +256,9 @@ def _resume_folds(run, n, workers, say, cbs, changes):
     for k in range(n):
         fold = run/f'fold{k}'
         if say and not processes()[0]: say(f'\n{fold} ({k+1} of {n})')
-        if not changes and (fold/'model.safetensors').exists() and (fold/'metrics.csv').exists():
+        c = read_config(fold)
+        as_asked = not c['changed'] and c['train'].changed(**changes)==c['train']
+        if as_asked and (fold/'model.safetensors').exists() and (fold/'metrics.csv').exists():
             found = read_scores(fold/'metrics.csv')
             if say and not processes()[0]: say('is finished')
         else: found = resume_run(fold, workers, say, cbs, **changes)
@@ -256,6 +268,7 @@ def _resume_folds(run, n, workers, say, cbs, changes):
     if processes()[0]: return None
     scores = pd.concat(scores, ignore_index=True)
     write_text(run/'metrics.csv', scores.to_csv(index=False))
+    if changes: change_config(run, changed=None)
     scores.attrs['problems'] = problems
     return scores
 

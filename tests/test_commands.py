@@ -232,6 +232,8 @@ def test_a_run_is_replaced_when_the_next_one_is_prepared(run, hearts, tmp_path, 
     (dict(train={'x':1}), "there is no 'x'"),
     (dict(train={'method':'mine'}),
      "config.json: was trained with the method 'mine', which is not known here; install the package"),
+    (dict(changed={'epoch':3}), "config.json: is damaged .settings: there is no 'epoch'"),
+    (dict(changed=[1]), 'config.json: is damaged'),
     (dict(train={'method':[]}), 'method: expected str'),
     (dict(train=[[]]), 'settings: expected names and values'),
     (dict(train={'mireg':{'a':[[[[]]]]}}), "mireg: MIRegCallback takes no 'a' here"),
@@ -266,6 +268,27 @@ def test_slices_elsewhere_must_be_there(run, prepared, tmp_path):
             resume_run(tmp_path, 0)
         with pytest.raises(RunError, match='nowhere'): train_run(tmp_path, tmp_path/'run', workers=0, **tiny)
     assert not (tmp_path.parent/'nowhere').exists() and not (tmp_path/'run').exists()
+
+# -- changes on the way ----------------------------------------------------------------------------------------------
+class CtrlC(Callback):
+    "When the second epoch begins, so before there is a checkpoint of it"
+    def before_train(self):
+        if self.epoch==1: raise KeyboardInterrupt
+
+def test_changes_outlive_ctrl_c(run, tmp_path):
+    "What is printed, --resume alone, goes on as it was asked for; and a change that was refused leaves no trace"
+    shutil.copytree(run, tmp_path/'run')
+    config = (tmp_path/'run'/'config.json').read_text()
+    with pytest.raises(ValueError, match='has the weights of another network'): resume_run(tmp_path/'run', 0, width=3)
+    assert (tmp_path/'run'/'config.json').read_text()==config
+    with pytest.raises(KeyboardInterrupt): resume_run(tmp_path/'run', 0, cbs=[CtrlC()], epochs=2)
+    assert read_config(tmp_path/'run')['changed']==dict(epochs=2)
+    with pytest.raises(KeyboardInterrupt): resume_run(tmp_path/'run', 0, cbs=[CtrlC()], lr=.02)
+    resume_run(tmp_path/'run', 0)
+    assert len(pd.read_csv(tmp_path/'run'/'log.csv'))==2
+    about = load_segmenter(tmp_path/'run'/'model.safetensors', 'cpu').about['provenance']['training']
+    assert (about['epochs'],about['lr'])==(2,.02)
+    assert json.loads((tmp_path/'run'/'config.json').read_text())=={**json.loads(config), 'train':about}
 
 # -- evaluation ------------------------------------------------------------------------------------------------------
 def test_evaluation_goes_on_where_it_was_killed(run, tmp_path, monkeypatch):
@@ -380,7 +403,7 @@ def test_folds(ten, capsys, monkeypatch):
     assert (sorted(o.name for o in out.iterdir())==['config.json','fold0','fold1','metrics.csv','slices','split.csv']
             and again.scan.nunique()==4)
 
-def test_folds_of_what_is_prepared(prepared, tmp_path):
+def test_folds_of_what_is_prepared(prepared, tmp_path, monkeypatch):
     "Its test scans stay, masks that were put aside are not used"
     train_run(prepared, tmp_path/'run', folds=2, workers=0, **{**tiny, 'method':'consistency'})
     before = load_cohort(prepared/'split.csv', 'csv').set_index('scan').split
@@ -395,6 +418,14 @@ def test_folds_of_what_is_prepared(prepared, tmp_path):
     read = lambda df, folder: read_volume(tmp_path/folder/f'{df.scan[0]}_probabilities.nii.gz', channels=True).array
     np.testing.assert_allclose(read(whole, 'run'), (read(one, 'fold0')+read(two, 'fold1'))/2, atol=1e-5)
     assert set(evaluate_run(tmp_path/'run', out=tmp_path/'scores', progress=False).split)=={'test'}
+    with pytest.raises(KeyboardInterrupt): # in the first fold; the second one has heard of nothing yet
+        resume_run(tmp_path/'run', 0, cbs=[CtrlC()], epochs=2)
+    resume_run(tmp_path/'run', 0)
+    for o in ('fold0','fold1'):
+        assert len(pd.read_csv(tmp_path/'run'/o/'log.csv'))==read_config(tmp_path/'run'/o)['train'].epochs==2
+    assert 'changed' not in (tmp_path/'run'/'config.json').read_text()
+    monkeypatch.setattr(C, 'fit', None)
+    assert set(resume_run(tmp_path/'run', 0, epochs=2).fold)=={0,1}
     with pytest.raises(CohortError, match='folds=9'): train_run(prepared, tmp_path/'more', folds=9, workers=0, **tiny)
     assert not (tmp_path/'more').exists()
 

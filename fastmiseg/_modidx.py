@@ -592,6 +592,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'fastmiseg/callback/teacher.py')},
             'fastmiseg.cli': { 'fastmiseg.cli._bars_or_lines': ('cli.html#_bars_or_lines', 'fastmiseg/cli.py'),
                                'fastmiseg.cli._beside': ('cli.html#_beside', 'fastmiseg/cli.py'),
+                               'fastmiseg.cli._check_resumed': ('cli.html#_check_resumed', 'fastmiseg/cli.py'),
                                'fastmiseg.cli._list': ('cli.html#_list', 'fastmiseg/cli.py'),
                                'fastmiseg.cli._options_of': ('cli.html#_options_of', 'fastmiseg/cli.py'),
                                'fastmiseg.cli._print_scores': ('cli.html#_print_scores', 'fastmiseg/cli.py'),

@@ -170,6 +170,15 @@ def prepare(
         print(f'\nsplit: {out}/split.csv\nnext: fastmiseg-train {out} --out {_beside(out)}')
         _report(list(bad.problem))
 
+def _check_resumed(given):
+    "An error for options that a run which goes on cannot take"
+    may = {f.name for f in fields(Settings)}
+    odd = ['--'+k.replace('_', '-') for k,o in given.items() if k not in may and o is not None and o is not False]
+    if not odd: return
+    raise ValueError(f"{', '.join(odd)}: not with --resume: a run that goes on keeps its scans, their split and their "
+                     'slices. It takes --workers, and settings of the training (--epochs, --lr, --method, ...); for '
+                     'all else begin another run')
+
 @call_parse
 @with_options(Preparation, Settings)
 def train(
@@ -197,7 +206,9 @@ def train(
         from fastmiseg.progress import EpochLines
         if resume and data is not None: raise ValueError('DATA: the run knows its scans; leave it out with --resume')
         if not resume and data is None: raise ValueError('DATA: missing; give a folder or CSV of scans, or --resume')
-        if resume: scores = resume_run(out, workers, print, [EpochLines()], **options)
+        if resume:
+            _check_resumed(dict(settings=settings, overwrite=overwrite, folds=folds, **options))
+            scores = resume_run(out, workers, print, [EpochLines()], **options)
         else:
             scores = train_run(data, out, settings, overwrite, workers, folds, print, [EpochLines()], **options)
         if scores is None: return # one of several processes, and not the first

@@ -219,6 +219,19 @@ def test_a_run_is_replaced_when_the_next_one_is_prepared(run, hearts, tmp_path, 
     assert sorted(os.listdir(out))==['config.json',*['fold0','fold1']*(how=='folds'),'slices','split.csv']
     assert ('train' in read_config(out))==(how!='prepare')
 
+def test_what_a_resumed_run_does_not_take(monkeypatch, capsys):
+    monkeypatch.setattr(C, 'resume_run', lambda run, workers, say, cbs, **changes: print(changes))
+    words = ['--out','r','--resume','--epochs','20','--seed','0','--one-cycle','no','--workers','2']
+    cli.train(**given(cli.train, *words))
+    assert capsys.readouterr().out=="{'epochs': 20, 'one_cycle': False, 'seed': 0}\n"
+    for more,names in ((['--settings','x.json','--folds','5','--overwrite'], '--settings, --overwrite, --folds'),
+                       (['--size','96'], '--size'), (['--test','0','--mask-suffix','_m'], '--mask-suffix, --test')):
+        with pytest.raises(SystemExit, match='2'): cli.train(**given(cli.train, *words, *more))
+        assert capsys.readouterr().err==(
+            f'fastmiseg-train: {names}: not with --resume: a run that goes on keeps its scans, their split and their '
+            'slices. It takes --workers, and settings of the training (--epochs, --lr, --method, ...); for all else '
+            'begin another run\n')
+
 # -- config.json -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('changes,said', [
     (dict(store=5), "config.json: is damaged .store: expected str, got '5'"),

@@ -964,6 +964,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fastmiseg.packed.PackedSlices.verify': ('packed.html#packedslices.verify', 'fastmiseg/packed.py'),
                                   'fastmiseg.packed.PackedSlices.where': ('packed.html#packedslices.where', 'fastmiseg/packed.py'),
                                   'fastmiseg.packed._checked': ('packed.html#_checked', 'fastmiseg/packed.py'),
+                                  'fastmiseg.packed._is_path': ('packed.html#_is_path', 'fastmiseg/packed.py'),
                                   'fastmiseg.packed._read': ('packed.html#_read', 'fastmiseg/packed.py'),
                                   'fastmiseg.packed._reopened': ('packed.html#_reopened', 'fastmiseg/packed.py'),
                                   'fastmiseg.packed.is_packed': ('packed.html#is_packed', 'fastmiseg/packed.py'),

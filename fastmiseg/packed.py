@@ -6,7 +6,7 @@
 __all__ = ['scan_content', 'pack_slices', 'is_packed', 'PackedSlices', 'open_store']
 
 # %% ../nbs/31_packed.ipynb #2dbf2dbf
-import hashlib, json, zipfile
+import hashlib, json, os, zipfile
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,11 +23,13 @@ from .scans.volume import scan_files
 # %% ../nbs/31_packed.ipynb #4444ca2e
 _ending,_format = '.slices.npz',1
 
+def _is_path(o): return isinstance(o, (str,os.PathLike))
+
 def scan_content(
     row:tuple|pd.Series # of a cohort: `image`, `mask`
 )->str:
     "A checksum of the files of a scan and its mask"
-    files = [f for o in (row.image, row.mask) if isinstance(o, str) for f in scan_files(o) if Path(f).is_file()]
+    files = [f for o in (row.image, row.mask) if _is_path(o) for f in scan_files(o) if Path(f).is_file()]
     return hashlib.blake2b('|'.join(map(digest, files)).encode(), digest_size=12).hexdigest()
 
 def pack_slices(
@@ -43,9 +45,9 @@ def pack_slices(
     df = df.drop(columns='split', errors='ignore').reset_index(drop=True)
     slices = SliceStore(store, recipe).prepare(df, progress=False)
     images = [to_steps(slices.image(o, slice(None))) for o in df.scan]
-    masks = [slices.mask(r.scan, slice(None)) for r in df.itertuples() if isinstance(r.mask, str)]
+    masks = [slices.mask(r.scan, slice(None)) for r in df.itertuples() if _is_path(r.mask)]
     cohort = df.assign(content=[scan_content(r) for r in df.itertuples()], image=df.scan,
-                       mask=[r.scan if isinstance(r.mask, str) else None for r in df.itertuples()])
+                       mask=[r.scan if _is_path(r.mask) else None for r in df.itertuples()])
     about = dict(format=_format, recipe=recipe.to_dict(), cohort=cohort.to_dict('list'), n=[len(o) for o in images],
                  where=[slices.where(o).to_dict() for o in df.scan], duplicates=find_duplicates(df),
                  attrs={k:df.attrs.get(k) for k in ('classes','labels')})
@@ -120,7 +122,7 @@ class PackedSlices:
                              'pack the cohort again')
         res = type(self)(self.path, self.recipe)
         rows = [(r, self._held.scans[r.scan], getattr(r, 'split', None)) for r in df.itertuples()]
-        masks = [None if o.mask is None or split=='unlabeled' or not isinstance(r.mask, str) else r.scan
+        masks = [None if o.mask is None or split=='unlabeled' or not _is_path(r.mask) else r.scan
                  for r,o,split in rows]
         res.scans = pd.DataFrame([dict(subject=r.subject, scan=r.scan, split=split, n=o.n, image=r.scan, mask=mask)
                                   for (r,o,split),mask in zip(rows, masks)])

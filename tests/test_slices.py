@@ -8,6 +8,7 @@ import SimpleITK as sitk
 from hypothesis import given, settings, strategies as st
 from scipy.ndimage import map_coordinates
 
+from fastmiseg.packed import PackedSlices, pack_slices
 from fastmiseg.scans.placement import Placement, _warp, orient
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.messages import VolumeError
@@ -242,6 +243,17 @@ def test_auto_with_names(tmp_path):
     df.attrs.update(classes=('background','x','y'), labels={205:1, 420:2})
     named = Recipe.auto(df, classes=('bg','ball','shell'))
     assert (named.classes, named.labels)==(('bg','ball','shell'), {205:1, 420:2})
+
+def test_paths_that_are_no_text(tmp_path):
+    "Are masks all the same: for a recipe, and where slices are packed"
+    df = cohort(tmp_path)
+    paths = df.assign(image=df.image.map(Path), mask=df['mask'].map(Path))
+    r = Recipe.auto(df)
+    assert Recipe.auto(paths)==r and len(r.classes)==3
+    files = [pack_slices(o, r, tmp_path/f'{k}.slices.npz', tmp_path/'store') for k,o in enumerate((df,paths))]
+    a,b = map(PackedSlices, files)
+    pd.testing.assert_frame_equal(a.cohort, b.cohort)
+    assert b.cohort['mask'].notna().all() and b.prepare(paths).scans['mask'].notna().tolist()==[True,False,True,True]
 
 def test_names_that_are_given_for_odd_values(tmp_path):
     "As the command line has them: the cohort knows them too, but not what is stored"

@@ -9,6 +9,8 @@ from __future__ import annotations
 __all__ = ['scan_profile', 'summarise_profiles', 'how_far', 'look_at', 'ct_window', 'common_grid']
 
 # %% ../../nbs/23_scans.profile.ipynb #39d330ff
+import os
+
 import numpy as np
 import pandas as pd
 
@@ -122,7 +124,8 @@ def look_at(
     "What matters for the slices of some scans; the masks of unlabelled ones stay closed"
     seen,bad = [],None
     for r in df.iloc[np.unique(np.linspace(0, len(df)-1, max_scans).astype(int))].itertuples():
-        labelled = isinstance(getattr(r, 'mask', None), str) and getattr(r, 'split', None)!='unlabeled'
+        there = isinstance(getattr(r, 'mask', None), (str,os.PathLike))
+        labelled = there and getattr(r, 'split', None)!='unlabeled'
         with collect_warnings(): # whoever prepares the scans tells them
             try: seen.append(_look(r, labelled))
             except VolumeError as e: bad = e

@@ -144,6 +144,17 @@ def test_folder_with_suffixes_and_subfolders(tmp_path, capsys):
     assert (df.attrs['layout']=='folder' and df.scan.tolist()==['anna_scan','bert_scan','carl_scan']
             and df.subject.tolist()==['anna','bert','carl'] and all_read(df))
 
+def test_masks_beside_the_images_in_their_folder(tmp_path, capsys):
+    for p in ('p1','q/p2'): put(tmp_path/'images', f'{p}.nii.gz', f'{p}_seg.nii.gz', seed=len(p))
+    put(tmp_path/'images', 'p3.nii.gz', seed=3)
+    df = load_cohort(tmp_path)
+    assert df.scan.tolist()==['p1','p3','q_p2'] and df['mask'].notna().tolist()==[True,False,True] and all_read(df)
+    assert 'folder: 3 scans of 3 subjects, 2 with masks (2 subjects)' in capsys.readouterr().out
+    put(tmp_path/'images', 'p3_roi.nii.gz')
+    assert 'p3_roi' in load_cohort(tmp_path).scan.tolist()
+    one = load_cohort(tmp_path, 'folder', images='images', masks='images', mask_suffix='_roi')
+    assert one.scan[one['mask'].notna()].tolist()==['p3'] and 'p1_seg' in one.scan.tolist()
+
 def test_folder_names(tmp_path):
     put(tmp_path, 'mr/a_t1.mha', 'truth/a_roi.mha')
     put(tmp_path, 'mr/a_t2.mha', seed=1)

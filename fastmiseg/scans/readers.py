@@ -193,7 +193,7 @@ def read_folder(
     mask_suffix:str|None=None,     # End of a mask's name, like '_seg'
     subject:str|Callable|None=None # Regular expression or function: whose scan, by its name; else each is its own
 )->pd.DataFrame:
-    "Images and masks in two folders, or side by side with suffixes"
+    "Images and masks in two folders, or side by side in one, with suffixes"
     iends = (image_suffix,) if image_suffix else image_endings
     mends = (mask_suffix,) if mask_suffix else mask_endings
     for o in (images,masks):
@@ -205,12 +205,13 @@ def read_folder(
     def name(f, base):
         folders = [unicodedata.normalize('NFC', o) for o in f.parent.relative_to(base).parts]
         return '_'.join([*folders, stem(f)])
-    if idir:
-        ii = [(name(f,idir),f) for f in scans_in(idir)]
-        mm = [(without_ending(name(f,mdir),mends),f) for f in (scans_in(mdir) if mdir else [])
+    base = idir or root
+    ff = [(name(f,base),f) for f in scans_in(base)]
+    if idir and mdir and mdir!=idir:
+        ii = ff
+        mm = [(without_ending(name(f,mdir),mends),f) for f in scans_in(mdir)
               if not mask_suffix or stem(f).endswith(mask_suffix)]
     else:
-        ff = [(name(f,root),f) for f in scans_in(root)]
         ii = [o for o in ff if not o[0].endswith(mends)]
         mm = [(without_ending(s, mends), f) for s,f in ff if s.endswith(mends)]
     ii = [(without_ending(s,iends),f) for s,f in ii if not image_suffix or s.endswith(image_suffix)]

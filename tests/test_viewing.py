@@ -91,7 +91,7 @@ def test_the_viewer_says_what_is_at_the_crosshair(tmp_path):
 
 def test_without_the_package_the_error_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'ipyniivue', None)
-    with pytest.raises(ImportError, match=r"needs the package ipyniivue.*pip install 'fastmiseg\[viewer\]'"):
+    with pytest.raises(ImportError, match='needs the package ipyniivue.*pip install ipyniivue, then restart'):
         view_scan(files(tmp_path)[0])
 
 def test_the_map_of_disagreement_belongs_to_its_scan(tmp_path):

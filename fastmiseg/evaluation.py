@@ -18,7 +18,7 @@ from .inference import ask_network, check_free, recipe_of, training_scans
 from .lock import only_one
 from .scans.cohort import find_images, short_digest, voxel_digest
 from .scans.formats import extension
-from .scans.layout import cohort_frame
+from .scans.layout import check_each_once, cohort_frame
 from .scans.recipe import Recipe
 from .scans.masks import read_mask
 from .scans.messages import VolumeError, VolumeWarning, collect_warnings, tell_warnings
@@ -27,16 +27,11 @@ from .surface import score_volume
 from .transforms import normalize_of
 
 # %% ../nbs/69_evaluation.ipynb #31ec28f5
-def _each_once(df):
-    "The cohort; an error where two scans have one name"
-    twice = df['scan'][df['scan'].duplicated()]
-    if not len(twice): return df
-    raise ValueError(f'scan: the cohort names {len(twice)} scan(s) twice ({", ".join(map(str, twice[:5]))}); expected '
-                     'unique names, for results and files go by them')
-
 def _as_cohort(scans):
     "Paths as a cohort; a cohort stays as it is"
-    if isinstance(scans, pd.DataFrame): return _each_once(scans)
+    if isinstance(scans, pd.DataFrame):
+        check_each_once(scans)
+        return scans
     paths = [str(o) for o in ([scans] if isinstance(scans, (str,Path)) else scans)]
     names = [Path(o).name[:-len(extension(o) or '') or None] for o in paths]
     return cohort_frame([dict(subject=n, scan=n, image=o, mask=None) for n,o in zip(names, paths)])
@@ -354,7 +349,8 @@ def evaluate_cohort(
     **kwargs              # for `score_volume`
 )->pd.DataFrame: # subject, scan, split, class, dice, hd95, assd (mm), sensitivity, precision, outside, diagonal
     "Segment and score the scans of a cohort that have a mask"
-    recipe,masked = recipe_of(learn, recipe),_each_once(df)[df['mask'].notna()]
+    check_each_once(df)
+    recipe,masked = recipe_of(learn, recipe),df[df['mask'].notna()]
     if not len(masked): raise ValueError("df: no scan has a mask, so there is nothing to compare with")
     _check_classes(recipe, df)
     masked = masked.assign(split=_parts(learn, masked))

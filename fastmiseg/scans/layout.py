@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['image_endings', 'mask_endings', 'layouts', 'stem', 'without_ending', 'plain_name', 'written_alike', 'CohortError',
-           'cohort_frame', 'walk', 'scans_in', 'Layout', 'layout']
+           'check_each_once', 'cohort_frame', 'walk', 'scans_in', 'Layout', 'layout']
 
 # %% ../../nbs/16_scans.layout.ipynb #2b40c270
 import os, re, unicodedata, warnings
@@ -88,6 +88,15 @@ def _check_names_of_masks(df):
         warnings.warn(f'{len(odd)} mask{"s are" if len(odd)>1 else " is"} called like the image of another scan, for '
                       f'example {r.mask}, which is given for {r.scan}, like that of {other.scan}: was a column sorted '
                       'or shifted alone?', stacklevel=4)
+
+def check_each_once(
+    df:pd.DataFrame # cohort
+):
+    "An error where two scans have one name, by which results and files go"
+    twice = df['scan'][df['scan'].duplicated()]
+    if not len(twice): return
+    raise ValueError(f'scan: the cohort names {len(twice)} scan(s) twice ({", ".join(map(str, twice[:5]))}); expected '
+                     'unique names, for results and files go by them')
 
 def cohort_frame(
     rows:list,                    # A dict per scan: subject, scan, image, mask, and any others

@@ -20,6 +20,7 @@ from fastprogress.fastprogress import progress_bar
 
 from ..files import is_temporary, quick_sum
 from .cohort import check_images_apart, short_digest
+from .layout import check_each_once
 from .placement import Placement
 from .messages import VolumeError, VolumeWarning, tell_warnings
 from .prepared import (
@@ -36,9 +37,7 @@ def _rows(df):
         raise ValueError(f'the cohort has no column {", ".join(lacks)}; expected subject, scan, '
                          'image, and where there are any mask and split')
     if not len(df): raise ValueError('the cohort has no scans')
-    if len(twice := df['scan'][df['scan'].duplicated()]):
-        raise ValueError(f'the cohort names {len(twice)} scan(s) twice '
-                         f'({", ".join(map(str, twice[:5]))}); expected unique names in `scan`')
+    check_each_once(df)
     def text(o): return os.fspath(o) if isinstance(o, (str,os.PathLike)) and os.fspath(o) else None
     return [dict(subject=r.subject, scan=r.scan, split=(sp := getattr(r, 'split', None)),
                  image=text(r.image) or str(r.image),

@@ -20,6 +20,7 @@ from .scans.recipe import Recipe
 from .scans.store import SliceStore
 from .loaders import PairedDL, ScanDL
 from .slices import ReadImage, ReadMask, SliceBlock, SliceMaskBlock, SliceRef
+from .transforms import normalize_of
 
 # %% ../nbs/34_data.ipynb #554a7c27
 class SemiSupDataBlock(DataBlock):
@@ -212,12 +213,13 @@ def _slices_of(self:MISegDataLoaders, scans, masks):
 
 @patch
 def new_empty(self:MISegDataLoaders):
-    "The same loaders without the data: what an exported `Learner` carries"
+    "The same loaders without the data: what an exported `Learner` carries; of the batch transforms, `Normalize`"
     store = SliceStore(self.store.path, self.recipe) if self.store else None
     def dataset(dl):
         if not store: return dl.dataset.new_empty()
         return Datasets(tls=[TfmdLists([], t(store), do_setup=False) for t in (ReadImage,ReadMask)], n_inp=1)
-    loaders = [ScanDL(dataset(dl), bs=dl.bs, num_workers=0, device=dl.device, after_item=dl.after_item, do_setup=False)
+    kept = dict(after_item=self.train.after_item, after_batch=L(normalize_of(self)))
+    loaders = [ScanDL(dataset(dl), bs=dl.bs, num_workers=0, device=dl.device, do_setup=False, **kept)
                for dl in self.loaders]
     res = type(self)(*loaders, path=self.path, device=self.device)
     for k in ('recipe','vocab','c','training_scans'):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastmiseg.all import *
-from fastmiseg.losses import CrossEntropyDiceLoss, soft_dice_loss
+from fastmiseg.losses import CrossEntropyDiceLoss
 from fastmiseg.methods import Method, methods
 from fastmiseg.mutual_info import local_mi_loss
 from fastmiseg.study.plans import Study, strong
@@ -40,25 +40,6 @@ class DeepSupervisionCallback(SemiSupCallback):
             y = F.interpolate(step.y_l[:,None].float(), logits.shape[2:])[:,0].long()
             return weight*CrossEntropyDiceLoss()(logits, y)
         return sum(loss(name, .5**i) for i,name in enumerate(self.layers, 1))
-
-class DroppedFeaturesCallback(PseudoLabelCallback):
-    "The pseudo-labels also teach the decoder when half of the encoder's channels are missing (UniMatch, its Eq. 4)"
-    layers = 'Conv1','Conv2','Conv3','Conv4','Conv5'
-
-    def views(self, step):
-        super().views(step)
-        step.see('x')
-
-    def penalty(self, step):
-        c1,c2,c3,c4,c5 = (F.dropout2d(step.feats['x'][k], .5) for k in self.layers)
-        net = self.learn.model
-        u = net.Upconv4(net.Upconv5(c5, c4), c3)
-        logits = net.head(net.Upconv2(net.Upconv3(u, c2), c1)).float()
-        sure,label = step.target.detach().max(1)
-        counts = (sure>=self.threshold).float()
-        dropped = (F.cross_entropy(logits, label, reduction='none')*counts).mean()
-        dropped = dropped + self.dice*soft_dice_loss(logits.softmax(1), label, counts)
-        return (super().penalty(step)+dropped)/2
 
 def inside(T, x):
     "Where T(x) shows what was in the image, not what is mirrored in: (N,1,H,W), at the resolution of `x`"
@@ -100,7 +81,6 @@ class AdaptedMarginalCallback(MIRegCallback):
         return self.projector(name).loss(f, step.T(g), self.neighborhood.get(name, 1), marginal=self._weight(sizes))
 
 def _as(cls): return lambda s, w: [cls(w['global_mi'], w['local_mi'], w['consistency'], T=s.T)]
-def _dropped(s, w): return [DroppedFeaturesCallback(w['pseudo']), EMATeacherCallback(s.decay, 0.)]
 def _deep(name): return lambda s, w: [*methods[name].callbacks(s, w), DeepSupervisionCallback()]
 
 own = {
@@ -109,8 +89,6 @@ own = {
     'valid area': Method('without what T mirrors in', methods['recommended'].weights, _as(ValidAreaCallback)),
     'adapted': Method("with a weight of the clusters' sizes that follows them", methods['recommended'].weights,
                       _as(AdaptedMarginalCallback)),
-    'pseudo, dropped': Method('pseudo-labels under dropped features too', methods['pseudo+teacher'].weights, _dropped,
-                              uses_T=False),
 }
 methods.update(own)
 
@@ -119,7 +97,7 @@ rows = {
     'labels only, deep supervision': dict(strong, method='labels, deep'),
     'recommended, deep supervision': dict(strong, method='recommended, deep'),
     'pseudo-labels + teacher': dict(strong, method='pseudo+teacher'),
-    'pseudo-labels + teacher, dropped features': dict(strong, method='pseudo, dropped'),
+    'pseudo-labels + teacher, dropped features': dict(strong, method='pseudo+teacher', labels=dict(dropped=.5)),
     'recommended, marginal=1': recommended(mireg=dict(marginal=1.)),
     'recommended, memory=0': recommended(mireg=dict(memory=0.)),
     'recommended, balance=False': recommended(mireg=dict(balance=False)),

@@ -38,7 +38,7 @@ METHODS = {
     'mi': lambda: [small_mireg()],
     'balanced mi': lambda: [balanced_mireg(T=usual_pool())],
     'mi and teacher': lambda: [small_mireg(), EMATeacherCallback()],
-    'pseudo-labels': lambda: [PseudoLabelCallback(threshold=.5), EMATeacherCallback(.9)],
+    'pseudo-labels': lambda: [PseudoLabelCallback(threshold=.5, dropped=.5), EMATeacherCallback(.9)],
     # not the largest piece alone: which one that is hangs on a pixel
     'copy-paste': lambda: [CopyPasteCallback(largest=False), EMATeacherCallback(.9)]}
 methods = pytest.mark.parametrize('method', METHODS)

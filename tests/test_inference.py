@@ -7,10 +7,13 @@ import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 import SimpleITK as sitk
 
 from fastai.data.transforms import Normalize
+from fastai.learner import load_learner
 
 import fastmiseg.evaluation as E, fastmiseg.scans.volume as V
+from fastmiseg.data import MISegDataLoaders
 from fastmiseg.evaluation import evaluate_cohort, predict_cohort
 from fastmiseg.inference import ask_network, predict_volume
+from fastmiseg.learner import miseg_learner
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.segmenter import SegmenterError, export_onnx, export_segmenter
 from fastmiseg.surface import dice
@@ -153,6 +156,15 @@ def test_normalised_as_in_training(heart, scan):
     for export,name in ((export_segmenter,'a.safetensors'), (export_onnx,'a.onnx')):
         with pytest.raises(SegmenterError, match='learn: its loaders have a `Normalize`, which the file cannot hold'):
             export(learn, name)
+
+def test_an_exported_learner_normalises_as_it_did(heart, scan, tmp_path):
+    dls = MISegDataLoaders.from_cohort(heart.df, heart.recipe, tmp_path/'slices', bs=2, workers=0,
+                                       augment=[Normalize.from_stats([.2], [.5], cuda=False)])
+    learn = miseg_learner(dls, width=2, path=tmp_path)
+    learn.export(tmp_path/'a.pkl')
+    back = load_learner(tmp_path/'a.pkl')
+    a,b = (ask_network(o, heart.recipe, read_volume(scan)).p for o in (learn, back))
+    assert np.array_equal(a, b)
 
 def test_a_scan_with_a_choice_is_not_replaced(heart, scan, tmp_path):
     file = write_volume(read_volume(scan), tmp_path/'a.nii.gz')

@@ -396,8 +396,10 @@ class Seen(Callback):
         if self.training: self.terms.append(float(self.loss_grad.detach()))
 
 @pytest.mark.parametrize('passes,make', [(2, lambda: [small_mireg(), EMATeacherCallback()]),
-                                         (1, lambda: [PseudoLabelCallback(threshold=.5)])],
-                         ids=['mi and teacher','pseudo-labels'])
+                                         (1, lambda: [PseudoLabelCallback(threshold=.5)]),
+                                         (1, lambda: [PseudoLabelCallback(threshold=.5, dropped=.5)]),
+                                         (2, lambda: [PseudoLabelCallback(threshold=.5, dropped=.5)])],
+                         ids=['mi and teacher','pseudo-labels','dropped features','dropped features, two passes'])
 def test_a_compiled_network_trains_as_before(tmp_path, passes, make):
     "Maps are taken from inside one graph, and the teacher's weights go through it; a second fit goes on with it"
     def train(compiled):

@@ -13,7 +13,7 @@ from fastmiseg.models import create_unet
 METHODS = [
     lambda: [ConsistencyCallback()],
     lambda: [EntropyMinCallback(.1), CopyPasteCallback()],
-    lambda: [PseudoLabelCallback(threshold=.5), EMATeacherCallback()],
+    lambda: [PseudoLabelCallback(threshold=.5, dropped=.5), EMATeacherCallback()],
     lambda: [small_mireg(), EMATeacherCallback()]]
 
 class Bomb(Callback):

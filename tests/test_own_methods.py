@@ -71,7 +71,7 @@ def test_lr_find_is_forgotten(tmp_path):
 @pytest.mark.parametrize('teacher', [False, True])
 def test_all_of_them_together(tmp_path, teacher):
     "One forward pass of all images, a term of each method, and the same training in pieces"
-    cbs = lambda: [PseudoLabelCallback(threshold=.5), CopyPasteCallback(start=.3), small_mireg(),
+    cbs = lambda: [PseudoLabelCallback(threshold=.5, dropped=.5), CopyPasteCallback(start=.3), small_mireg(),
                    *[EMATeacherCallback(.9)]*teacher]
     whole,pieces = train(tmp_path/'a', cbs),train(tmp_path/'b', cbs, stops=(2,5))
     for p,q in zip(whole.model.state_dict().values(), pieces.model.state_dict().values()): assert torch.equal(p, q)

@@ -3,8 +3,9 @@ import pytest, torch
 from fastai.data.transforms import Normalize
 from torch.nn import functional as F
 from fastmiseg.callback.pseudo import PseudoLabelCallback, blur, light_from
-from fastmiseg.callback.step import Step
+from fastmiseg.callback.step import StageMaps, Step
 from fastmiseg.losses import soft_dice_loss
+from fastmiseg.models import UNet, create_unet, find_stages
 from fastmiseg.transforms import RandomFlips
 
 def some_step(n, size=(16,12), channels=1, **kw):
@@ -62,3 +63,66 @@ def test_only_what_is_sure_is_paid_for():
     label,sure = torch.ones(3,16,12).long(),torch.zeros(3,16,12); sure[:,:8] = 1
     want = F.cross_entropy(strong[:,:,:8], label[:,:8])/2 + soft_dice_loss(strong.softmax(1), label, sure)
     torch.testing.assert_close(loss, want)
+
+# -- dropped features ------------------------------------------------------------------------------------------------
+def dropped_step(net, n=6, **kwargs):
+    "A step of the network up to the penalty, in which x is segmented without half of the encoder's channels too"
+    cb = PseudoLabelCallback(threshold=.5, dropped=.5, **kwargs)
+    found = find_stages(net, list(cb.layers))
+    maps = StageMaps(net, found)
+    cb.make_projectors(found)
+    step = some_step(n, size=(64,64), generator=torch.Generator().manual_seed(0))
+    cb.views(step)
+    maps.listen()
+    step.receive(['x','strong'], net(torch.cat([step.images[k] for k in ('x','strong')])), maps.take())
+    (name,(of,changes)), = step.again.items()
+    with maps.given({stage: f(step.feats[of][stage]) for stage,f in changes.items()}): step.logits[name] = net(step.x_u)
+    maps.remove()
+    return cb,step,{stage: f(torch.ones_like(step.feats[of][stage])) for stage,f in changes.items()}
+
+def test_the_decoder_goes_on_without_dropped_features():
+    "As if it had been run by hand; the encoder, whose statistics count in validation, is not run again"
+    net = UNet(1, 3, width=4)
+    cb,step,kept = dropped_step(net)
+    net.eval()
+    cb,step,kept = dropped_step(net)
+    assert list(step.images)==['x','strong']
+    c1,c2,c3,c4,c5 = (step.feats['x'][k]*kept[k] for k in cb.layers)
+    logits = net.head(net.Upconv2(net.Upconv3(net.Upconv4(net.Upconv5(c5, c4), c3), c2), c1))
+    torch.testing.assert_close(logits, step.logits['dropped'])
+    net.train()
+    times = {k: getattr(net, k)[1].num_batches_tracked.item() for k in cb.layers}
+    dropped_step(net)
+    assert all(getattr(net, k)[1].num_batches_tracked==n+1 for k,n in times.items())
+    assert all('forward' not in vars(m) for m in net.modules())
+
+def test_dropped_channels_are_drawn_for_each_image_and_stage():
+    _,_,kept = dropped_step(UNet(1, 3, width=8), n=40)
+    assert all((o==o[:,:,:1,:1]).all() and set(o.unique().tolist())=={0.,2.} for o in kept.values())
+    gone = {k: o[:,:,0,0]==0 for k,o in kept.items()}
+    assert torch.cat(list(gone.values()), 1).float().mean()==pytest.approx(.5, abs=.02)
+    assert all(len(o.unique(dim=0))==40 for k,o in gone.items() if k!='Conv1')
+
+def test_dropped_features_of_skip_connections():
+    "fastai's `DynamicUnet` takes them by hooks of its own, which see what is left"
+    net = create_unet('resnet18', 1, 3, (64,64)).eval()
+    cb,step,kept = dropped_step(net)
+    stored = [h.stored for h in net.sfs]
+    skips = [k for k in cb.layers if any(o.shape==kept[k].shape for o in stored)]
+    assert len(skips)==len(stored)==4
+    for k in skips: assert any(o.shape==kept[k].shape and torch.equal(o, step.feats['x'][k]*kept[k]) for o in stored)
+    assert (step.logits['dropped']-step.logits['x']).abs().mean()>.01
+
+def test_both_answers_are_paid_for_alike():
+    cb,step,_ = dropped_step(UNet(1, 3, width=4))
+    parts = []
+    for k in ('strong','dropped'):
+        sure,label = step.moved(k, step.target.detach()).max(1)
+        counts,logits = (sure>=.5).float(),step.logits[k]
+        parts.append((F.cross_entropy(logits, label, reduction='none')*counts).mean()
+                     + soft_dice_loss(logits.softmax(1), label, counts))
+    torch.testing.assert_close(cb.penalty(step), sum(parts)/2)
+
+@pytest.mark.parametrize('dropped', [1., -.1])
+def test_a_share_of_channels(dropped):
+    with pytest.raises(ValueError, match=f'dropped: {dropped} is not in .0,1'): PseudoLabelCallback(dropped=dropped)

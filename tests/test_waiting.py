@@ -38,7 +38,9 @@ methods = {'recommended': (MIRegCallback, usual_pool()), "the paper's": (MIRegCa
            'MI, shifts and light': (MIRegCallback, RandomFlips()+RandomShifts()+RandomLight()),
            'MI, a prior': (lambda: MIRegCallback(prior=torch.ones(10)), usual_pool()),
            'consistency': (ConsistencyCallback, usual_pool()), 'entropy': (EntropyMinCallback, None),
-           'pseudo-labels': (PseudoLabelCallback, None), 'copy-paste': (CopyPasteCallback, None)}
+           'pseudo-labels': (PseudoLabelCallback, None),
+           'pseudo-labels, dropped features': (lambda: PseudoLabelCallback(dropped=.5), None),
+           'copy-paste': (CopyPasteCallback, None)}
 
 def step_of(cb, pool, copies):
     "A step of a method, from the drawn T to the loss"
@@ -56,6 +58,8 @@ def step_of(cb, pool, copies):
         cb.views(step)
         ask(['l'], step.x_l)
         if step.images: ask(list(step.images), torch.cat(list(step.images.values())))
+        for name,(of,changes) in step.again.items():
+            with maps.given({k: f(step.feats[of][k]) for k,f in changes.items()}): step.logits[name] = net(step.x_u)
         loss = CrossEntropyDiceLoss()(step.logits['l'], step.y_l) + cb.weighted(step)
         if hasattr(type(cb), 'after_step'): cb.after_step()
     return loss

@@ -62,7 +62,7 @@ def run(kind, path, world):
                 names=list(learn.recorder.metric_names)[1:-1], values=list(learn.recorder.values[-1]),
                 hooks=sum(len(m._forward_hooks) for m in learn.model.modules()))
 
-def pseudo_labels(): return [PseudoLabelCallback(threshold=.5)]
+def pseudo_labels(): return [PseudoLabelCallback(threshold=.5, dropped=.5)]
 def all_together():
     return [PseudoLabelCallback(threshold=.5, moved=True), CopyPasteCallback(start=.3), balanced_mireg()]
 

@@ -58,7 +58,7 @@ def _check_terms(methods):
     for i,(k,first) in enumerate(names):
         if again := next((m for o,m in names[i+1:] if o==k), None):
             raise ValueError(f"{k}: {first} and {again} both have a term of this name, so that it would count twice, "
-                             "and the log could not tell them apart; leave one out, or set the weight of one to 0")
+                             "and the log could not tell them apart; leave one of them out")
 
 def _check_sizes(x_l, x_u):
     if x_l.shape[1:]==x_u.shape[1:]: return
@@ -113,10 +113,8 @@ def attached(self:PairedBatchCallback)->list:
 @patch
 def _prepare(self:PairedBatchCallback):
     if self.passes not in (1,2,3): raise ValueError(f"passes: {self.passes!r} is not 1, 2 or 3")
+    for r in self.methods: r.join(self.methods)
     _check_terms(self.methods)
-    for r in self.methods:
-        r.meet(get_model(self.model))
-        r.join(self.methods)
     self.teacher = next((r for r in self.methods if isinstance(r, Teacher)), None)
     self.stream = _unlabeled_stream(self.learn, self.methods)
     pool = _only_one('T', self.methods, 'a T') or usual_pool()
@@ -126,6 +124,7 @@ def _prepare(self:PairedBatchCallback):
     self.normalization = normalize_of(self.dls) # `unet_learner` gives learners a `normalize` of their own
     if self.generator is None: self.generator = torch.Generator().manual_seed(torch.initial_seed())
     found = find_stages(self.model, list(dict.fromkeys(n for r in self.methods for n in r.layers)))
+    for r in self.methods: r.meet(get_model(self.model))
     modules = _projectors(self.methods, found, next(self.model.parameters()).device)
     if self.heads is None or not self.heads.serve(self.learn, modules): self.heads = Heads(self.learn, modules)
     self.heads.share()
@@ -200,6 +199,9 @@ def after_pred(self:PairedBatchCallback):
             self.maps.listen()
             out = get_model(self.model)(torch.cat([step.images[k] for k in group]))
             step.receive(group, out, self.maps.take())
+    for name,(of,changes) in step.again.items():
+        with self.maps.given({stage: change(step.feats[of][stage]) for stage,change in changes.items()}):
+            step.logits[name] = get_model(self.model)(step.images[of])
     self.learn.pred,self.learn.xb,self._x_l = step.logits['l'],(self._x_l,),None
 
 @patch
@@ -273,7 +275,9 @@ def state_dict(self:PairedBatchCallback)->dict:
 def load_state_dict(self:PairedBatchCallback, sd:dict, methods:list|None=None):
     self.generator.set_state(sd['generator'].cpu())
     self.heads.load_state_dict(sd['heads'])
-    for r,o in zip(methods or self.attached(), sd['methods']): r.load_state_dict(o)
+    for r,o in zip(methods or self.attached(), sd['methods']):
+        r.load_state_dict(o)
+        r.meet(get_model(self.model))
     if self.stream and sd['stream']: self.stream.load_state_dict(sd['stream'])
 
 @patch

@@ -7,6 +7,7 @@ __all__ = ['light_from', 'blur', 'PseudoLabelCallback']
 
 # %% ../../nbs/55_callback.pseudo.ipynb #20e22c59
 import math
+from functools import partial
 from typing import Callable
 
 import torch
@@ -56,12 +57,16 @@ class PseudoLabelCallback(SemiSupCallback):
         cutmix:float=.5,     # share of the images with a box of their neighbour
         area:tuple=(.02,.4), # smallest and largest share of the image in that box
         moved:bool=False,    # the strongly changed copy is of T(x), not of x
+        dropped:float=0.,    # share of the encoder's channels without which x is segmented too; 0: it is not
+        encoder:tuple=('Conv1','Conv2','Conv3','Conv4','Conv5'), # its stages, by name or path of a module
         unlabeled=None,      # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
         T:Pool=None          # what T is drawn from, where `moved`; default: `usual_pool()`
     ):
         if not 0<=threshold<1: raise ValueError(f'threshold: {threshold} is not in [0,1)')
         super().__init__(unlabeled, T, pseudo=weight)
-        self.moved,self.threshold,self.dice = moved,threshold,dice
+        if not 0<=dropped<1: raise ValueError(f'dropped: {dropped} is not in [0,1)')
+        self.moved,self.threshold,self.dice,self.dropped = moved,threshold,dice,dropped
+        self.layers = tuple(encoder) if dropped else ()
         self.light,self.jitter,self.blurred,self.cutmix,self.area = light,jitter,blurred,cutmix,area
 
     matches_target = True
@@ -78,16 +83,30 @@ class PseudoLabelCallback(SemiSupCallback):
         light = light_from(u[:,:4], self.light, self.jitter)
         return self._mix(light.images(blur(x, u[:,4:6], self.blurred), step.normalize), box)
 
+    def make_projectors(self, found): self._channels = [stage.channels for stage in found.values()]
+
+    def _drop(self, u):
+        "Leaves channels of the encoder's maps out, as `nn.Dropout2d` does"
+        kept = ((u>=self.dropped)/(1-self.dropped))[:,:,None,None].split(self._channels, 1)
+        return {stage: partial(torch.mul, k) for stage,k in zip(self.layers, kept)}
+
     def views(self, step):
-        u = step.rand(10)
+        u = step.rand(10+sum(self._channels) if self.dropped else 10)
         box = boxes(u[:,6:9], step.x_u.shape[2:], self.area) & (u[:,9]<self.cutmix)[:,None,None,None]
         step.see_target()
         step.see('strong', lambda: self._strong(step, u, box),
                  lambda maps: self._mix(step.T(maps) if self.moved else maps, box))
+        if not self.dropped: return
+        step.see('x')
+        step.see_again('dropped', 'x', self._drop(u[:,10:]))
 
-    def penalty(self, step):
-        sure,label = step.moved('strong', step.target.detach()).max(1)
+    def _apart(self, step, name):
+        sure,label = step.moved(name, step.target.detach()).max(1)
         counts = (sure>=self.threshold).float()
-        logits = step.logits['strong'].float()
+        logits = step.logits[name].float()
         ce = F.cross_entropy(logits, label, reduction='none')
         return (ce*counts).mean() + self.dice*soft_dice_loss(logits.softmax(1), label, counts)
+
+    def penalty(self, step):
+        names = ['strong','dropped'] if self.dropped else ['strong']
+        return sum(self._apart(step, k) for k in names)/len(names)

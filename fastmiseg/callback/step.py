@@ -6,6 +6,7 @@
 __all__ = ['Step', 'StageMaps']
 
 # %% ../../nbs/46_callback.step.ipynb #27a39412
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate
 from typing import Callable
@@ -33,6 +34,7 @@ class Step:
         self.x_l,self.y_l,self.x_u,self.T,self.pct = x_l,y_l,x_u,T,pct
         self.teacher,self.normalize,self._generator = teacher,normalize,generator
         self.images = {}     # name -> (n,C,H,W), in the order in which they were asked for
+        self.again  = {}     # name -> (name of the images, changes of their maps), see `see_again`
         self.logits = {}     # name -> (n,classes,H,W); the labelled images are called 'l'
         self.feats  = {}     # name -> {stage: (n,channels,h,w)}
         self._probs,self._wholes,self._moves = {},{},{}
@@ -51,13 +53,21 @@ class Step:
             self.images[name],self._moves[name] = make(),move
         return self.images[name]
 
+    def see_again(self,
+        name:str,    # of the further answer
+        of:str,      # images that the network has been asked to see, by name
+        changes:dict # stage -> what makes of its map (n,channels,h,w) the one to go on with; stages in `layers`
+    ):
+        "Have the network answer once more for images, from other maps of its stages than it found"
+        self.again[name],self._moves[name] = (of,changes),self._moves[of]
+
     def moved(self,
         name:str,      # of images that were asked for
         maps:Tensor    # (N,...,h,w) of x, at any resolution: features, probabilities, masks
     )->Tensor:         # of the same shape
         "What was said of x, where it is in these images"
-        if name not in self.images:
-            raise ValueError(f"step: nobody asked for {name!r}; there are {', '.join(self.images)}")
+        if name not in self._moves:
+            raise ValueError(f"step: nobody asked for {name!r}; there are {', '.join(self._moves)}")
         move = self._moves[name]
         return maps if move is None else move(maps)
 
@@ -122,14 +132,14 @@ class Step:
 
 # %% ../../nbs/46_callback.step.ipynb #593acf91
 class StageMaps:
-    "The maps of a network's stages, taken while it runs"
+    "The maps of a network's stages, taken while it runs, or given to it"
     def __init__(self,
         model:torch.nn.Module, # network
         found:dict             # stage -> `Stage`, as from `find_stages`
     ):
         self.maps = None
-        self._handles = [model.get_submodule(stage.module).register_forward_hook(self._keep(name))
-                         for name,stage in found.items()]
+        self._modules = {name: model.get_submodule(stage.module) for name,stage in found.items()}
+        self._handles = [m.register_forward_hook(self._keep(name)) for name,m in self._modules.items()]
 
     def _keep(self, name):
         def keep(module, inputs, output):
@@ -144,6 +154,20 @@ class StageMaps:
         "What was kept; no more is"
         maps,self.maps = self.maps,None
         return maps or {}
+
+    @contextmanager
+    def given(self,
+        maps:dict # stage -> map
+    ):
+        "Inside, the modules of these stages compute nothing: the network goes on with the maps"
+        given = {self._modules[name]: m for name,m in maps.items()}
+        before = {module: vars(module).get('forward') for module in given}
+        for module,m in given.items(): module.forward = lambda *args, m=m, **kwargs: m
+        try: yield
+        finally:
+            for module,forward in before.items():
+                if forward is None: del module.forward
+                else: module.forward = forward
 
     def remove(self):
         for h in self._handles: h.remove()

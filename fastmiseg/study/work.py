@@ -28,6 +28,7 @@ from .evidence import Evidence, name_of
 from ..surface import score_volume
 from ..settings import Settings
 from ..training import callbacks_of, fit
+from ..transforms import normalize_of
 
 # %% ../../nbs/82_study.work.ipynb #22227f5f
 def part_of(
@@ -47,8 +48,8 @@ def evaluate_slices(
     if not (df.split==part).any(): raise ValueError(f'part: the cohort has no {part!r} scans')
     df = df[df.split.isin(['labeled',part])]
     df = df.assign(split=np.where(df.split==part, 'valid', 'labeled')) # scored as if for validation
-    dl = MISegDataLoaders.from_cohort(df, learn.dls.recipe, store, augment=None, val_bs=64, device=learn.dls.device,
-                                      resident=False).valid
+    dl = MISegDataLoaders.from_cohort(df, learn.dls.recipe, store, augment=normalize_of(learn.dls), val_bs=64,
+                                      device=learn.dls.device, resident=False).valid
     model,found = learn.model.eval(),[]
     for x,y in dl: found.append([o.cpu() for o in (model(x).argmax(1).byte(), y.byte(), y.scan)])
     preds,masks,of_scan = (torch.cat(o).numpy() for o in zip(*found))

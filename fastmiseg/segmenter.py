@@ -24,7 +24,7 @@ from .scans.intact import check_regular
 from .scans.volume import Volume
 from .scans.profile import how_far
 from .scans.recipe import Recipe
-from .models import create_unet, evaluating
+from .models import create_unet, evaluating, without_memory
 from .callback.method import SemiSupCallback
 from .inference import check_free, predict_volume, recipe_of, training_scans
 from .transforms import normalize_of
@@ -88,9 +88,7 @@ def _build(arch, name):
 
 def _skeleton(arch, name):
     "The same network on the meta device: shapes without memory, and without computing"
-    with torch.random.fork_rng(devices=[]), torch.device('meta'), warnings.catch_warnings():
-        warnings.simplefilter('ignore') # initialising what has no numbers
-        return _build(arch, name)
+    with without_memory(): return _build(arch, name)
 
 def _flesh_out(model, arch, name):
     "A network with memory for the numbers of a file; built anew where it holds tensors that are in no file"

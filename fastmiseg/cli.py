@@ -200,7 +200,7 @@ def train(
     """Train from scans to a run folder with model, scores and figures.
     Ctrl-C leaves a run that --resume takes up: fastmiseg-train --out run --resume.
     Exit codes: 0 done; 1 done, but some scans could not be used; 2 not done, for the reason given; 130 interrupted."""
-    go_on = f'; go on with: fastmiseg-train --out {out} --resume'
+    go_on = '; call it again to go on' if resume else f'; go on with: fastmiseg-train --out {out} --resume'
     with polite('fastmiseg-train', go_on, options_in(train)):
         from fastmiseg.commands import resume_run, train_run
         from fastmiseg.progress import EpochLines

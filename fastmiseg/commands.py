@@ -6,7 +6,7 @@
 __all__ = ['prepare_run', 'train_run', 'settings_from', 'resume_run']
 
 # %% ../nbs/76_commands.ipynb #760d2ee4
-import sys
+import json, sys
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from .scans.store import SliceStore
 from .scores import read_scores
 from .segmenter import export_segmenter, method_of
 from .settings import Settings
-from .training import callbacks_of, check_processes, check_scans, fit
+from .training import check_network, check_processes, check_scans, fit
 
 # %% ../nbs/76_commands.ipynb #6513607f
 def prepare_run(
@@ -114,7 +114,7 @@ def train_run(
 def _begin(held, data, out, settings, overwrite, workers, folds, say, choices):
     "A run folder in which a training can be resumed from its first step"
     check_processes(settings)
-    callbacks_of(settings) # wrong arguments are errors before anything is prepared
+    check_network(settings) # wrong arguments are errors before anything is prepared
     prepared = (Path(data)/'config.json').exists()
     if prepared: _check_unchanged(data, out, choices)
     else: check_unused(data) # it may be one that is being prepared
@@ -199,7 +199,7 @@ def _draw_figures(learn, cbs, folder):
     for o in cbs:
         if not isinstance(o, MIRegCallback): continue
         plot_joints(learn, o, out=folder/'joints.png')
-        if set(o.local_layers)&set(o.layers): plot_clusters(learn, o, out=folder/'clusters.png')
+        if o.local_layers: plot_clusters(learn, o, out=folder/'clusters.png')
     try: plot_tsne(learn, out=folder/'tsne.png')
     except ValueError as e: print(f'figures/tsne.png is not drawn: {e}')
 
@@ -226,7 +226,7 @@ class _Changed(Callback):
 
 def _resume(run, c, workers, say, cbs, changes):
     if changes: cbs = [*(cbs or ()), _Changed(run, changes)]
-    if 'folds' in c: return _resume_folds(run, c['folds'], workers, say, cbs, changes)
+    if 'folds' in c: return _resume_folds(run, c, workers, say, cbs, changes)
     if 'train' not in c:
         raise RunError(f'{run}: is prepared, but no training was begun in it; train from it into another folder')
     check_store(run, c['store'])
@@ -250,14 +250,14 @@ def _tell_training(say, s, run):
     say(f'{s.epochs} epoch{"s"*(s.epochs!=1)} of {s.n_iters} steps with {s.bs} labelled and {s.unlabeled_bs} '
         f'unlabelled slices, on {where}; checkpoints and log: {run}')
 
-def _resume_folds(run, n, workers, say, cbs, changes):
+def _resume_folds(run, c, workers, say, cbs, changes):
     "All folds that are not finished; the scores of all"
     scores,problems = [],{}
-    for k in range(n):
+    for k in range(n := c['folds']):
         fold = run/f'fold{k}'
         if say and not processes()[0]: say(f'\n{fold} ({k+1} of {n})')
-        c = read_config(fold)
-        as_asked = not c['changed'] and c['train'].changed(**changes)==c['train']
+        own = read_config(fold)
+        as_asked = not own['changed'] and own['train'].changed(**changes)==own['train']
         if as_asked and (fold/'model.safetensors').exists() and (fold/'metrics.csv').exists():
             found = read_scores(fold/'metrics.csv')
             if say and not processes()[0]: say('is finished')
@@ -268,7 +268,8 @@ def _resume_folds(run, n, workers, say, cbs, changes):
     if processes()[0]: return None
     scores = pd.concat(scores, ignore_index=True)
     write_text(run/'metrics.csv', scores.to_csv(index=False))
-    if changes: change_config(run, changed=None)
+    write_text(run/'metrics.json', json.dumps(dict(problems=problems)))
+    if changes: change_config(run, train=settings_from(c['train'], **changes).to_dict(), changed=None)
     scores.attrs['problems'] = problems
     return scores
 
@@ -277,6 +278,5 @@ def _finish(run, s, c, learn, cbs, df):
     export_segmenter(learn, run/'model.safetensors', cohort=df.attrs.get('layout'), seed=s.seed, method=s.method,
                      weights=method_of(cbs), training=s.to_dict())
     _draw_figures(learn, cbs, run/'figures')
-    scores = write_scores(run, skip_bad=s.skip_bad)
-    scores.attrs['problems'].update(zip(learn.dls.store.problems.scan, learn.dls.store.problems.problem))
-    return scores
+    found = learn.dls.store.problems
+    return write_scores(run, skip_bad=s.skip_bad, problems=dict(zip(found.scan, found.problem)))

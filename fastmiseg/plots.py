@@ -201,7 +201,7 @@ def plot_clusters(
 )->Figure:
     "The winning cluster at each position of the decoder's stages (Figure 5)"
     _check_trained(cb)
-    layers = [o for o in cb.local_layers if o in cb.layers]
+    layers = cb.local_layers
     if not layers:
         raise ValueError('cb: regularises no decoder stage, so there are no positions with clusters; '
                          'give it local layers')

@@ -62,7 +62,7 @@ def clear_run(
     out:Path # folder of a run
 ):
     "Take away the run, but not its slices"
-    for o in _entries(out):
+    for o in sorted(_entries(out), key='config.json'.__eq__): # while that is there, it is a run folder
         if o not in _written_by_us and not (re.fullmatch(r'fold\d+', o) and (out/o/'config.json').exists()): continue
         shutil.rmtree(out/o) if (out/o).is_dir() else (out/o).unlink()
 

@@ -75,6 +75,7 @@ def write_scores(
     split:str|list|None=None,               # as for `evaluate_run`
     overwrite:bool=True,                    # replace the metrics that are in `out`
     held:Callable=nullcontext,              # keeps others out of the folder while it writes
+    problems:dict|None=None,                # scan -> what is wrong with it, to be listed with what is found here
     **kwargs                                # fields of `Reading`, and arguments of `evaluate_cohort`
 )->pd.DataFrame: # scores, as from `evaluate_cohort`
     "`evaluate_run`, for somebody who works in the run already"
@@ -91,6 +92,7 @@ def write_scores(
     trained = load_cohort(run/'split.csv', 'csv') if (run/'split.csv').exists() else None
     with _made(out),held():
         scores = _score(seg, df, out/notes_file, overwrite, split=split, trained=trained, **kwargs)
+        scores.attrs['problems'].update(problems or {})
         write_text(out/'metrics.csv', scores.to_csv(index=False))
         kept = {k:scores.attrs.get(k, {}) for k in kept_beside}
         write_text(out/'metrics.json', json.dumps({**about, **kept}))

@@ -12,7 +12,7 @@ import fastmiseg.evaluation as evaluation
 import fastmiseg.preparing as P
 from fastmiseg import cli
 from fastmiseg.commands import prepare_run, resume_run, train_run
-from fastmiseg.run_folder import RunError, read_config
+from fastmiseg.run_folder import RunError, clear_run, read_config
 from fastmiseg.run_model import evaluate_run, predict_scans
 from fastmiseg.preparing import Preparation, Reading
 from fastmiseg.scans.cohort import load_cohort, save_cohort
@@ -219,6 +219,45 @@ def test_a_run_is_replaced_when_the_next_one_is_prepared(run, hearts, tmp_path, 
     assert sorted(os.listdir(out))==['config.json',*['fold0','fold1']*(how=='folds'),'slices','split.csv']
     assert ('train' in read_config(out))==(how!='prepare')
 
+def test_what_is_left_of_a_run_can_be_replaced(run, tmp_path, monkeypatch):
+    "Interrupted while it is taken away"
+    shutil.copytree(run, out := tmp_path/'run')
+    def stop(path):
+        if path.name=='split.csv': raise KeyboardInterrupt
+        os.remove(path)
+    with monkeypatch.context() as m:
+        m.setattr(Path, 'unlink', stop)
+        with pytest.raises(KeyboardInterrupt): clear_run(out)
+    assert (out/'config.json').exists() and not (out/'model.safetensors').exists()
+    clear_run(out)
+    assert os.listdir(out)==[o.name for o in out.glob('slices')]
+
+def test_what_training_could_not_use_is_remembered(hearts, tmp_path):
+    (tmp_path/'bad.nii.gz').write_bytes(b'x')
+    csv = cohort_of(hearts, 7, tmp_path/'c.csv', split=['labeled']*3+['unlabeled']*2+['valid','test'])
+    df = load_cohort(csv, 'csv')
+    df.loc[4,'image'] = str(tmp_path/'bad.nii.gz')
+    df.attrs.update(hearts.df.attrs)
+    train_run(save_cohort(df, csv), tmp_path/'run', recipe=hearts.recipe, skip_bad=True, workers=0, **tiny)
+    assert list(read_scores(tmp_path/'run'/'metrics.csv').attrs['problems'])==[df.scan[4]]
+
+def test_a_finished_run_keeps_its_settings(run, tmp_path):
+    shutil.copytree(run, out := tmp_path/'run')
+    before = (out/'config.json').read_text()
+    with pytest.raises(ValueError, match=r'holds the result of a finished training, which other settings \(lr\) do not '
+                                         'change; ask for more than its 1 epochs'):
+        resume_run(out, 0, lr=.5)
+    assert (out/'config.json').read_text()==before
+
+@pytest.mark.parametrize('wrong,said', [
+    (dict(arch='resnet3'), "--arch: 'resnet3' is neither"),
+    (dict(method='pseudo', labels=dict(dropped=.5, encoder=['Conv9'])), "layers: no stage 'Conv9' in UNet")])
+def test_a_run_stays_where_the_next_one_has_no_such_network(run, hearts, tmp_path, capsys, wrong, said):
+    shutil.copytree(run, out := tmp_path/'run')
+    with pytest.raises(SystemExit, match='2'):
+        cli.train(str(Path(hearts.df.image[0]).parent), str(out), overwrite=True, workers=0, **{**tiny, **wrong})
+    assert said in capsys.readouterr().err and (out/'model.safetensors').exists()
+
 def test_what_a_resumed_run_does_not_take(monkeypatch, capsys):
     monkeypatch.setattr(C, 'resume_run', lambda run, workers, say, cbs, **changes: print(changes))
     words = ['--out','r','--resume','--epochs','20','--seed','0','--one-cycle','no','--workers','2']
@@ -405,6 +444,7 @@ def test_folds(ten, capsys, monkeypatch):
     assert (out/'fold0'/'model.safetensors').stat().st_mtime_ns==first
     said,err = capsys.readouterr()
     assert 'heart007: is damaged\n1 scans could not be used' in err
+    assert read_scores(out/'metrics.csv').attrs['problems']=={'heart007': 'is damaged'}
     assert '001' in set(read_scores(out/'metrics.csv').subject) and ' NA ' in said
     assert f'{out/"fold0"} (1 of 4)\nis finished' in said and f'{out/"fold3"} (4 of 4)' in said and 'fold' in said
     parts = [load_cohort(out/f'fold{k}'/'split.csv', 'csv') for k in range(4)]
@@ -413,8 +453,9 @@ def test_folds(ten, capsys, monkeypatch):
     assert scores.scan.nunique()==4 and sorted(scores.fold.unique())==[0,1,2,3]
     with pytest.raises(FileExistsError, match='there is a run already'): train_run(ten, out, folds=4, **kw)
     again = train_run(ten, out, folds=2, overwrite=True, **kw)
-    assert (sorted(o.name for o in out.iterdir())==['config.json','fold0','fold1','metrics.csv','slices','split.csv']
-            and again.scan.nunique()==4)
+    assert (sorted(o.name for o in out.iterdir())==['config.json','fold0','fold1','metrics.csv','metrics.json','slices',
+                                                       'split.csv'] and again.scan.nunique()==4)
+    assert not read_scores(out/'metrics.csv').attrs['problems']
 
 def test_folds_of_what_is_prepared(prepared, tmp_path, monkeypatch):
     "Its test scans stay, masks that were put aside are not used"
@@ -437,6 +478,11 @@ def test_folds_of_what_is_prepared(prepared, tmp_path, monkeypatch):
     for o in ('fold0','fold1'):
         assert len(pd.read_csv(tmp_path/'run'/o/'log.csv'))==read_config(tmp_path/'run'/o)['train'].epochs==2
     assert 'changed' not in (tmp_path/'run'/'config.json').read_text()
+    assert read_config(tmp_path/'run')['train'].epochs==2
+    evaluate_run(tmp_path/'run', progress=False)
+    resume_run(tmp_path/'run', 0) # whose scores are those of the folds again
+    with pytest.raises(FileExistsError, match='exists, with other scores'):
+        evaluate_run(tmp_path/'run', overwrite=False, progress=False)
     monkeypatch.setattr(C, 'fit', None)
     assert set(resume_run(tmp_path/'run', 0, epochs=2).fold)=={0,1}
     with pytest.raises(CohortError, match='folds=9'): train_run(prepared, tmp_path/'more', folds=9, workers=0, **tiny)

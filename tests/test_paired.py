@@ -12,9 +12,11 @@ from fastmiseg.callback.method import SemiSupCallback
 from fastmiseg.callback.paired import PairedBatchCallback
 from fastmiseg.callback.resume import ResumeCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
+from fastmiseg.models import Stage
+from fastmiseg.projectors import LocalProjector
 from fastmiseg.transforms import RandomFlips, RandomShifts
 from toy import UNet, balanced_mireg, learner, loaders, quiet, small_mireg
-from two_processes import Stop
+from two_processes import Stop, plain_loaders
 
 class Nothing(SemiSupCallback):
     "A term of weight 0 that sees x and T(x)"
@@ -160,15 +162,39 @@ def test_what_was_loaded_belongs_to_the_next_network(tmp_path):
     quiet(learner(tmp_path)).fit(1, 0., cbs=cb)
     assert cb.average.steps>used.average.steps
 
+def test_what_a_search_or_a_resumed_fit_loads_belongs_to_its_own_network(tmp_path):
+    "The learner after it begins anew all the same"
+    def result(cb):
+        quiet(learner(tmp_path, seed=1)).fit(1, 1e-2, cbs=cb)
+        return list(cb.average.tensors.values())
+    new,searched,resumed = result(EMATeacherCallback(.9)),EMATeacherCallback(.9),EMATeacherCallback(.9)
+    with (learn:=quiet(learner(tmp_path, cbs=searched))).no_bar(): learn.lr_find(num_it=20, show_plot=False)
+    fit = lambda cb, *cbs: quiet(learner(tmp_path)).fit(1, 1e-2, cbs=[cb, ResumeCallback(tmp_path/'c', every=1), *cbs])
+    with pytest.raises(KeyboardInterrupt): fit(EMATeacherCallback(.9), Stop(2))
+    fit(resumed)
+    for cb in (searched, resumed): assert all(map(torch.equal, result(cb), new))
+
+def test_a_fit_that_is_refused_costs_nothing(tmp_path):
+    cb = EMATeacherCallback(.9)
+    quiet(learner(tmp_path)).fit(1, 1e-2, cbs=cb)
+    with pytest.raises(ValueError, match='there are no unlabelled images'):
+        quiet(learner(tmp_path, dls=plain_loaders(2))).fit(1, cbs=cb)
+    assert cb.average is not None
+
 def test_two_terms_of_one_name(tmp_path):
     with pytest.raises(ValueError, match='consistency: MIRegCallback and ConsistencyCallback both have a term of this '
                                          'name, so that it would count twice'):
         bad(tmp_path, [small_mireg(), ConsistencyCallback()])
     bad(tmp_path, [small_mireg(consistency_weight=0.), ConsistencyCallback()])
+    with pytest.raises(ValueError, match='mean_teacher: EMATeacherCallback and EMATeacherCallback both'):
+        bad(tmp_path, [EMATeacherCallback(), EMATeacherCallback(.5)])
 
 def test_a_stage_is_clustered_in_one_way():
     with pytest.raises(ValueError, match="MIRegCallback: 'Conv5' is in global_layers and in local_layers"):
         MIRegCallback(local_layers=('Conv5','Upconv2'))
+    assert MIRegCallback(local_weight=0., global_layers=('Conv5','Upconv2')).layers==('Conv5','Upconv2')
+    alone = MIRegCallback(global_weight=0., local_layers=('Conv5','Upconv2'))
+    assert type(alone.make_projectors({'Conv5': Stage('Conv5', 'Conv5', 8, 16)})['Conv5']) is LocalProjector
 
 def test_weight_that_is_no_number(tmp_path):
     (learn:=quiet(learner(tmp_path)))
@@ -193,6 +219,9 @@ def test_validation_inside_a_fit(tmp_path):
     with pytest.raises(RuntimeError, match='a fit with methods is under way: to validate or predict inside it'):
         bad(tmp_path, [Nothing(), Validates()])
     bad(tmp_path, Nothing())
+    with pytest.raises(RuntimeError, match='ResumeCallback: a fit is under way: to validate or predict inside it'):
+        bad(tmp_path, [kept := ResumeCallback(tmp_path/'checkpoints'), Validates()])
+    bad(tmp_path, kept)
 
 def test_networks_of_two_inputs(tmp_path):
     x,y = torch.randn(1,16,16),torch.zeros(16,16).long()

@@ -137,12 +137,14 @@ class MIRegCallback(SemiSupCallback):
         if not weights:
             raise ValueError("MIRegCallback: every weight is 0 (or its layers are missing), so there is nothing to do; "
                              "leave the callback out")
+        named = (*self.global_layers, *self.local_layers)
+        if 'global_mi' not in weights: self.global_layers = ()
+        if 'local_mi' not in weights: self.local_layers = ()
         if both := [k for k in self.global_layers if k in self.local_layers]:
             raise ValueError(f'MIRegCallback: {both[0]!r} is in global_layers and in local_layers; a stage is '
                              'clustered as a whole or at each position, so leave it out of one of them')
         super().__init__(unlabeled, T, **weights)
-        self.n_clusters = _clusters(n_clusters, n_heads, (*self.global_layers, *self.local_layers))
-        self.layers = self.global_layers*('global_mi' in weights) + self.local_layers*('local_mi' in weights)
+        self.n_clusters,self.layers = _clusters(n_clusters, n_heads, named),self.global_layers+self.local_layers
         if prior is not None and len({self.n_clusters[n] for n in self.layers})>1:
             raise ValueError("prior: has one share for each cluster, so all stages need the same n_clusters")
         self.n_heads,self.neighborhood,self.pool = n_heads,dict(neighborhood),pool

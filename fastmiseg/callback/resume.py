@@ -64,6 +64,9 @@ class ResumeCallback(Callback):
 # %% ../../nbs/61_callback.resume.ipynb #0c92ebc6
 @patch
 def before_fit(self:ResumeCallback):
+    if self._on:
+        raise RuntimeError("ResumeCallback: a fit is under way: to validate or predict inside it would end it for the "
+                           "checkpoints and for fastai's recorder; do so after the fit, or with a metric")
     finds = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
     self._on = hasattr(self.learn, '_in_fit') and not finds # `validate` begins like a fit
     if not self._on: return
@@ -74,7 +77,7 @@ def before_fit(self:ResumeCallback):
     if state['fit']>self._fit: self._pass_over(file)
     self._load(state, changed)
     self._place(state, changed)
-    if state['over'] and not (changed and self.n_epoch>state['done']): self._pass_over(file)
+    if state['over']: self._go_beyond(state, changed, file)
 
 @patch(as_prop=True)
 def _fit(self:ResumeCallback): return len(self._plans)-1
@@ -89,11 +92,12 @@ def _begin(self:ResumeCallback):
     self._columns = list(self.recorder.metric_names) if hasattr(self.learn, 'recorder') else [] # of the log
     self._interrupted,self._ahead = None,0 # the state within an epoch from which to go on, and its batch
     self._epoch_begin,self._stepped,self._passed,self._finished = None,False,False,False
-    self.learn._in_fit.callback(self._forget_unfinished)
+    self.learn._in_fit.callback(self._end)
 
 @patch
-def _forget_unfinished(self:ResumeCallback):
+def _end(self:ResumeCallback):
     "A fit that was interrupted or refused is called again; it does not count as an earlier one"
+    self._on = False
     if not self._finished: self._plans.pop()
 
 # %% ../../nbs/61_callback.resume.ipynb #a9c4fcf6
@@ -154,6 +158,15 @@ def _check_change(self:ResumeCallback, state, file, changed):
     if state['fit']==self._fit and self.n_epoch<behind:
         raise ValueError(f"ResumeCallback: {self.n_epoch} epochs are fewer than the {behind} that {file} has "
                          f"begun; ask for {behind} or more")
+
+@patch
+def _go_beyond(self:ResumeCallback, state, changed, file):
+    "A finished fit only goes on for more epochs"
+    if not changed: self._pass_over(file)
+    if self.n_epoch>state['done']: return
+    raise ValueError(f"ResumeCallback: {file} holds the result of a finished training, which other settings "
+                     f"({', '.join(changed)}) do not change; ask for more than its {state['done']} epochs, or begin "
+                     "another training in another folder")
 
 @patch
 def _pass_over(self:ResumeCallback, file):

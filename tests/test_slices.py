@@ -199,7 +199,10 @@ def test_auto_proposes_what_fits(tmp_path):
 
 @pytest.mark.parametrize('names, flip', [
     (('left kidney','right kidney'), ''), (('Kidney_L','Kidney_R'), ''), (('LeftLung','RightLung'), ''),
-    (('LV','RV'), 'h'), (('bright','dark'), 'h'), (('left atrium','LV'), 'h')])
+    (('kidneyL','kidneyR'), ''), (('LKidney','RKidney'), ''), (('ctx-lh-insula','ctx-rh-insula'), ''),
+    (('kidney_left','right_kidney'), ''), (('Kidney L','rightkidney'), ''), (('R 7th rib','rib-7th-L'), ''),
+    (('LV','RV'), 'h'), (('RV','Myo','LV'), 'h'), (('LVmyo','RVmyo'), 'h'), (('bright','dark'), 'h'),
+    (('left atrium','LV'), 'h'), (('left kidney','right lung'), 'h'), (('left and right lung','heart'), 'h')])
 def test_auto_mirrors_no_pair(tmp_path, names, flip):
     assert Recipe.auto(cohort(tmp_path), classes=('background',*names)).flip==flip
 

@@ -362,12 +362,20 @@ def hippocampus(cls:Recipe)->Recipe:
                flip='h', jitter=.3)
 
 # %% ../../nbs/24_scans.recipe.ipynb #bf73dac5
-_side = re.compile('left|right|(?<![a-z])[lr](?![a-z])')
+# Sides that are written together with other words: leftlung, LKidney and kidneyL, but not the LV of a heart
+_glued = re.compile('(?i:left|right)|(?<![A-Za-z])[LR](?=[A-UW-Z][a-z])|(?<=[a-z])[LR](?![A-Za-z])')
+_sides = dict(left='l', lh='l', right='r', rh='r')
+_mirrored = dict(l='r', r='l')
 
-def _pair(classes):
+def _words(name):
+    "The words of a name in no order, its sides as l and r"
+    words = re.findall(r'[^\W\d_]+|\d+', _glued.sub(r' \g<0> ', name).lower())
+    return frozenset(_sides.get(o, o) for o in words)
+
+def _has_sides(classes):
     "Whether two classes are the left and the right of a pair, as far as their names say"
-    sided = [_side.sub('', o.lower()) for o in classes if _side.search(o.lower())]
-    return len(set(sided))<len(sided)
+    names = {_words(o) for o in classes}
+    return any(frozenset(_mirrored.get(o, o) for o in k) in names-{k} for k in names)
 
 @patch(cls_method=True)
 def auto(cls:Recipe,
@@ -390,7 +398,8 @@ def auto(cls:Recipe,
     axes = {o['axis'] for o in seen}
     axis = axes.pop() if len(axes)==1 else 'auto'
     classes,labels = propose_classes(df, seen, classes)
-    flip = '' if axis==2 or _pair(classes) else 'h' # along the columns of any but sagittal slices runs left to right
+    # along the columns of any but sagittal slices runs left to right
+    flip = '' if axis==2 or _has_sides(classes) else 'h'
     return cls(spacing=spacing, size=size, window=ct_window(seen), axis=axis, channels=max(o['channels'] for o in seen),
                classes=classes, labels=labels, rotate=10., flip=flip, jitter=.3, augment=augment)
 

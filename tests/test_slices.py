@@ -271,6 +271,17 @@ def test_names_that_are_given_for_odd_values(tmp_path):
     df.attrs['classes'] = ('background','a')
     assert Recipe.auto(df, classes=('background','a')).labels is None       # who prepares names the masks with a 3
 
+def test_more_names_than_odd_values(tmp_path):
+    "Which value has no name of its own is not guessed, whoever gives the names; `labels` says it"
+    df,given = cohort(tmp_path, values=(0,100,300)),('background','one','two','three')
+    say = (r'classes: 4 names \(background, one, two, three\) for 3 values in the masks \(0, 100, 300\), for example '
+           r'in .*0_m.nii.gz; name each value, background first, or say with `labels`')
+    for attrs in ({}, dict(classes=given), dict(classes=given, named=True)):
+        df.attrs = attrs
+        with pytest.raises(ValueError, match=say): Recipe.auto(df, classes=given)
+    df.attrs = dict(classes=given, labels={100:1, 300:3})
+    assert (Recipe.auto(df).classes, Recipe.auto(df).labels)==(given, {100:1, 300:3})
+
 def test_a_recipe_without_classes_takes_the_cohorts(tmp_path):
     df = cohort(tmp_path, values=(0,205,420))
     df.attrs.update(classes=('background','ball','shell'), labels={205:1, 420:2})

@@ -194,9 +194,10 @@ def propose_classes(
     if set(values)<=set(positions) or known and (labels or not names or len(names)<len(values)):
         return names or known, labels
     _check_values(seen, values)
-    if names and len(names)<len(values):
+    if names and len(names)!=len(values):
+        odd = next(o['mask'] for o in seen if not set(o['values'])<=set(positions))
         raise ValueError(f'Recipe.auto: classes: {len(names)} names ({listed(names)}) for {len(values)} values in the '
-                         f'masks ({listed(values)}); name each, background first, or join some with '
-                         'Recipe(labels=...)')
+                         f'masks ({listed(values)}), for example in {odd}; name each value, background first, or say '
+                         'with `labels` (of load_cohort or Recipe) which class each is')
     if not names: names = ('background', *(f'class{i}' for i in range(1, max(2, len(values)))))
     return names, None if values==list(range(len(values))) else {v:i for i,v in enumerate(values)}

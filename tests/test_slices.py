@@ -8,10 +8,13 @@ import SimpleITK as sitk
 from hypothesis import given, settings, strategies as st
 from scipy.ndimage import map_coordinates
 
+from fastmiseg.data import MISegDataLoaders
 from fastmiseg.packed import PackedSlices, pack_slices
+from fastmiseg.scans.cohort import load_cohort, save_cohort
 from fastmiseg.scans.placement import Placement, _warp, orient
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.messages import VolumeError
+from fastmiseg.scans.split import split_cohort
 from fastmiseg.scans.volume import Volume, read_volume, resample, write_volume
 
 quick = settings(max_examples=60, deadline=None)
@@ -281,6 +284,15 @@ def test_more_names_than_odd_values(tmp_path):
         with pytest.raises(ValueError, match=say): Recipe.auto(df, classes=given)
     df.attrs = dict(classes=given, labels={100:1, 300:3})
     assert (Recipe.auto(df).classes, Recipe.auto(df).labels)==(given, {100:1, 300:3})
+
+def test_names_given_to_load_cohort_are_for_the_values_that_are_there(tmp_path, capsys):
+    "As those of the command line are; a split and a CSV file keep them"
+    table,given = cohort(tmp_path, values=(0,255,255)).drop(columns='split'),('background','ball')
+    df = split_cohort(load_cohort(table, classes=given), labeled=2, valid=1, test=1)
+    saved = load_cohort(save_cohort(df, tmp_path/'split.csv'))
+    dls = MISegDataLoaders.from_cohort(saved, store=tmp_path/'store', workers=0)
+    for r in (Recipe.auto(df), Recipe.auto(saved), Recipe.named('auto', load_cohort(saved)), dls.recipe):
+        assert (r.classes, r.labels)==(given, {0:0, 255:1})
 
 def test_a_recipe_without_classes_takes_the_cohorts(tmp_path):
     df = cohort(tmp_path, values=(0,205,420))

@@ -133,7 +133,7 @@ def load_cohort(
         raise CohortError(f'{", ".join(options)}: the reader for {layout!r} does not take this '
                           f'({e})') from None
     df = _people(df, subject, straddle)
-    if classes is not None: df.attrs['classes'] = tuple(classes)
+    if classes is not None: df.attrs.update(classes=tuple(classes), named=True)
     if labels is not None: df.attrs['labels'] = dict(labels)
     if form is not None:
         for k in ('image','mask'):
@@ -281,7 +281,7 @@ def save_cohort(
         o = Path(os.path.abspath(o))
         return o.relative_to(base).as_posix() if o.is_relative_to(base) else str(o)
     out = df.assign(image=df.image.map(_rel), mask=[_rel(o) for o in df['mask']])
-    keys = ['layout','classes','labels','channels', *(['straddle'] if 'straddle' in df.attrs else [])]
+    keys = ['layout','classes','labels','channels', *(o for o in ('named','straddle') if o in df.attrs)]
     said = json.dumps({k:df.attrs.get(k) for k in keys})
     _check_writable(out, path)
     write_text(path, f'{note}{said}\n{out.to_csv(index=False)}')

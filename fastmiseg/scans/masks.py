@@ -187,6 +187,7 @@ def propose_classes(
     found = {int(v) for v in set().union(*[o['values'] for o in seen])}
     values = [0, *sorted(found-{0})]
     known,labels = df.attrs.get('classes'),df.attrs.get('labels')
+    if not names and df.attrs.get('named'): names = known
     if not (names or known): _check_lossy(seen, values)
     _say_background(seen, values)
     positions = range(len(names or known or ()))

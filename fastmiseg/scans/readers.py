@@ -348,5 +348,5 @@ def read_csv(
         raise CohortError(f'{root}: its first line is not what was written; delete that line') from None
     res = cohort_frame(df.to_dict('records'), str(attrs.get('layout') or 'csv'), classes, labels,
                        channels, alone)
-    if attrs.get('straddle'): res.attrs['straddle'] = True
+    res.attrs.update({o:True for o in ('named','straddle') if attrs.get(o)})
     return res

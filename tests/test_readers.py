@@ -155,6 +155,19 @@ def test_masks_beside_the_images_in_their_folder(tmp_path, capsys):
     one = load_cohort(tmp_path, 'folder', images='images', masks='images', mask_suffix='_roi')
     assert one.scan[one['mask'].notna()].tolist()==['p3'] and 'p1_seg' in one.scan.tolist()
 
+def test_a_folder_for_masks_that_holds_none(tmp_path, capsys):
+    "Is no reason to take the masks beside the images for images, unless it is named"
+    for i in range(2): put(tmp_path/'images', f'p{i}.nii.gz', f'p{i}_seg.nii.gz', seed=i)
+    (tmp_path/'masks').mkdir()
+    (tmp_path/'masks'/'outcome.csv').write_text('x')
+    df = load_cohort(tmp_path)
+    assert df.scan.tolist()==['p0','p1'] and df['mask'].notna().all() and all_read(df)
+    assert load_cohort(tmp_path, 'folder', masks='masks')['mask'].isna().tolist()==[True]*4
+    for i in range(2): (tmp_path/'images'/f'p{i}_seg.nii.gz').rename(tmp_path/'images'/f'p{i}_b.nii.gz')
+    put(tmp_path/'labels', 'p0.nii.gz')
+    df = load_cohort(tmp_path)
+    assert df['mask'].dropna().tolist()==[str(tmp_path/'labels'/'p0.nii.gz')] and len(df)==4
+
 def test_folder_names(tmp_path):
     put(tmp_path, 'mr/a_t1.mha', 'truth/a_roi.mha')
     put(tmp_path, 'mr/a_t2.mha', seed=1)

@@ -201,7 +201,7 @@ def read_folder(
             raise CohortError(f'{root/o}: is not a folder; expected the one with the '
                               f'{"images" if o==images else "masks"}')
     idir = root/images if images else _one(root, _image_dirs)
-    mdir = root/masks if masks else _one(root, _mask_dirs)
+    mdir = root/masks if masks else _one(root, [o for o in _mask_dirs if scans_in(root/o)])
     def name(f, base):
         folders = [unicodedata.normalize('NFC', o) for o in f.parent.relative_to(base).parts]
         return '_'.join([*folders, stem(f)])

@@ -92,7 +92,8 @@ class Reading:
         "The scans of `data`, masks or not, for a prediction"
         file,_ = split_choice(data)
         if os.path.isfile(file) and extension(file):
-            image,name = choose_volume(data, self.series, self.phase, self.form),stem(file)
+            form = self.form if extension(file) in ('.nii','.nii.gz') else None # as in a folder of scans
+            image,name = choose_volume(data, self.series, self.phase, form),stem(file)
             return cohort_frame([dict(subject=name, scan=name, image=image, mask=None)])
         data = Path(data)
         unknown = data.is_dir() and self.layout is None and not any(o.matches(data) for o in layouts.values())

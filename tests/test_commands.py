@@ -138,7 +138,7 @@ def test_prediction_of_a_folder_in_no_order_says_what_is_wrong_with_one_in_order
     assert len(predict_scans(run, tmp_path/'b', tmp_path/'segs2', suffix='T2w', progress=False))==1
 
 def test_prediction_of_one_scan_is_read_as_the_options_say(run, hearts, tmp_path, monkeypatch, capsys):
-    "Under its plain name; what its kind of file does not have is refused"
+    "Under its plain name; a series that it does not have is refused, a form is for NIfTI files as in a folder"
     scan = nib.load(hearts.df.image[0])
     mirrored = scan.affine@np.diag([-1,1,1,1])
     both = nib.Nifti1Image(np.asarray(scan.dataobj), scan.affine)
@@ -157,6 +157,11 @@ def test_prediction_of_one_scan_is_read_as_the_options_say(run, hearts, tmp_path
         assert taken=={'sform'}
     assert predict('d', file)[1]=={'qform'}
     assert "series='1' does not apply" in predict('e', file, series=1)[0].problem
+    (tmp_path/'many').mkdir()
+    write_volume(read_volume(file), other := tmp_path/'many'/'other.mha')
+    for name,data in (('g',other), ('h',other.parent)):
+        row = predict(name, data, form='sform')[0]
+        assert (row.image,row.problem,row.out)==(str(other),None,str(tmp_path/name/'other.nii.gz'))
     monkeypatch.chdir(tmp_path)
     cli.predict(str(run), 'two.nii.gz#form=qform', 'f')
     assert '1 segmentation in f' in capsys.readouterr().out and (tmp_path/'f'/'two.nii.gz').exists()

@@ -180,7 +180,7 @@ def test_a_scan_with_a_choice_is_not_replaced(heart, scan, tmp_path):
 
 def test_two_scans_of_one_name(heart, tmp_path):
     rows = heart.df[heart.df.split!='unlabeled'].iloc[:3].assign(scan=['case1','case1','other'])
-    say = r'scan: the cohort names 1 scan\(s\) twice \(case1\); expected unique names'
+    say = r'scan: the cohort gives 1 name to several scans \(case1\); expected unique names'
     for call in (lambda: evaluate_cohort(heart.learn, rows, split='all'),
                  lambda: predict_cohort(heart.learn, rows, tmp_path/'out')):
         with pytest.raises(ValueError, match=say): call()

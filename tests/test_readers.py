@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_volume import odd_sform, write_series
 
 from fastmiseg.scans.cohort import CohortError, check_cohort, find_duplicates, load_cohort, save_cohort
+from fastmiseg.scans.layout import check_each_once
 from fastmiseg.scans.split import split_cohort
 from fastmiseg.scans.masks import read_mask, read_scan
 from fastmiseg.scans.volume import Volume, read_volume, write_volume
@@ -167,6 +168,14 @@ def test_a_folder_for_masks_that_holds_none(tmp_path, capsys):
     put(tmp_path/'labels', 'p0.nii.gz')
     df = load_cohort(tmp_path)
     assert df['mask'].dropna().tolist()==[str(tmp_path/'labels'/'p0.nii.gz')] and len(df)==4
+
+def test_names_that_several_scans_have():
+    df = pd.DataFrame(dict(scan=['a','b','a','a','c']))
+    with pytest.raises(ValueError, match=r'^scan: the cohort gives 1 name to several scans \(a\); expected unique'):
+        check_each_once(df)
+    with pytest.raises(ValueError, match=r'gives 2 names to several scans each \(a, b\)'):
+        check_each_once(pd.concat([df, df[1:2]]))
+    check_each_once(df[1:3])
 
 def test_folder_names(tmp_path):
     put(tmp_path, 'mr/a_t1.mha', 'truth/a_roi.mha')

@@ -93,10 +93,11 @@ def check_each_once(
     df:pd.DataFrame # cohort
 ):
     "An error where two scans have one name, by which results and files go"
-    twice = df['scan'][df['scan'].duplicated()]
-    if not len(twice): return
-    raise ValueError(f'scan: the cohort names {len(twice)} scan(s) twice ({", ".join(map(str, twice[:5]))}); expected '
-                     'unique names, for results and files go by them')
+    names = df['scan'][df['scan'].duplicated()].unique()
+    n = len(names)
+    if not n: return
+    raise ValueError(f'scan: the cohort gives {n} name{"s"*(n>1)} to several scans{" each"*(n>1)} '
+                     f'({", ".join(map(str, names[:5]))}); expected unique names, for results and files go by them')
 
 def cohort_frame(
     rows:list,                    # A dict per scan: subject, scan, image, mask, and any others

@@ -65,7 +65,7 @@ def test_only_what_is_sure_is_paid_for():
     torch.testing.assert_close(loss, want)
 
 # -- dropped features ------------------------------------------------------------------------------------------------
-def dropped_step(net, n=6, **kwargs):
+def dropped_step(net, n=6, again=True, **kwargs):
     "A step of the network up to the penalty, in which x is segmented without half of the encoder's channels too"
     cb = PseudoLabelCallback(threshold=.5, dropped=.5, **kwargs)
     found = find_stages(net, list(cb.layers))
@@ -76,12 +76,14 @@ def dropped_step(net, n=6, **kwargs):
     maps.listen()
     step.receive(['x','strong'], net(torch.cat([step.images[k] for k in ('x','strong')])), maps.take())
     (name,(of,changes)), = step.again.items()
-    with maps.given({stage: f(step.feats[of][stage]) for stage,f in changes.items()}): step.logits[name] = net(step.x_u)
+    if again:
+        given = {stage: f(step.feats[of][stage]) for stage,f in changes.items()}
+        with maps.given(given): step.logits[name] = net(step.x_u)
     maps.remove()
     return cb,step,{stage: f(torch.ones_like(step.feats[of][stage])) for stage,f in changes.items()}
 
 def test_the_decoder_goes_on_without_dropped_features():
-    "As if it had been run by hand; the encoder, whose statistics count in validation, is not run again"
+    "As if it had been run by hand; statistics of batch norm, which count in validation, are those of whole features"
     net = UNet(1, 3, width=4)
     cb,step,kept = dropped_step(net)
     net.eval()
@@ -90,11 +92,30 @@ def test_the_decoder_goes_on_without_dropped_features():
     c1,c2,c3,c4,c5 = (step.feats['x'][k]*kept[k] for k in cb.layers)
     logits = net.head(net.Upconv2(net.Upconv3(net.Upconv4(net.Upconv5(c5, c4), c3), c2), c1))
     torch.testing.assert_close(logits, step.logits['dropped'])
-    net.train()
-    times = {k: getattr(net, k)[1].num_batches_tracked.item() for k in cb.layers}
-    dropped_step(net)
-    assert all(getattr(net, k)[1].num_batches_tracked==n+1 for k,n in times.items())
-    assert all('forward' not in vars(m) for m in net.modules())
+
+@pytest.mark.parametrize('arch', ['unet','dynamic_unet','resnet18'])
+def test_statistics_of_batch_norm_are_those_of_whole_features(arch):
+    found = []
+    for again in (True, False):
+        torch.manual_seed(0)
+        net = create_unet(arch, 1, 3, (64,64), **({} if arch=='resnet18' else dict(width=4)))
+        dropped_step(net, again=again)
+        found.append(net)
+    for a,b in zip(*(o.buffers() for o in found)): assert torch.equal(a, b)
+    assert all('forward' not in vars(m) and getattr(m, 'track_running_stats', True) for m in found[0].modules())
+
+def test_one_stage_may_be_given_as_a_name():
+    assert PseudoLabelCallback(dropped=.5, encoder='Conv5').layers==('Conv5',)
+
+def test_a_further_answer_has_its_own_name():
+    step = some_step(2)
+    with pytest.raises(ValueError, match="see_again: nobody asked for 'x', of which 'half' is to be"):
+        step.see_again('half', 'x', {})
+    step.see('x')
+    step.see_again('half', 'x', {})
+    for name in ('half','x'):
+        with pytest.raises(ValueError, match=f"see_again: somebody asked for '{name}' already"):
+            step.see_again(name, 'x', {})
 
 def test_dropped_channels_are_drawn_for_each_image_and_stage():
     _,_,kept = dropped_step(UNet(1, 3, width=8), n=40)

@@ -14,15 +14,13 @@ from typing import Callable, Mapping
 import torch
 from torch import nn
 
-from .method import SemiSupCallback, sigmoid_rampup
+from .method import SemiSupCallback, layer_names, sigmoid_rampup
 from ..mutual_info import consistency_loss
 from ..processes import loss_of_all, mean_of_all
 from ..projectors import GlobalProjector, LocalProjector
 from ..transforms import Pool, RandomFlips
 
 # %% ../../nbs/53_callback.mireg.ipynb #21817bcb
-def _as_tuple(layers): return (layers,) if isinstance(layers, str) else tuple(layers)
-
 def _clusters(n_clusters, n_heads, layers):
     "K of each stage, checked"
     k = n_clusters if isinstance(n_clusters, dict) else dict.fromkeys(layers, n_clusters)
@@ -130,7 +128,7 @@ class MIRegCallback(SemiSupCallback):
         unlabeled=None,      # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
         T:Pool=None          # what T is drawn from; default: `usual_pool()`
     ):
-        self.global_layers,self.local_layers = _as_tuple(global_layers),_as_tuple(local_layers)
+        self.global_layers,self.local_layers = layer_names(global_layers),layer_names(local_layers)
         terms = dict(global_mi=(global_weight, self.global_layers), local_mi=(local_weight, self.local_layers),
                      consistency=(consistency_weight, True))
         weights = {k:w for k,(w,on) in terms.items() if on and (callable(w) or w)}

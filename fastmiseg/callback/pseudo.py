@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .method import SemiSupCallback, sigmoid_rampup
+from .method import SemiSupCallback, layer_names, sigmoid_rampup
 from ..losses import soft_dice_loss
 from ..transforms import Light, Pool, boxes
 
@@ -58,7 +58,7 @@ class PseudoLabelCallback(SemiSupCallback):
         area:tuple=(.02,.4), # smallest and largest share of the image in that box
         moved:bool=False,    # the strongly changed copy is of T(x), not of x
         dropped:float=0.,    # share of the encoder's channels without which x is segmented too; 0: it is not
-        encoder:tuple=('Conv1','Conv2','Conv3','Conv4','Conv5'), # its stages, by name or path of a module
+        encoder:tuple|str=('Conv1','Conv2','Conv3','Conv4','Conv5'), # its stages: all that the decoder takes from
         unlabeled=None,      # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
         T:Pool=None          # what T is drawn from, where `moved`; default: `usual_pool()`
     ):
@@ -66,7 +66,7 @@ class PseudoLabelCallback(SemiSupCallback):
         super().__init__(unlabeled, T, pseudo=weight)
         if not 0<=dropped<1: raise ValueError(f'dropped: {dropped} is not in [0,1)')
         self.moved,self.threshold,self.dice,self.dropped = moved,threshold,dice,dropped
-        self.layers = tuple(encoder) if dropped else ()
+        self.layers = layer_names(encoder) if dropped else ()
         self.light,self.jitter,self.blurred,self.cutmix,self.area = light,jitter,blurred,cutmix,area
 
     matches_target = True

@@ -59,6 +59,10 @@ class Step:
         changes:dict # stage -> what makes of its map (n,channels,h,w) the one to go on with; stages in `layers`
     ):
         "Have the network answer once more for images, from other maps of its stages than it found"
+        if of not in self.images:
+            raise ValueError(f"see_again: nobody asked for {of!r}, of which {name!r} is to be; ask with see({of!r})")
+        if name in self._moves:
+            raise ValueError(f"see_again: somebody asked for {name!r} already; take another name")
         self.again[name],self._moves[name] = (of,changes),self._moves[of]
 
     def moved(self,
@@ -137,7 +141,7 @@ class StageMaps:
         model:torch.nn.Module, # network
         found:dict             # stage -> `Stage`, as from `find_stages`
     ):
-        self.maps = None
+        self.maps,self._model = None,model
         self._modules = {name: model.get_submodule(stage.module) for name,stage in found.items()}
         self._handles = [m.register_forward_hook(self._keep(name)) for name,m in self._modules.items()]
 
@@ -159,12 +163,15 @@ class StageMaps:
     def given(self,
         maps:dict # stage -> map
     ):
-        "Inside, the modules of these stages compute nothing: the network goes on with the maps"
+        "Inside, the network goes on with these maps, whatever it finds itself; its running statistics stay as they are"
         given = {self._modules[name]: m for name,m in maps.items()}
         before = {module: vars(module).get('forward') for module in given}
+        tracking = [m for m in self._model.modules() if getattr(m, 'track_running_stats', False)]
         for module,m in given.items(): module.forward = lambda *args, m=m, **kwargs: m
+        for m in tracking: m.track_running_stats = False
         try: yield
         finally:
+            for m in tracking: m.track_running_stats = True
             for module,forward in before.items():
                 if forward is None: del module.forward
                 else: module.forward = forward

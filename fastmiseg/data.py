@@ -6,6 +6,7 @@
 __all__ = ['SemiSupDataBlock', 'MISegDataLoaders']
 
 # %% ../nbs/34_data.ipynb #9c2a4c21
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
@@ -121,7 +122,7 @@ class MISegDataLoaders(DataLoaders):
         foreground:float=0.,     # share of the labelled slices that show a given class, each class in turn
         # more scans without masks: a folder, a .csv file, a cohort, or files
         unlabeled:pd.DataFrame|str|Path|list|None=None,
-        # batch transforms for training; by default what the recipe says; None for none
+        # batch transforms for training: 'recipe', what it says; 'light' or 'strong', instead; yours; None for none
         augment:str|Callable|list|None='recipe',
         workers:int=None,        # processes that prepare slices
         num_workers:int=0,       # processes that read ahead while training
@@ -134,6 +135,7 @@ class MISegDataLoaders(DataLoaders):
         if unlabeled is not None: df = _with_unlabelled(df, unlabeled)
         _check_split(df)
         recipe = Recipe.named(recipe, df)
+        if isinstance(augment, str) and augment!='recipe': recipe = replace(recipe, augment=augment)
         used = df[df['split'].isin(['labeled','unlabeled','valid'])]
         store = open_store(store, recipe).prepare(used, workers=workers, skip_bad=skip_bad)
         if num_workers: store.verify() # once, here: else every worker of every epoch would

@@ -120,6 +120,18 @@ def _torch_seeded(seed):
     try: yield
     finally: g.set_state(state)
 
+@contextmanager
+def _host_seeded(seed):
+    "The same for Python's and NumPy's too; in worker processes, which must not touch CUDA"
+    python,numpy = random.getstate(),np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        with _torch_seeded(seed): yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
 # %% ../nbs/33_loaders.ipynb #ad0ae2da
 class PairedDL(MayReside):
     "Batches `(x_l, x_u, y_l)`, both streams drawn with replacement; `(x_l, y_l)` where there is nothing unlabelled"
@@ -161,9 +173,18 @@ class PairedDL(MayReside):
         if self.shows is None: self.shows = [_classes_in(self.dataset[i][-1]) for i in range(len(self.dataset))]
         return _rows_of_classes(self.shows)
 
-    def sample(self): return (b for i,b in enumerate(self._idxs[self.first:]) if i%self.num_workers==self.offs)
+    def sample(self):
+        "Batches of this worker, each with its number in the epoch"
+        first = self.first # which goes back to 0 with the first batch
+        return ((first+i, b) for i,b in enumerate(self._idxs[first:]) if i%self.num_workers==self.offs)
+
     def _datasets(self): return self.dataset,self.unlabeled
-    def create_batches(self, samps): return self._gather_pairs() if self._here else map(self.create_pair, samps)
+    def create_batches(self, samps): return self._gather_pairs() if self._here else map(self._create_seeded, samps)
+    def _create_seeded(self, numbered):
+        "Whichever process makes it, what item transforms draw is of the batch"
+        i,idxs = numbered
+        with _host_seeded(hash((self.seed, *self._drawn, i, 1))%2**32): return self.create_pair(idxs)
+
     def _gather_pairs(self):
         "Batches of resident slices; all indices of the epoch go to the device at once"
         drawn = zip(*self._idxs[self.first:]) # labelled, unlabelled
@@ -180,6 +201,7 @@ class PairedDL(MayReside):
 
     def __iter__(self):
         it,epoch,i,rank = super().__iter__(),self.epoch,self.first,processes()[0]
+        self._drawn = epoch,rank
         def seed(*o): return hash((self.seed, epoch, *o) + (rank,)*(rank>0))%2**32
         self.fake_l.generator = _WorkerSeeds().manual_seed(seed())
         ours = self._find(*self._datasets()) and all(type(o) is Augment for o in self.after_batch.fs)

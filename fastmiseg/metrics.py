@@ -73,7 +73,7 @@ class VolumeMetric(Metric):
         raise NotImplementedError(f'{type(self).__name__} needs a method measure(self, learn)')
 
     def score(self,
-        where:np.ndarray, # (slices,) which of `scan_numbers` each belongs to
+        where:np.ndarray, # (slices,) which of `scan_numbers` each belongs to; `slice_numbers` says which slice it is
         *kept             # arrays with a row for each slice: what `measure` returned, of the whole epoch
     )->np.ndarray:        # (n_scans,C-1) array, nan where undefined
         "The scores of the scans"
@@ -117,6 +117,7 @@ class VolumeMetric(Metric):
         index, *cols = (np.concatenate(o) for o in zip(*parts))
         index, first = np.unique(index, return_index=True)
         scan, *cols = (o[first[index>=0]] for o in cols)
+        self.slice_numbers = index[index>=0]
         self.scan_numbers, where = np.unique(scan, return_inverse=True)
         self._values,self._parts,self._last = self.score(where, *cols),[],_LastBatch()
 

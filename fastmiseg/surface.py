@@ -134,10 +134,18 @@ class VolumeDistance(VolumeMetric):
         if self.spacing is not None or self.epoch.spacings is None: return self.spacing
         return self.epoch.spacings[scan]
 
+    def _volume(self, slices, numbers):
+        "Each slice in its place: those that nobody validated are empty"
+        if not self.epoch.known: return slices[0]
+        at = numbers-numbers[0]
+        res = np.zeros((at[-1]+1, *slices.shape[1:]), slices.dtype)
+        res[at] = slices
+        return res
+
     def score(self, where, preds, masks):
         res = []
         for k,scan in enumerate(self.scan_numbers):
-            p,t = (o[where==k] if self.epoch.known else o[where==k][0] for o in (preds, masks))
+            p,t = (self._volume(o[where==k], self.slice_numbers[where==k]) for o in (preds, masks))
             how = dict(spacing=self._spacing_of(scan), pooled=self.pooled, missed=self.missed)
             res.append([self.distance(p==c, t==c, **how) for c in range(1, len(self.epoch.classes))])
         return np.array(res)

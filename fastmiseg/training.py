@@ -17,11 +17,19 @@ from .scans.recipe import Recipe
 from .settings import Settings, schedule
 
 # %% ../nbs/67_training.ipynb #c709c434
+_owners = dict(mireg='MIRegCallback', labels='PseudoLabelCallback', paste='CopyPasteCallback')
+
 def callbacks_of(
     settings:Settings # of the training
 )->list:
     "The callbacks of the method, with its weights"
-    return methods[settings.method].callbacks(settings, {k:schedule(w) for k,w in settings.weights.items()})
+    cbs = methods[settings.method].callbacks(settings, {k:schedule(w) for k,w in settings.weights.items()})
+    names = [k.__name__ for o in cbs for k in type(o).__mro__]
+    for k,owner in _owners.items():
+        if getattr(settings, k) and owner not in names:
+            raise ValueError(f"{k}: are arguments of {owner}, which the method {settings.method!r} does not have; "
+                             "leave them out, or take another method")
+    return cbs
 
 # %% ../nbs/67_training.ipynb #37221fe4
 def check_scans(
@@ -191,8 +199,9 @@ def pretrain(
     learn,         # `Learner` whose batches are paired, or `unlabeled=` given to a callback
     epochs:int,    # passes of the batches that an epoch has
     lr:float=1e-3, # highest learning rate of fastai's one-cycle schedule
-    cbs:list=None  # methods; default: those of the settings' method 'pretrain', the paper's terms
+    cbs=None       # methods, or one; default: those of the settings' method 'pretrain', the paper's terms
 ):
     "Train the network without masks, on the terms of methods alone; afterwards it can be trained as any other"
-    if cbs is None: cbs = callbacks_of(Settings(method='pretrain'))
+    from fastai.basics import L
+    cbs = callbacks_of(Settings(method='pretrain')) if cbs is None else list(L(cbs))
     with _without_masks(learn, cbs): learn.fit_one_cycle(epochs, lr, cbs=cbs)

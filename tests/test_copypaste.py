@@ -58,14 +58,15 @@ def test_any_sizes(labelled, unlabelled, pct):
     cb.penalty(step).backward()
     assert logits.grad.isfinite().all() and (logits.grad!=0).any()
 
-def test_weights_of_both_parts():
-    "The mean over what has a mask plus half the mean over what has not, as in the paper"
+@pytest.mark.parametrize('n,side', [(4,2/3), (1,2/3), (3,.25), (5,.9)])
+def test_weights_of_both_parts(n, side):
+    "The mean over what has a mask plus half the mean over what has not, as in the paper; for an odd number too"
     torch.manual_seed(0)
-    x_l,x_u,y_l = torch.rand(4,1,18,18),torch.rand(4,1,18,18),torch.randint(3, (4,18,18))
-    cb = CopyPasteCallback(dice=0., largest=False)
-    step = Step(x_l, y_l, x_u, RandomFlips().draw(4))
+    x_l,x_u,y_l = torch.rand(n,1,18,18),torch.rand(n,1,18,18),torch.randint(3, (n,18,18))
+    cb = CopyPasteCallback(dice=0., largest=False, side=side)
+    step = Step(x_l, y_l, x_u, RandomFlips().draw(n))
     cb.views(step)
-    step.logits.update(x=torch.randn(4,3,18,18), copypaste=torch.randn(4,3,18,18))
+    step.logits.update(x=torch.randn(n,3,18,18), copypaste=torch.randn(n,3,18,18))
     where = cb._from_labelled[:,0]
     y = torch.where(where, y_l, step.logits['x'].argmax(1))
     ce = F.cross_entropy(step.logits['copypaste'], y, reduction='none')

@@ -1,13 +1,15 @@
 "What the loaders may and may not touch, and what a learner carries away"
-import gc, shutil
+import gc, random, shutil
 from pathlib import Path
 
 import numpy as np, psutil, pytest, torch
-from fastai.basics import first
+from fastai.basics import Transform, first
+from fastai.data.block import TransformBlock
+from fastai.vision.core import TensorImage, TensorMask
 from fastmiseg.scans.split import split_cohort
 from fastmiseg.scans.phantom import make_phantom
 from fastmiseg.scans.recipe import Recipe
-from fastmiseg.data import MISegDataLoaders
+from fastmiseg.data import MISegDataLoaders, SemiSupDataBlock
 from fastmiseg.learner import miseg_learner
 from fastmiseg.callback.mireg import MIRegCallback
 
@@ -159,6 +161,30 @@ def test_batch_transforms_that_look_at_a_batch(cohort, tmp_path):
     dls = loaders(cohort, tmp_path/'store', augment=[Normalize()])
     x = dls.one_batch()[0]
     assert x.shape==(2,1,32,32) and abs(float(x.mean()))<2
+
+def test_changes_of_slices_by_name(cohort, tmp_path):
+    assert not any(loaders(cohort, tmp_path/'store', augment='light').recipe.shares.values())
+    assert any(loaders(cohort, tmp_path/'store', augment='strong').recipe.shares.values())
+    with pytest.raises(ValueError, match="Recipe: augment='none', expected 'light' or 'strong'"):
+        loaders(cohort, tmp_path/'store', augment='none')
+
+class Noise(Transform):
+    split_idx = 0
+    def encodes(self, x:TensorImage): return x+torch.rand(1)+random.random()+np.random.rand()
+
+def test_item_transforms_that_draw():
+    "Are the same in any number of workers, and in the rest of an epoch"
+    blocks = [TransformBlock(type_tfms=lambda i: TensorImage(torch.full((1,4,4), float(i)))),
+              TransformBlock(type_tfms=lambda i: TensorMask(torch.zeros(4,4).long()))]
+    block = SemiSupDataBlock(blocks=blocks, splitter=lambda _: (range(4),range(4,9),range(9,20)), item_tfms=Noise())
+    def batches(workers, begin=0):
+        dl = block.dataloaders(list(range(20)), bs=2, unlabeled_bs=2, n_iters=5, num_workers=workers).train
+        dl.first = begin
+        return [torch.cat([o.as_subclass(torch.Tensor).flatten() for o in b]) for b in dl]
+    want = batches(0)
+    assert not torch.equal(want[0], want[1])
+    for workers,begin in ((1,0), (2,0), (0,3), (2,3)):
+        assert all(map(torch.equal, batches(workers, begin), want[begin:])), (workers, begin)
 
 def test_no_subject_is_in_two_streams(cohort, tmp_path):
     dls = loaders(cohort, tmp_path/'store')

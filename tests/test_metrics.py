@@ -109,6 +109,15 @@ def test_any_batches_any_order_same_values(sizes, bs, seed, repeat):
                 and list(got['class'])==['1','2']*len(sizes))
         np.testing.assert_allclose(got[col], np.concatenate([w[col] for w in want]), rtol=1e-12)
 
+def test_slices_between_which_some_are_missing():
+    "Distances are those of the scan, not of its slices on top of each other"
+    p,t = torch.zeros(2, 10, 8, 8).long()
+    p[0,2:6,2:6],t[9,2:6,2:6] = 1,1
+    scan = torch.zeros(10).long()
+    for cls,distance in ((VolumeHD95,hd95), (VolumeASSD,assd)):
+        got = _feed(cls(), p, t, scan, torch.tensor([9,0]), 2)
+        assert got[cls.base].tolist()==[distance(p.numpy()==1, t.numpy()==1, (5.,1.,2.)), 0.]
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 6), st.integers(0, 10**6))
 def test_counts(C, seed):

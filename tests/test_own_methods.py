@@ -1,7 +1,9 @@
 """The methods that mix images, the tutorial's and ours, train in one forward pass, go on to the bit, and leave no trace
 (in two processes: test_distributed)"""
+import random
 from copy import deepcopy
 import pytest, torch
+from fastmiseg.callback.baselines import ConsistencyCallback
 from fastmiseg.callback.copypaste import CopyPasteCallback
 from fastmiseg.callback.pseudo import PseudoLabelCallback
 from fastmiseg.callback.resume import ResumeCallback
@@ -64,6 +66,17 @@ def test_lr_find_is_forgotten(tmp_path):
         if find:
             with learn.no_bar(): learn.lr_find(num_it=6, show_plot=False)
             torch.testing.assert_close(cb.state_dict(), before, rtol=0, atol=0)
+        learn.fit(1, 1e-2)
+        return learn.model.state_dict()
+    for p,q in zip(go(True).values(), go(False).values()): assert torch.equal(p, q)
+
+def test_lr_find_draws_nothing_of_what_comes(tmp_path):
+    "Loaders of unlabelled items draw when they are made"
+    def go(find):
+        random.seed(0)
+        learn = quiet(learner(tmp_path, dls=plain_loaders(3), cbs=ConsistencyCallback(unlabeled=list(range(13,30)))))
+        if find:
+            with learn.no_bar(): learn.lr_find(num_it=4, show_plot=False)
         learn.fit(1, 1e-2)
         return learn.model.state_dict()
     for p,q in zip(go(True).values(), go(False).values()): assert torch.equal(p, q)

@@ -1,15 +1,19 @@
 """The callback that takes paired batches apart: one pass or several, what methods share, and a sentence for each wrong
 use"""
+import warnings
 from copy import deepcopy
 
 import pytest, torch
 from torch import nn
-from fastai.basics import Callback, DataLoader, DataLoaders
+from fastai.basics import Callback, DataLoader, DataLoaders, Transform
+from fastai.data.transforms import Normalize
 from fastai.losses import CrossEntropyLossFlat
+from fastai.vision.core import TensorImage
 from fastmiseg.callback.baselines import ConsistencyCallback, EntropyMinCallback
 from fastmiseg.callback.mireg import MIRegCallback
 from fastmiseg.callback.method import SemiSupCallback
 from fastmiseg.callback.paired import PairedBatchCallback
+from fastmiseg.callback.pseudo import PseudoLabelCallback
 from fastmiseg.callback.resume import ResumeCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.models import Stage
@@ -180,6 +184,24 @@ def test_a_fit_that_is_refused_costs_nothing(tmp_path):
     with pytest.raises(ValueError, match='there are no unlabelled images'):
         quiet(learner(tmp_path, dls=plain_loaders(2))).fit(1, cbs=cb)
     assert cb.average is not None
+
+class Scale(Transform):
+    def __init__(self, factor): self.factor = factor
+    def encodes(self, x:TensorImage): return self.factor*x
+
+@pytest.mark.parametrize('make', [ConsistencyCallback, PseudoLabelCallback])
+def test_images_that_are_not_in_0_to_1(tmp_path, make):
+    "Said once, where light is changed; what a `Normalize` of the loaders did counts as undone"
+    def said(cb, *tfms):
+        learn = quiet(learner(tmp_path, dls=loaders(n_iters=3)))
+        for o in tfms: learn.dls.train.after_batch.add(o)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter('always')
+            learn.fit(1, cbs=cb)
+        return sum('unlabelled images have intensities from' in str(o.message) for o in found)
+    assert said(make(), Scale(5.))==1 and not said(make(), Scale(.2))
+    assert not said(make(), Scale(.2), Normalize.from_stats([.1], [.01], cuda=False))
+    assert not said(ConsistencyCallback(T=RandomFlips()), Scale(5.))
 
 def test_two_terms_of_one_name(tmp_path):
     with pytest.raises(ValueError, match='consistency: MIRegCallback and ConsistencyCallback both have a term of this '

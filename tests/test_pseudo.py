@@ -50,6 +50,10 @@ def test_light_is_that_of_the_image_before_normalisation():
         views.append(step.images['strong'])
     torch.testing.assert_close((views[0]-mean)/std, views[1], rtol=1e-4, atol=1e-4)
 
+def test_T_that_would_move_nothing():
+    with pytest.raises(ValueError, match='T: moves the strongly changed copy only with moved=True'):
+        PseudoLabelCallback(T=RandomFlips())
+
 def test_only_what_is_sure_is_paid_for():
     "Cross-entropy over all pixels and Dice over the sure ones; no gradient goes to the label"
     cb,step = PseudoLabelCallback(threshold=.9, cutmix=0.),some_step(3)

@@ -91,7 +91,12 @@ def test_wrong_settings(bad, said):
     (dict(mireg=dict(T=1)), "mireg: MIRegCallback takes no 'T' here"),
     (dict(mireg=dict(neighborhood=3)), 'mireg: .*cannot be used'),
     (dict(method='pseudo', labels=dict(weight=1)),
-     "labels: PseudoLabelCallback takes no 'weight' here; there are threshold")])
+     "labels: PseudoLabelCallback takes no 'weight' here; there are threshold"),
+    (dict(labels=dict(dropped=.5)),
+     "labels: are arguments of PseudoLabelCallback, which the method 'recommended' does not have"),
+    (dict(method='pseudo', mireg=dict(memory=0.)),
+     "mireg: are arguments of MIRegCallback, which the method 'pseudo' does not have"),
+    (dict(method='partial', paste=dict(side=.5)), "paste: are arguments of CopyPasteCallback, which")])
 def test_wrong_arguments_of_callbacks(bad, said):
     with pytest.raises(ValueError, match=said): callbacks_of(Settings(**bad))
 

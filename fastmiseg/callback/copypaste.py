@@ -15,7 +15,7 @@ from torch import Tensor
 from .method import SemiSupCallback, sigmoid_rampup
 from .step import Step
 from ..losses import soft_dice_loss
-from ..processes import processes
+from ..processes import loss_of_all, processes, sum_of_all
 from ..transforms import boxes
 
 # %% ../../nbs/56_callback.copypaste.ipynb #6361eacd
@@ -87,7 +87,8 @@ class CopyPasteCallback(SemiSupCallback):
         y = self._mix(step.y_l, other)
         labelled = self._from_labelled[:,0].float()
         logits = step.logits['copypaste'].float()
-        p,counts = logits.softmax(1),labelled + pseudo*(1-labelled)
-        # labelled pixels are half of all, so twice the mean over all is the sum of the means over both
-        ce = 2*(F.cross_entropy(logits, y, reduction='none')*counts).mean()
-        return ce + self.dice*(soft_dice_loss(p, y, labelled) + pseudo*soft_dice_loss(p, y, 1-labelled))
+        ce,p = F.cross_entropy(logits, y, reduction='none'),logits.softmax(1)
+        def loss(where):
+            mean = sum_of_all((ce*where).sum())/sum_of_all(where.sum()).clamp_min(1)
+            return loss_of_all(mean) + self.dice*soft_dice_loss(p, y, where)
+        return loss(labelled) + pseudo*loss(1-labelled)

@@ -90,7 +90,8 @@ class PairedBatchCallback(Callback):
     def _begin(self):
         "Nothing is attached, nothing is under way"
         self.methods,self.teacher,self.stream,self.maps,self.normalization = [],None,None,None,None
-        self.step = self.guard = self._x_l = self._undo_lr_find = None
+        self.step = self.guard = self._x_l = self._undo_lr_find = self._bounds = None
+        self._seen = False
         self._mask_notes = {}
 
 # %% ../../nbs/50_callback.paired.ipynb #4f2febc6
@@ -102,8 +103,9 @@ def before_fit(self:PairedBatchCallback):
         raise RuntimeError("a fit with methods is under way: to validate or predict inside it would end it for them "
                            "and for fastai's recorder; do so after the fit, or with a metric")
     if hasattr(self.learn, '_in_fit'): self.methods = self.attached()
+    before = random_states() if finds else None # loaders draw when they are made
     if self.methods: self._prepare()
-    if finds and (self.methods or isinstance(self.dls.train, PairedDL)): self._undo_lr_find = self._snapshot()
+    if finds and (self.methods or isinstance(self.dls.train, PairedDL)): self._undo_lr_find = self._snapshot(before)
 
 @patch
 def attached(self:PairedBatchCallback)->list:
@@ -161,9 +163,21 @@ def before_batch(self:PairedBatchCallback):
                      self._ask_teacher(), self.normalization, self.generator)
     for r in self.methods: r.views(self.step)
     if 'tx' in self.step.images: self.T_pool.checked()
+    if not self._seen: self._bounds = self._intensities()
+    self._seen = True
     self._x_l = x_l
     if self.passes==1: self.learn.xb = (torch.cat([x_l, *self.step.images.values()]),)
     self.maps.listen()
+
+@patch
+def _intensities(self:PairedBatchCallback):
+    "The least and the greatest of the unlabelled images, on their way to the host; None where nobody changes light"
+    T = self.step.T if 'tx' in self.step.images else None
+    if not (T is not None and T.changes_light or any(getattr(r, 'light', 0) for r in self.methods)): return None
+    x,n = self.step.x_u,self.normalization
+    if n is not None: x = x*n.std.to(x.device)+n.mean.to(x.device)
+    found = torch.stack([x.min(), x.max()]).float()
+    return torch.empty(2, pin_memory=found.is_cuda).copy_(found, non_blocking=True)
 
 @patch
 def _note_mask(self:PairedBatchCallback):
@@ -224,7 +238,18 @@ def after_loss(self:PairedBatchCallback):
 @patch
 def before_step(self:PairedBatchCallback):
     if self.guard and (bad:=self.guard.bad()): self._stop(bad)
+    self._check_intensities()
     if self.methods: self.heads.attach()
+
+@patch
+def _check_intensities(self:PairedBatchCallback):
+    "Of the first batch; what was copied is there, for the guard has waited for its own copy"
+    if self._bounds is None: return
+    (low,high),self._bounds = self._bounds.tolist(),None
+    if low>=-.1 and high<=1.1: return
+    warn(f"unlabelled images have intensities from {low:.3g} to {high:.3g}; where light is changed, by T or for a "
+         "strong view, they are taken to be in 0..1 and cut off there. Scale them to 0..1 (a `Normalize` of the "
+         "loaders may come after that), or leave light alone: T=RandomFlips()+RandomWarps(.5)")
 
 @patch
 def _stop(self:PairedBatchCallback, bad):
@@ -281,10 +306,10 @@ def load_state_dict(self:PairedBatchCallback, sd:dict, methods:list|None=None):
     if self.stream and sd['stream']: self.stream.load_state_dict(sd['stream'])
 
 @patch
-def _snapshot(self:PairedBatchCallback):
+def _snapshot(self:PairedBatchCallback, randomness):
     "Keeps what `lr_find` must leave as it was, beyond the network and its optimiser; returns what restores it"
     methods,state = self.methods,deepcopy(self.state_dict()) if self.methods else None
-    randomness,dl = random_states(),self.dls.train
+    dl = self.dls.train
     loaders = [(o, o.rng.getstate()) for o in (dl, self.stream and self.stream.dl) if hasattr(o, 'rng')]
     epoch = getattr(dl, 'epoch', None)
     def restore():

@@ -63,6 +63,8 @@ class PseudoLabelCallback(SemiSupCallback):
         T:Pool=None          # what T is drawn from, where `moved`; default: `usual_pool()`
     ):
         if not 0<=threshold<1: raise ValueError(f'threshold: {threshold} is not in [0,1)')
+        if T is not None and not moved:
+            raise ValueError('T: moves the strongly changed copy only with moved=True; leave T out, or set that')
         super().__init__(unlabeled, T, pseudo=weight)
         if not 0<=dropped<1: raise ValueError(f'dropped: {dropped} is not in [0,1)')
         self.moved,self.threshold,self.dice,self.dropped = moved,threshold,dice,dropped

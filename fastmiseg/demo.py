@@ -125,7 +125,7 @@ def run_demo(
         s = Settings(epochs=epochs, n_iters=n_iters, lr=lr, width=width, seed=seed, **settings_of_both, **settings)
         learn,_ = fit(s, df, recipe, out/'slices', workers=workers, more=[EpochLines()])
         scores.append(evaluate_cohort(learn, unseen).assign(training=name, seed=seed))
-        file = f"{first.scan}_{name.replace(' + ','_').replace(' ','_')}.nii.gz"
+        file = f"{first.scan}_{name.replace(' + ','_').replace(' ','_')}_{seed}.nii.gz"
         segs[name] = predict_volume(learn, first.image, out=out/file)
     fig = _picture(first, recipe, segs)
     with whole_file(out/f'demo_{seed}.png') as tmp: fig.savefig(tmp, dpi=110)
@@ -167,7 +167,8 @@ def demo(
     table = _table(scores).to_string(index=False, float_format='{:.3f}'.format)
     print(f'\nDice on {n} unseen scan{"s"*(n!=1)}\n{table}')
     out = Path(out)
-    print(f"\n{out/f'demo_{seed}.png'}  scan, mask and both predictions")
+    pictures = [f'demo_{s}.png' for s in range(seed, seed+seeds)]
+    print(f"\n{', '.join(str(out/o) for o in pictures)}  scan, mask and both predictions")
     print(f"{out/'scores.csv'}  every score of every scan")
     print(f"{out}/*.nii.gz  segmentations of the scan in the picture, on its own grid")
     print(f"next: fastmiseg-train {data or 'YOUR_SCANS'} --out run; fastmiseg-predict run SCANS --out segmentations")

@@ -18,7 +18,7 @@ class GlobalProjector(nn.Module):
         n_clusters: int = 10, # K
         n_heads: int = 5, # S
         pool: str = 'max', # over the map: 'max' (the paper) or 'avg' (the published code)
-        # decay of the joint's running mean, see `JointMemory`, and slower heads; 0: each batch for itself
+        # how much of the joints before each step keeps, as .9; the heads are slower then; 0: each batch for itself
         memory: float = 0.,
     ):
         super().__init__()

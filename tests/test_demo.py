@@ -29,10 +29,10 @@ def test_phantom(run):
 
 def test_geometry_of_a_predicted_scan(run):
     out,_ = run
-    preds = sorted(out.glob('*_recommended.nii.gz'))
+    preds = sorted(out.glob('*_recommended_0.nii.gz'))
     assert len(preds)==1
     seg = nib.load(preds[0])
-    scan = nib.load(out/'scans'/'images'/preds[0].name.replace('_recommended', ''))
+    scan = nib.load(out/'scans'/'images'/preds[0].name.replace('_recommended_0', ''))
     assert seg.shape==scan.shape and seg.get_data_dtype()==np.uint8
     np.testing.assert_allclose(seg.affine, scan.affine, atol=1e-4)
     assert np.abs(scan.affine[0,1])>1e-3 # oblique

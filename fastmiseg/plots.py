@@ -21,11 +21,13 @@ from matplotlib.patches import Patch
 from .callback.log import meaning_of
 from .callback.mireg import MIRegCallback
 from .callback.step import StageMaps
-from .inference import predict_volume, recipe_of
+from .evaluation import labels_of, limits_of
+from .inference import ask_network, recipe_of
 from .models import evaluating, find_stages
 from .mutual_info import global_joint, local_joint, mutual_info
 from .scans.masks import read_mask
 from .scans.recipe import Recipe
+from .scans.volume import read_volume
 from .show import class_color, class_lines, new_figure, save_figure, show_slice
 from .transforms import normalize_of
 from .warps import usual_pool
@@ -54,7 +56,8 @@ def plot_scans(
     best:bool=False,         # the best instead of the worst?
     recipe:Recipe|None=None, # default: that of the learner's loaders
     out:str|Path|None=None,  # file to write
-    **kwargs                 # for `predict_volume`
+    flips:bool|str=False,    # as for the scores
+    largest:bool=False       # as for the scores
 )->Figure:                   # a row per scan: whole slice, mask, prediction, errors
     "The scans with the lowest mean Dice, on the slice with the most errors"
     recipe = recipe_of(learn, recipe)
@@ -62,8 +65,10 @@ def plot_scans(
     rows,found = df.set_index('scan'),[]
     for scan in order.index:
         r = rows.loc[scan]
-        pred = predict_volume(learn, r.image, recipe=recipe, stored=False, **kwargs)
-        mask = read_mask(r['mask'], classes=recipe.classes, labels=recipe.labels)
+        vol = read_volume(r.image, channels=recipe.channels>1)
+        answer = ask_network(learn, recipe, vol, limits_of(df, r.subject, recipe), flips)
+        pred = answer.save(largest=largest, stored=False)
+        mask = read_mask(r['mask'], classes=recipe.classes, labels=labels_of(df, recipe))
         found.append(ScanPicture.of(r.image, mask, pred, recipe, crop=True))
     high = [o.height for o in found]
     fig = new_figure((11, 2.6*sum(high) + .6*len(found)+.7), out)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Callable
 
 import pandas as pd
+from fastcore.foundation import L
 
 from .evaluation import evaluate_cohort, predict_cohort
 from .files import digest, read_json, write_text
@@ -20,6 +21,8 @@ from .plots import plot_scans, plot_scores
 from .preparing import Reading, divide_options
 from .run_folder import RunError, check_unused, in_use, notes_file, read_config
 from .scans.cohort import load_cohort
+from .scans.messages import VolumeError
+from .scans.volume import scan_files
 from .scores import kept_beside, read_scores
 from .segmenter import load_segmenter
 
@@ -84,12 +87,13 @@ def write_scores(
     out = run if out is None else Path(out)
     df = load_cohort(run/'split.csv', 'csv') if data is None else _with_known_parts(run, Reading(**reading).load(data))
     if data is None and split is None: split = 'test' if (df.split=='test').any() else 'valid'
-    if split not in (None,'all') and ('split' not in df or not (df.split==split).any()):
+    if split not in (None,'all') and ('split' not in df or not df.split.isin(L(split)).any()):
         why = ': each scan with a mask trained some of the folds' if data is None and split=='valid' else ''
         raise RunError(f'split: no scan of {data or run} is in {split!r}{why}')
     about = _about_scores(model, df, split, kwargs)
     if (out/'metrics.csv').exists() and not overwrite: return _scores_of_before(out, about)
     trained = load_cohort(run/'split.csv', 'csv') if (run/'split.csv').exists() else None
+    shown = {k:o for k,o in kwargs.items() if k in ('flips','largest')}
     with _made(out),held():
         scores = _score(seg, df, out/notes_file, overwrite, split=split, trained=trained, **kwargs)
         scores.attrs['problems'].update(problems or {})
@@ -97,7 +101,7 @@ def write_scores(
         kept = {k:scores.attrs.get(k, {}) for k in kept_beside}
         write_text(out/'metrics.json', json.dumps({**about, **kept}))
         for m in ('dice','hd95'): plot_scores(scores, m, out=out/'figures'/f'{m}.png')
-        plot_scans(seg, df[df.scan.isin(scores.scan)], scores, out=out/'figures'/'worst.png')
+        plot_scans(seg, df, scores, out=out/'figures'/'worst.png', **shown)
     return scores
 
 @contextmanager
@@ -119,9 +123,18 @@ def _with_known_parts(run, df):
     found = [where.get(os.path.realpath(o), 'unknown') for o in df.image]
     return df.assign(split=found) if set(found)!={'unknown'} else df
 
+def _contents(path):
+    "Checksums of a scan's or mask's files; None where they cannot be read"
+    try: return [digest(o) for o in scan_files(path)]
+    except (OSError, VolumeError): return None
+
 def _about_scores(model, df, split, options):
     "What scores depend on, in a few words"
-    scans = df[['scan','image','mask']].to_csv(index=False).encode('utf-8', 'surrogateescape')
+    rows = df[df['mask'].notna()]
+    if split not in (None,'all'): rows = rows[rows.split.isin(L(split))]
+    found = [[r.subject, r.scan, getattr(r, 'split', None), _contents(r.image), _contents(r.mask)]
+             for r in rows.itertuples()]
+    scans = json.dumps([found, df.attrs.get('labels')]).encode('utf-8', 'surrogateescape')
     rest = {k:str(o) for k,o in sorted(options.items()) if o and k not in ('progress','bs','skip_bad')}
     models = [digest(o) for o in _files(model)]
     return dict(models=models, scans=hashlib.sha256(scans).hexdigest()[:32], split=split, options=rest)

@@ -1,9 +1,19 @@
 "Whose scores they are, and what a class costs that was missed"
-import numpy as np, pandas as pd, pytest
+from types import SimpleNamespace
 
-from fastmiseg.evaluation import evaluate_cohort
+import numpy as np, pandas as pd, pytest, torch
+
+import fastmiseg.evaluation as E, fastmiseg.run_model as R
+from fastmiseg.evaluation import evaluate_cohort, predict_cohort
+from fastmiseg.inference import ask_network
+from fastmiseg.plots import plot_scans
+from fastmiseg.scans.cohort import short_digest, voxel_digest
+from fastmiseg.scans.layout import cohort_frame
+from fastmiseg.scans.recipe import Recipe
+from fastmiseg.scans.volume import Volume, read_volume, write_volume
 from fastmiseg.scores import score_table, scores_text
-from fastmiseg.surface import score_volume
+from fastmiseg.surface import dice, score_volume
+from fastmiseg.viewing import ScanPicture
 
 def scores(masks, preds, spacing=(5.,1.,2.)):
     "As `evaluate_cohort` returns them"
@@ -72,3 +82,113 @@ def test_parts_of_the_split(heart):
     some = pd.concat([df[df.split=='labeled'][:1], df[df.split=='valid'][:1]])
     assert list(dict.fromkeys(go(some, split='all').split))==['labeled','valid']
     with pytest.warns(UserWarning, match='all scans with a mask are of the training'): go(some[:1])
+
+# -- a network that is known to be right -------------------------------------------------------------------------------
+class Levels(torch.nn.Module):
+    "The class is the intensity, of 0..1, in as many steps as there are classes"
+    def __init__(self, n):
+        super().__init__()
+        self.n,self.steepness = n,torch.nn.Parameter(torch.tensor(20.))
+    def forward(self, x):
+        levels = torch.arange(self.n).view(1,-1,1,1)/(self.n-1)
+        return -self.steepness*(x-levels).abs()
+
+def levels(classes, **kw):
+    "A learner with that network, for scans as `scans_of` writes them"
+    recipe = Recipe(size=16, classes=('background',*classes), percentiles=(0,100), **kw)
+    return SimpleNamespace(model=Levels(len(recipe.classes)), recipe=recipe, about={})
+
+def scans_of(folder, arrays, masks, subjects=None, stored=None):
+    "A cohort of scans and masks"
+    rows = []
+    for i,(a,m) in enumerate(zip(arrays, masks)):
+        image,mask = folder/f'v{i}.nii.gz',folder/f'm{i}.nii.gz'
+        write_volume(Volume(a.astype(np.float32), (3.,1.,1.)), image)
+        if m is not None: write_volume(Volume((m if stored is None else stored[m]).astype(np.uint8), (3.,1.,1.)), mask)
+        rows.append(dict(subject=f's{i}' if subjects is None else subjects[i], scan=f'v{i}', image=str(image),
+                         mask=None if m is None else str(mask)))
+    return cohort_frame(rows)
+
+def kept_in(got):
+    "`ScanPicture.of`, which keeps the predictions that it draws"
+    of = ScanPicture.of
+    def keep(scan, mask, pred, *args, **kwargs):
+        got.append(pred)
+        return of(scan, mask, pred, *args, **kwargs)
+    return keep
+
+def test_masks_are_read_as_their_cohort_says(tmp_path):
+    "Stored the other way round than those of the training"
+    masks = np.random.default_rng(0).integers(0, 3, (2,3,16,16))
+    df = scans_of(tmp_path, masks, masks, stored=np.array([0,2,1]))
+    df.attrs['labels'] = {'1':2, '2':1}
+    learn = levels('ab')
+    scores = evaluate_cohort(learn, df, progress=False)
+    assert (scores.dice==1).all()
+    plot_scans(learn, df, scores, out=tmp_path/'worst.png') # in which there is no error
+
+def test_intensities_of_all_scans_of_a_subject(tmp_path):
+    "Of those without a mask too; and what is finished is made again when another scan of the subject has changed"
+    rng = np.random.default_rng(0)
+    arrays,mask = [rng.uniform(0, 1, (3,16,16))*s for s in (1,3)],rng.integers(0, 2, (3,16,16))
+    df,learn = scans_of(tmp_path, arrays, [mask,None], subjects=['s','s']),levels('a', per='subject')
+    segmented = lambda folder: read_volume(tmp_path/folder/'v0.nii.gz').array
+    predict_cohort(learn, df, tmp_path/'p', progress=False)
+    scores = evaluate_cohort(learn, df, out=tmp_path/'e', progress=False)
+    assert np.array_equal(segmented('p'), segmented('e')) and scores.dice[0]==dice(segmented('p')==1, mask==1)
+    got = []
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(ScanPicture, 'of', kept_in(got))
+        plot_scans(learn, df, scores, out=tmp_path/'worst.png')
+    assert np.array_equal(got[0].array, segmented('e'))
+    calls = []
+    def stop(*args):
+        calls.append(args)
+        if len(calls)==2: raise KeyboardInterrupt
+        return ask_network(*args)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(E, 'ask_network', stop)
+        with pytest.raises(KeyboardInterrupt): predict_cohort(learn, df, tmp_path/'r', progress=False)
+    write_volume(Volume((arrays[1]/3).astype(np.float32), (3.,1.,1.)), tmp_path/'v1.nii.gz')
+    for folder in ('r','again'): predict_cohort(learn, df, tmp_path/folder, progress=False)
+    assert np.array_equal(segmented('r'), segmented('again')) and segmented('r').sum()>segmented('p').sum()
+
+def test_the_figure_shows_what_was_scored(tmp_path, monkeypatch):
+    "With the largest piece of each class only"
+    a = np.zeros((2,3,16,16), int)
+    a[...,::4,::4] = a[...,4:9,4:9] = 1
+    mask = np.zeros_like(a)
+    mask[...,4:9,4:9] = 1
+    df,got = scans_of(tmp_path, a, mask).assign(split='test'),[]
+    monkeypatch.setattr(ScanPicture, 'of', kept_in(got))
+    monkeypatch.setattr(R, '_load', lambda model: levels('a'))
+    monkeypatch.setattr(R, 'plot_scores', lambda *args, **kw: None)
+    (tmp_path/'a.safetensors').write_bytes(b'x')
+    scores = R.evaluate_run(tmp_path/'a.safetensors', df, tmp_path/'out', largest=True, split=['test'], progress=False)
+    assert (scores.dice==1).all() and all(np.array_equal(o.array, m) for o,m in zip(got, mask))
+
+def test_scores_of_masks_that_were_corrected(tmp_path, monkeypatch):
+    "Are not those that were there before; a copy of the same files has the same"
+    masks = np.random.default_rng(0).integers(0, 2, (2,3,16,16))
+    df = scans_of(tmp_path, masks, masks)
+    monkeypatch.setattr(R, '_load', lambda model: levels('a'))
+    (tmp_path/'a.safetensors').write_bytes(b'x')
+    evaluate = lambda: R.evaluate_run(tmp_path/'a.safetensors', df, tmp_path/'out', overwrite=False, progress=False)
+    evaluate()
+    scans_of(tmp_path, masks, masks)
+    assert (evaluate().dice==1).all()
+    scans_of(tmp_path, masks, 1-masks)
+    with pytest.raises(FileExistsError, match='exists, with other scores'): evaluate()
+
+def test_copies_are_known_after_an_interruption(tmp_path, monkeypatch):
+    arrays = np.random.default_rng(0).uniform(0, 1, (2,3,16,16))
+    df,learn,calls = scans_of(tmp_path, arrays, [None,None]),levels('a'),[]
+    seen = [short_digest(voxel_digest(read_volume(o))) for o in df.image]
+    monkeypatch.setattr(E, 'training_scans', lambda learn: dict(voxels=seen))
+    def stop(*args):
+        calls.append(args)
+        if len(calls)==2: raise KeyboardInterrupt
+        return ask_network(*args)
+    monkeypatch.setattr(E, 'ask_network', stop)
+    with pytest.raises(KeyboardInterrupt): predict_cohort(learn, df, tmp_path/'out', progress=False)
+    assert predict_cohort(learn, df, tmp_path/'out', progress=False).attrs['trained_on']==['v0','v1']

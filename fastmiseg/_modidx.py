@@ -2001,6 +2001,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fastmiseg.study.report._tested': ('study.report.html#_tested', 'fastmiseg/study/report.py'),
                                         'fastmiseg.study.report._with_draws': ( 'study.report.html#_with_draws',
                                                                                 'fastmiseg/study/report.py'),
+                                        'fastmiseg.study.report._without_distance': ( 'study.report.html#_without_distance',
+                                                                                      'fastmiseg/study/report.py'),
                                         'fastmiseg.study.report.legend': ('study.report.html#legend', 'fastmiseg/study/report.py'),
                                         'fastmiseg.study.report.markdown': ('study.report.html#markdown', 'fastmiseg/study/report.py'),
                                         'fastmiseg.study.report.pages_text': ('study.report.html#pages_text', 'fastmiseg/study/report.py'),

@@ -20,7 +20,7 @@ from fastmiseg.study.evidence import Evidence, decides, describe_run, name_of, s
 from fastmiseg.study.plans import Study, find_study, studies
 from fastmiseg.study.preset import Preset, presets, settings_of
 from fastmiseg.study.protocol import changes_of, made_with
-from fastmiseg.study.report import pages_text, paired_p, study_curves
+from fastmiseg.study.report import legend, pages_text, paired_p, study_curves, study_table
 from fastmiseg.study.run import compare_study, report_study, run_study, scored, study_results, wanted_runs
 from fastmiseg.study.work import evaluate_slices, make_run, part_of
 from fastmiseg.methods import methods
@@ -203,6 +203,19 @@ def test_report_without_scans(scans, out):
     with pytest.raises(ValueError, match=r'3 of 6 runs are not there \(Mean Teacher, seed 7, for one\); '
                                          'give the scans'):
         report_study(studies['teacher'], tiny, wanted_runs(studies['teacher'], tiny, [0,7]), out)
+
+@pytest.mark.parametrize('draws', [False,True])
+def test_legend_says_what_the_distance_leaves_out(draws):
+    "A row that misses the class in three scans of four has no better HD95 without a word about it"
+    far = {'Labels only':[10.]*4, 'All':[2.,np.nan,np.nan,np.nan]}
+    scores = pd.DataFrame([dict(row=k, seed=seed, subject=f's{i}', scan=f's{i}', dice=.5+.1*i+.01*seed,
+                                hd95=far[k][i] if c=='RV' else 1., **{'class':c})
+                           for k in far for seed in range(2) for i in range(4) for c in ('RV','LV')])
+    study = Study('left-out', 'Left out', {k:{} for k in far}, base='Labels only', draws=draws)
+    said = legend(study_table(scores, study), study)
+    assert 'scans in which the class was missed or invented, over all seeds 6 of 8 (RV) in "All". ' in said
+    said = legend(study_table(scores.fillna(dict(hd95=3.)), study), study)
+    assert 'scans in which the class was missed or invented (none here). ' in said
 
 def test_settings_are_chosen_on_validation_scans(scans, out):
     scores = run('choose', scans, out, ['Partial supervision','Mean Teacher: consistency [1.0, 0.4]'])
@@ -661,7 +674,7 @@ def test_committed_tables_are_those_of_the_committed_runs(csv):
     (scores,table),text = study_results(study, found, there),csv.with_suffix('.md').read_text(encoding='utf-8')
     pd.testing.assert_frame_equal(table, pd.read_csv(csv), check_dtype=False)
     minutes = sum(o['seconds'] for _,o in found)/60
-    assert (pages_text(table, study) in text and f'- {len(found)} runs, {minutes:.0f} minutes' in text
+    assert (f'{pages_text(table, study)}\n\n{legend(table, study)}\n' in text and f'- {len(found)} runs, {minutes:.0f} minutes' in text
             and all(o in text for o in made_with(found)))
     scans = there.parts(found[0][1]['split']).query(f"split=='{part_of(score)}'").scan.nunique()
     assert scores.groupby(['row','seed']).scan.nunique().eq(scans).all()

@@ -84,7 +84,15 @@ def study_table(
     if study.bound in rows and any(study.at(study.base, k) in rows for k in rows):
         res['gap_closed'] = _gap(mean['mean'], study, rows)
     if {study.against(k) for k in rows}&set(rows): res['p'] = _tested(paired_p, scores, study, rows)
-    return _with_draws(res, scores, study, students, seconds) if study.draws else res
+    if study.draws: res = _with_draws(res, scores, study, students, seconds)
+    res.attrs['no_hd95'] = _without_distance(scores)
+    return res
+
+def _without_distance(scores):
+    "Row -> (class, how many scans have no HD95, of how many), where there are any"
+    n,res = scores.hd95.isna().groupby([scores.row, scores['class']], sort=False).agg(['sum','size']),{}
+    for (row,c),o in n[n['sum']>0].iterrows(): res.setdefault(row, []).append((c, int(o['sum']), int(o['size'])))
+    return res
 
 def _with_draws(res, scores, study, students, seconds):
     "What a table with draws has beside the rest"
@@ -141,6 +149,11 @@ def legend(
     "What stands in the table"
     text = 'Dice, mean (standard deviation) over the seeds.'
     if study.draws: text = text.replace('seeds', 'draws of the labelled subjects, each with its own seed')
+    text += ' HD95 leaves out scans in which the class was missed or invented'
+    if left := table.attrs.get('no_hd95'):
+        each = {k: ', '.join(f'{n} of {of} ({c})' for c,n,of in o) for k,o in left.items()}
+        text += ', over all seeds ' + '; '.join(f'{o} in "{k}"' for k,o in each.items())
+    text += '.' if left or left is None else ' (none here).'
     if 'gap_closed' in table:
         lo,hi = ('partial','full') if study.base=='Partial supervision' else (study.base, study.bound)
         text += f' Gap closed: (method − {lo}) / ({hi} − {lo}).'

@@ -204,6 +204,13 @@ def _networks(learn, doubt):
                          'load several with load_segmenter([...])')
     return [learn.model] if several is None else list(several)
 
+def _flips(flips):
+    "Axes to flip along, as letters"
+    known = {False:'', True:'hv', '':'', 'h':'h', 'v':'v', 'hv':'hv', 'vh':'hv'}
+    if not isinstance(flips, (int,str,np.bool_)) or flips not in known:
+        raise ValueError(f"flips: got {flips!r}, expected True (all four flips), 'h' or 'v' (two), or False")
+    return known[flips]
+
 def ask_network(
     learn,                  # a `Learner`, or a `Segmenter`
     recipe:Recipe,          # that it was trained with
@@ -214,10 +221,10 @@ def ask_network(
     doubt:bool=False        # ask how much several networks disagree?
 )->ScanAnswer:
     "What a network says of a scan"
+    networks,flips = _networks(learn, doubt),_flips(flips)
     name,where,seen = vol.path or 'the scan',recipe.place(vol, whole=True),training_scans(learn)
     _check_slices(where, recipe, name)
     _check_room(where, recipe, name)
-    networks,flips = _networks(learn, doubt),{True:'hv', False:''}.get(flips, flips)
     odd,larger = how_far(scan_profile(vol, where), seen, recipe),_larger(where, seen)
     if larger:
         own,known = _plane(where)[1],[hi for _,hi in seen['fov']]

@@ -117,6 +117,20 @@ def test_mirrored(heart, scan, axis):
     want,got = (predict_volume(heart.learn, o, flips=True) for o in (vol, vol.like(np.flip(vol.array, axis).copy())))
     assert min(agreement(np.flip(got.array, axis), want.array))>.95
 
+@pytest.mark.parametrize('flips', ['H','nonsense','yes','none','hvx','hh',2,None,['h']])
+def test_unknown_flips(heart, scan, flips):
+    with pytest.raises(ValueError, match='flips: got .*, expected True'):
+        predict_volume(heart.learn, scan, flips=flips)
+
+def test_known_flips(heart, scan):
+    p = {o: ask_network(heart.learn, heart.recipe, read_volume(scan), flips=o).p
+         for o in ('','h','v','hv','vh')}
+    same = {False:'', True:'hv', 'vh':'hv'}
+    for k,o in same.items():
+        now = ask_network(heart.learn, heart.recipe, read_volume(scan), flips=k).p
+        np.testing.assert_array_equal(now, p[o])
+    assert not any(np.array_equal(p[''], p[o]) for o in ('h','v','hv'))
+
 @pytest.mark.parametrize('factor', [(.6,.6), (1.25,.8), (.7,.9)])
 def test_other_spacing_and_size(heart, scan, tmp_path, factor):
     "The probabilities are mapped back: nearest neighbours of labels alone cost a thin wall up to 0.04 of its Dice"

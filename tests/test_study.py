@@ -235,6 +235,19 @@ def test_mistakes(scans, out):
     with pytest.raises(ValueError, match="score: the preset has no 'test' scans; there are labeled, unlabeled, valid"):
         run('table1', scans, out, preset=replace(tiny, test=0), score='test')
 
+def test_number_of_labelled_subjects_that_rows_have_of_their_own(tmp_path):
+    "--labeled would change one row in 34, and the title and the name of the file"
+    with pytest.raises(ValueError, match=r"labeled: got 5, but 33 of 34 rows have their own .*Labels only .*, 1"
+                                         r'.*"labeled": \[5\] into a file plan.json with "like": "benchmark"'):
+        compare_study('benchmark', None, tmp_path, labeled=5)
+    (plan:=tmp_path/'plan.json').write_text('{"like": "benchmark", "labeled": [5]}')
+    rows = find_study(plan).rows
+    assert {o.get('labeled') for k,o in rows.items() if k!='All masks'}=={5}
+    with pytest.raises(ValueError, match=r'"labeled": \[2\] into the plan$'):
+        compare_study(str(plan), None, tmp_path, labeled=2)
+    with pytest.raises(ValueError, match='runs are not there'): # this row has the preset's number
+        compare_study(str(plan), None, tmp_path, labeled=2, rows=['All masks'], recipe='acdc')
+
 def test_a_failed_run_is_named_and_the_others_are_kept(scans, tmp_path):
     study = Study('broken', 'broken', {
         'Partial supervision': dict(method='partial'),
@@ -674,7 +687,8 @@ def test_committed_tables_are_those_of_the_committed_runs(csv):
     (scores,table),text = study_results(study, found, there),csv.with_suffix('.md').read_text(encoding='utf-8')
     pd.testing.assert_frame_equal(table, pd.read_csv(csv), check_dtype=False)
     minutes = sum(o['seconds'] for _,o in found)/60
-    assert (f'{pages_text(table, study)}\n\n{legend(table, study)}\n' in text and f'- {len(found)} runs, {minutes:.0f} minutes' in text
+    assert f'{pages_text(table, study)}\n\n{legend(table, study)}\n' in text
+    assert (f'- {len(found)} runs, {minutes:.0f} minutes' in text
             and all(o in text for o in made_with(found)))
     scans = there.parts(found[0][1]['split']).query(f"split=='{part_of(score)}'").scan.nunique()
     assert scores.groupby(['row','seed']).scan.nunique().eq(scans).all()

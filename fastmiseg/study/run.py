@@ -19,7 +19,7 @@ from ..scans.split import split_cohort
 from ..scans.recipe import Recipe
 from ..scans.store import SliceStore
 from .evidence import Evidence, describe_run, name_of, student_of
-from .plans import Study, find_study
+from .plans import Study, find_study, studies
 from .preset import Preset, presets, recipe_of_row, settings_of
 from .protocol import protocol
 from .report import legend, pages_text, plot_study, study_curves, study_scores, study_table
@@ -184,6 +184,14 @@ def report_study(
     return scores
 
 # %% ../../nbs/83_study.run.ipynb #fa67ff75
+def _check_labeled(labeled, plan):
+    "No row has its own number of labelled subjects, which would stay"
+    if own := [k for k,row in plan.rows.items() if 'labeled' in row]:
+        into = f'a file plan.json with "like": "{plan.name}", and run that' if plan.name in studies else 'the plan'
+        raise ValueError(f'labeled: got {labeled}, but {len(own)} of {len(plan.rows)} rows have their own number of '
+                         f'labelled subjects ({own[0]!r}, for one); leave it out, or write "labeled": [{labeled}] '
+                         f'into {into}')
+
 def compare_study(
     study:str,               # name or file, as for `find_study`
     data:str|Path|None=None, # folder or CSV of scans; default: $FASTMISEG_DATA; without, the runs in `out` are reported
@@ -212,7 +220,9 @@ def compare_study(
     def given(**changes): return {k:o for k,o in changes.items() if o is not None}
     settings = replace(presets[preset].settings, **given(epochs=epochs, n_iters=n_iters))
     preset = replace(presets[preset], settings=settings, **given(**own))
-    if own.get('labeled'): preset = replace(preset, name=f"{preset.name}-{preset.labeled}-labelled")
+    if own.get('labeled'):
+        _check_labeled(own['labeled'], plan)
+        preset = replace(preset, name=f"{preset.name}-{preset.labeled}-labelled")
     if data: scores = run_study(plan, data, out, preset, seeds, score, layout, processes, command=command)
     else:
         recipe = None if preset.recipe=='auto' else Recipe.named(preset.recipe, None)

@@ -302,6 +302,20 @@ def test_a_recipe_without_classes_takes_the_cohorts(tmp_path):
     for kw in (dict(classes=('background','a','b')), dict(labels={205:1, 420:1})):
         assert Recipe.named(Recipe(**kw), df)==Recipe(**kw)
 
+def test_labels_of_a_cohort_without_classes_are_taken(tmp_path, capsys):
+    table = cohort(tmp_path, values=(0,1,2))
+    df = load_cohort(table, labels={1:1, 2:1})
+    saved = load_cohort(save_cohort(df, tmp_path/'cohort.csv'))
+    for o in (df, saved):
+        for r in (Recipe.auto(o), Recipe(size=32).for_cohort(o)):
+            assert (r.classes, r.labels)==(('background','class1'), {1:1, 2:1})
+    named = Recipe.auto(df, classes=('background','ball'))
+    assert (named.classes, named.labels)==(('background','ball'), {1:1, 2:1})
+    r = Recipe.auto(load_cohort(table, labels={1:2, 2:1}))
+    assert (r.classes, r.labels)==(('background','class1','class2'), {1:2, 2:1})
+    for odd in ('ball', 1e9, -1):
+        with pytest.raises(ValueError, match='labels='): Recipe.auto(load_cohort(table, labels={1:odd}))
+
 def test_undeclared_values_are_told_with_both_cures():
     img = Volume(np.random.default_rng(0).normal(size=(4,20,20)).astype(np.float32))
     where = Recipe().place(img)

@@ -16,7 +16,7 @@ from .messages import VolumeError, listed, warn_scan
 from .volume import Volume, read_volume
 
 # %% auto #0
-__all__ = ['check_same_geometry', 'read_labels', 'class_indices', 'read_mask', 'read_scan', 'propose_classes']
+__all__ = ['check_same_geometry', 'read_labels', 'class_indices', 'read_mask', 'read_scan', 'known_classes', 'propose_classes']
 
 # %% ../../nbs/13_scans.masks.ipynb #e62e165e
 def check_same_geometry(
@@ -178,6 +178,19 @@ def _say_background(seen, values):
                       'becomes a class like any other. Annotate these voxels, or make them background with '
                       'Recipe(labels=...)', stacklevel=4)
 
+def _numbered(n): return ('background', *(f'class{i}' for i in range(1, max(2, n))))
+
+def known_classes(
+    df:pd.DataFrame # cohort
+)->tuple|None: # names, invented where only its `labels` are known; None where neither is
+    "The classes that a cohort names"
+    classes,labels = df.attrs.get('classes'),df.attrs.get('labels')
+    if classes or not labels: return classes
+    if not all(o in range(256) for o in labels.values()):
+        raise ValueError(f'labels={labels}: expected a class, a whole number from 0 to 255, for each value in the '
+                         'masks; correct the `labels` of load_cohort')
+    return _numbered(int(max(labels.values()))+1)
+
 def propose_classes(
     df:pd.DataFrame,       # cohort, which may know its classes
     seen:list,             # of each scan that was looked at: `mask` (path), `values`, and the share of `background`
@@ -186,7 +199,7 @@ def propose_classes(
     "Which classes the masks of a cohort hold"
     found = {int(v) for v in set().union(*[o['values'] for o in seen])}
     values = [0, *sorted(found-{0})]
-    known,labels = df.attrs.get('classes'),df.attrs.get('labels')
+    known,labels = known_classes(df),df.attrs.get('labels')
     if not names and df.attrs.get('named'): names = known
     if not (names or known): _check_lossy(seen, values)
     _say_background(seen, values)
@@ -200,5 +213,5 @@ def propose_classes(
         raise ValueError(f'Recipe.auto: classes: {len(names)} names ({listed(names)}) for {len(values)} values in the '
                          f'masks ({listed(values)}), for example in {odd}; name each value, background first, or say '
                          'with `labels` (of load_cohort or Recipe) which class each is')
-    if not names: names = ('background', *(f'class{i}' for i in range(1, max(2, len(values)))))
+    if not names: names = _numbered(len(values))
     return names, None if values==list(range(len(values))) else {v:i for i,v in enumerate(values)}

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from ..files import read_json
 from .placement import Placement, along, orient, slice_axis, world_axes
 from .profile import common_grid, ct_window, look_at
-from .masks import check_same_geometry, class_indices, propose_classes
+from .masks import check_same_geometry, class_indices, known_classes, propose_classes
 from .messages import VolumeError, listed
 from .volume import Volume
 
@@ -205,7 +205,7 @@ def for_cohort(self:Recipe,
     df:pd.DataFrame # cohort
 )->Recipe:
     "The same with the classes of a cohort, where the recipe names none"
-    classes = df.attrs.get('classes')
+    classes = known_classes(df)
     if not classes or self.classes!=_unnamed or self.labels: return self
     return replace(self, classes=classes, labels=df.attrs.get('labels'))
 

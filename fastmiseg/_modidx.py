@@ -1122,6 +1122,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastmiseg.preparing.Reading': ('preparing.html#reading', 'fastmiseg/preparing.py'),
                                      'fastmiseg.preparing.Reading.load': ('preparing.html#reading.load', 'fastmiseg/preparing.py'),
                                      'fastmiseg.preparing.Reading.load_any': ('preparing.html#reading.load_any', 'fastmiseg/preparing.py'),
+                                     'fastmiseg.preparing._say_left_out': ('preparing.html#_say_left_out', 'fastmiseg/preparing.py'),
                                      'fastmiseg.preparing.divide_options': ('preparing.html#divide_options', 'fastmiseg/preparing.py'),
                                      'fastmiseg.preparing.names': ('preparing.html#names', 'fastmiseg/preparing.py'),
                                      'fastmiseg.preparing.number_or_text': ('preparing.html#number_or_text', 'fastmiseg/preparing.py'),

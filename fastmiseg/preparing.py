@@ -6,7 +6,7 @@
 __all__ = ['share', 'pair', 'names', 'number_or_text', 'divide_options', 'Reading', 'Preparation', 'parts_in_words']
 
 # %% ../nbs/32_preparing.ipynb #615bae21
-import os
+import os, re, warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pandas as pd
 from .scans.cohort import find_duplicates, load_cohort
 from .scans.split import split_cohort
 from .scans.formats import extension
-from .scans.layout import cohort_frame, layouts, stem
+from .scans.layout import cohort_frame, layouts, mask_endings, scans_in, stem
 from .scans.recipe import Recipe
 from .scans.volume import choose_volume, split_choice
 
@@ -52,6 +52,29 @@ def divide_options(
     "Options that are fields of a dataclass, and the others"
     known = {f.name for f in fields(cls)}
     return {k:v for k,v in given.items() if k in known}, {k:v for k,v in given.items() if k not in known}
+
+# options that leave scans out on purpose
+_narrower = ('modality','images','masks','image_suffix','mask_suffix')
+# layouts that say themselves which of the files they find are not scans
+_thorough = ('dicom','bids','nnunet','csv')
+_of_masks = ('mask','label','seg') # begin the names of their folders
+_no_scan = re.compile(r'patient\d+_4d', re.I) # the whole cine of an ACDC patient
+
+def _say_left_out(root, df):
+    "Warn where a layout that was recognised takes some scans of a folder and leaves others"
+    name = df.attrs['layout']
+    if name in _thorough: return
+    root = Path(os.path.abspath(root.expanduser()))
+    taken = {split_choice(o)[0] for k in ('image','mask') for o in df[k] if o is not None}
+    def mask(f):
+        folders = f.relative_to(root).parts[:-1]
+        return stem(f).lower().endswith(mask_endings) or any(o.lower().startswith(_of_masks) for o in folders)
+    left = [f for f in scans_in(root) if str(f) not in taken and not mask(f) and not _no_scan.fullmatch(stem(f))]
+    if not left: return
+    other = '' if name=='folder' else 'give layout=folder for all scans in any order, or '
+    warnings.warn(f'{root}: was read as the layout {name!r}, which leaves out {len(left)} of the scans in it, for '
+                  f'example {left[0].relative_to(root)}. If they are wanted too, {other}name each file, or a folder '
+                  'with nothing else in it, on its own', stacklevel=3)
 
 @dataclass(frozen=True)
 class Reading:
@@ -96,8 +119,11 @@ class Reading:
             image,name = choose_volume(data, self.series, self.phase, form),stem(file)
             return cohort_frame([dict(subject=name, scan=name, image=image, mask=None)])
         data = Path(data)
-        unknown = data.is_dir() and self.layout is None and not any(o.matches(data) for o in layouts.values())
-        return (replace(self, layout='folder') if unknown else self).load(data)
+        if self.layout or not data.is_dir(): return self.load(data)
+        if not any(o.matches(data) for o in layouts.values()): return replace(self, layout='folder').load(data)
+        df = self.load(data)
+        if not any(getattr(self, o) for o in _narrower): _say_left_out(data, df)
+        return df
 
 # %% ../nbs/32_preparing.ipynb #e31f47b1
 @dataclass(frozen=True)

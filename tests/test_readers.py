@@ -8,6 +8,7 @@ from hypothesis import given, settings, strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 from test_volume import odd_sform, write_series
 
+from fastmiseg.preparing import Reading
 from fastmiseg.scans.cohort import CohortError, check_cohort, find_duplicates, load_cohort, save_cohort
 from fastmiseg.scans.layout import check_each_once
 from fastmiseg.scans.split import split_cohort
@@ -124,6 +125,40 @@ def test_mmwhs(tmp_path, capsys):
     m = read_mask(df['mask'].dropna().iloc[0], labels=df.attrs['labels'])
     assert np.unique(m.array).tolist()==list(range(8))
     assert load_cohort(tmp_path, 'mmwhs', modality='mr').scan.tolist()==['mr_train_1001']
+
+def left_out(folder, **options):
+    "What a prediction says of scans that the layout of a folder leaves out, and the names of those that it takes"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        df = Reading(**options).load_any(folder)
+    return [str(o.message) for o in said if 'leaves out' in str(o.message)], df.scan.tolist()
+
+@pytest.mark.parametrize('layout, names, lost', [
+    ('promise12', ('Case00.mhd','Case00_segmentation.mhd','anna.nii.gz','ben.nii.gz'), 'anna.nii.gz'),
+    ('folder', ('images/a.nii.gz','b.nii.gz','sub/c.nii.gz'), 'b.nii.gz'),
+    ('mmwhs', ('ct_train_1_image.nii.gz','mr_train_2_image.nii.gz','mr_train_3_image.nii.gz'),
+     'mr_train_2_image.nii.gz')])
+def test_a_prediction_says_which_scans_a_layout_leaves_out(layout, names, lost, tmp_path, capsys):
+    for o in names: put(tmp_path, o)
+    said,taken = left_out(tmp_path)
+    assert len(said)==len(taken)==1
+    assert f"{tmp_path}: was read as the layout '{layout}', which leaves out 2 of the scans in it, for example {lost}." \
+        in said[0]
+    assert ('layout=folder' in said[0])==(layout!='folder')
+    if layout!='folder':
+        said,taken = left_out(tmp_path, layout='folder')
+        assert not said and len(taken)==3
+
+def test_a_prediction_does_not_miss_masks_and_what_is_no_scan(tmp_path, capsys):
+    heart,lung,both = tmp_path/'heart',tmp_path/'lung',tmp_path/'both'
+    put(heart/'patient001', 'patient001_frame01.nii.gz', 'patient001_frame01_gt.nii.gz')
+    put(heart/'patient001', 'patient001_4d.nii.gz')
+    put(lung, 'images/a.nii.gz', 'masks/a.nii.gz')
+    for o in ('segmentations/a.nii.gz','masks_of_ben/a.nii.gz','a_seg.nii.gz'): put(lung, o)
+    put(both, 'ct_train_1_image.nii.gz')
+    put(both, 'mr_train_2_image.nii.gz', 'mr_train_2_label.nii.gz')
+    assert left_out(heart)==([], ['patient001_frame01']) and left_out(lung)==([], ['a'])
+    assert left_out(both, modality='ct')==([], ['ct_train_1']) and len(left_out(both)[0])==1
 
 def test_folder(tmp_path, capsys):
     for i,s in enumerate(['P1_a','P1_b','P2_a']):

@@ -10,6 +10,7 @@ import inspect, re, sys, traceback, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, fields
 from functools import wraps
+from shlex import quote
 from typing import Annotated
 
 from fastcore.basics import str2bool
@@ -90,7 +91,8 @@ def _report(problems, of=''):
 def _beside(prepared):
     "A folder for the run that begins with these slices"
     from pathlib import Path
-    return Path(prepared).with_name('run' if Path(prepared).name!='run' else 'run1')
+    at = Path(prepared) if Path(prepared).name not in ('','..') else Path(prepared).resolve()
+    return at.parent/('run' if at.name!='run' else 'run1')
 
 def _print_scores(scores):
     from fastmiseg.scores import scores_text
@@ -167,7 +169,7 @@ def prepare(
     with polite('fastmiseg-prepare', '; what is prepared is kept, call it again', options_in(prepare)):
         from fastmiseg.commands import prepare_run
         bad = prepare_run(data, out, seed, workers, skip_bad, overwrite, say=print, **options)
-        print(f'\nsplit: {out}/split.csv\nnext: fastmiseg-train {out} --out {_beside(out)}')
+        print(f'\nsplit: {out}/split.csv\nnext: fastmiseg-train {quote(out)} --out {quote(str(_beside(out)))}')
         _report(list(bad.problem))
 
 def _check_resumed(given):
@@ -200,7 +202,7 @@ def train(
     """Train from scans to a run folder with model, scores and figures.
     Ctrl-C leaves a run that --resume takes up: fastmiseg-train --out run --resume.
     Exit codes: 0 done; 1 done, but some scans could not be used; 2 not done, for the reason given; 130 interrupted."""
-    go_on = '; call it again to go on' if resume else f'; go on with: fastmiseg-train --out {out} --resume'
+    go_on = '; call it again to go on' if resume else f'; go on with: fastmiseg-train --out {quote(out)} --resume'
     with polite('fastmiseg-train', go_on, options_in(train)):
         from fastmiseg.commands import resume_run, train_run
         from fastmiseg.progress import EpochLines
@@ -215,7 +217,7 @@ def train(
         _print_scores(scores)
         print(f'\nscores: {out}/metrics.csv')
         if 'fold' not in scores: print(f'model: {out}/model.safetensors; figures: {out}/figures')
-        print(f'next: fastmiseg-predict {out} SCANS --out segmentations')
+        print(f'next: fastmiseg-predict {quote(out)} SCANS --out segmentations')
         _report([f'{k}: {v}' for k,v in scores.attrs['problems'].items()])
 
 @call_parse

@@ -10,6 +10,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 # from an import of fastai's; of no use to who runs a command
 warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated')
@@ -171,4 +172,5 @@ def demo(
     print(f"\n{', '.join(str(out/o) for o in pictures)}  scan, mask and both predictions")
     print(f"{out/'scores.csv'}  every score of every scan")
     print(f"{out}/*.nii.gz  segmentations of the scan in the picture, on its own grid")
-    print(f"next: fastmiseg-train {data or 'YOUR_SCANS'} --out run; fastmiseg-predict run SCANS --out segmentations")
+    print(f"next: fastmiseg-train {quote(data or 'YOUR_SCANS')} --out run; "
+          'fastmiseg-predict run SCANS --out segmentations')

@@ -1,5 +1,5 @@
 """What the functions behind the commands accept, refuse, and go on with"""
-import contextlib, inspect, json, os, shutil, warnings
+import contextlib, inspect, json, os, shlex, shutil, warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -408,6 +408,15 @@ def test_prepare_says_what_it_found_and_chose(ten, capsys):
     assert 'Recipe(' in said and 'size=(48, 48)' in said and f'slices: {out}/slices' in said
     assert said.rstrip().endswith(f'next: fastmiseg-train {out} --out {out.parent/"run"}')
     assert '\r' not in said
+
+def test_prepare_names_the_next_command_for_any_folder(ten, tmp_path, monkeypatch, capsys):
+    out = tmp_path/'my run'
+    out.mkdir()
+    monkeypatch.chdir(out)
+    for o in ('.','../my run'):
+        cli.prepare(str(ten), o, size=[32], spacing=[4.], workers=0, overwrite=True)
+        *_,train,given,_,run = shlex.split(capsys.readouterr().out.splitlines()[-1])
+        assert (train,given)==('fastmiseg-train', o) and Path(run).resolve()==tmp_path/'run'
 
 def test_train_says_what_it_does(ten, capsys):
     out = ten.parent/'run'

@@ -308,6 +308,17 @@ def test_oddities_are_told_once(tmp_path):
     assert (re.search('3 files, for example [^:]+: the mask is empty', str(w[0].message))
             and 's3_mask.nii.gz: slices of 16x16 pixels cut off a part' in str(w[0].message))
 
+def test_what_is_cut_off_is_counted_in_classes(tmp_path):
+    "Background may be stored as another value than 0, and a value that is not 0 may be background"
+    df = make(tmp_path, 1, split=False)
+    v,m = read_volume(df.image[0]),read_volume(df['mask'][0])
+    write_volume(v.like(np.where(m.array, 7, 5).astype(np.uint8)), df['mask'][0])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', VolumeWarning)
+        store = go(tmp_path/'a', df, replace(recipe, size=16, labels={5:0, 7:1}))
+    about, = (P.unseal(o) for o in store.dir.glob('*.mask.json'))
+    assert (about['total'], about['lost'])==(int(m.array.sum()), 0)
+
 def test_each_bad_scan_has_its_sentence(tmp_path):
     df = make(tmp_path, 6, split=False)
     v = read_volume(df.image[0])

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..files import WriteError, parse_json, quick_sum, whole_file
 from .cohort import voxel_digest
-from .masks import read_labels
+from .masks import class_indices, read_labels
 from .messages import VolumeError, VolumeWarning, collect_warnings
 from .placement import Placement
 from .profile import scan_profile
@@ -150,8 +150,8 @@ def _prepare_mask(dir, key, recipe, path, where, image):
     "Those of its mask, and what they cut off"
     vol = read_labels(path)
     y = recipe.masks(vol, where, image)
-    about,total = {},int(np.count_nonzero(vol.array))
-    lost = int(np.count_nonzero(where.beyond(vol.array)))
+    shown = class_indices(vol.array, path, recipe.classes, recipe.labels)
+    about,total,lost = {},*(int(np.count_nonzero(o)) for o in (shown, where.beyond(shown)))
     if not total: about['odd'] = 'the mask is empty: background only'
     elif lost:
         about['odd'] = (f'slices of {where.size[0]}x{where.size[1]} pixels cut off a part of what '

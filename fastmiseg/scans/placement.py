@@ -178,5 +178,7 @@ def along(
     scale = spacing/s if spacing else 1.
     if abs(scale-1)<1e-4: scale = 1.
     n = max(1, round(h/scale))              # pixels that the field of view fills
+    least = int((h-1)/scale+1e-4)+1         # that hold the centres of the scan's outermost
+    if whole and least>n>(size or n)-2: n = least
     size = max(size, n) if size and whole else size or n
     return scale, (h-1)/2 - scale*((n-1)/2 + int((size-n)/2)), size

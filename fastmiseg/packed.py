@@ -22,6 +22,7 @@ from .scans.volume import scan_files
 
 # %% ../nbs/31_packed.ipynb #4444ca2e
 _ending,_format = '.slices.npz',1
+_kept = ('named','straddle','channels') # of what a cohort knows, where it does
 
 def _is_path(o): return isinstance(o, (str,os.PathLike))
 
@@ -50,7 +51,7 @@ def pack_slices(
                        mask=[r.scan if _is_path(r.mask) else None for r in df.itertuples()])
     about = dict(format=_format, recipe=recipe.to_dict(), cohort=cohort.to_dict('list'), n=[len(o) for o in images],
                  where=[slices.where(o).to_dict() for o in df.scan], duplicates=find_duplicates(df),
-                 attrs={k:df.attrs.get(k) for k in ('classes','labels')})
+                 attrs={k:df.attrs.get(k) for k in ('classes','labels', *(o for o in _kept if o in df.attrs))})
     about = np.frombuffer(json.dumps(about).encode(), np.uint8)
     none = np.zeros((0,1,1), np.uint8)
     with whole_file(path) as tmp, open(tmp, 'wb') as f:

@@ -12,6 +12,7 @@ from fastmiseg.data import MISegDataLoaders
 from fastmiseg.packed import PackedSlices, pack_slices
 from fastmiseg.scans.cohort import load_cohort, save_cohort
 from fastmiseg.scans.placement import Placement, _warp, orient
+from fastmiseg.scans.profile import scan_profile
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.messages import VolumeError
 from fastmiseg.scans.split import split_cohort
@@ -260,6 +261,28 @@ def test_paths_that_are_no_text(tmp_path):
     a,b = map(PackedSlices, files)
     pd.testing.assert_frame_equal(a.cohort, b.cohort)
     assert b.cohort['mask'].notna().all() and b.prepare(paths).scans['mask'].notna().tolist()==[True,False,True,True]
+
+def test_packed_slices_keep_what_the_cohort_knows(tmp_path):
+    df = cohort(tmp_path)
+    df.attrs.update(classes=('background','ball','shell'), named=True, channels=1)
+    packed = PackedSlices(pack_slices(df, Recipe.auto(df), tmp_path/'a.slices.npz', tmp_path/'store'))
+    assert packed.cohort.attrs=={'labels':None, **df.attrs}
+
+@pytest.mark.parametrize('shape', [(391,128,512),(400,512,128),(512,512,8)])
+def test_a_profile_sees_every_row_and_column(shape):
+    "Where every n-th voxel is looked at, and n divides the length of a row"
+    where = Recipe(axis=0).place(Volume(np.broadcast_to(np.int16(0), shape)))
+    for axis in range(3):
+        a = np.full(shape, 40, np.int16)
+        np.moveaxis(a, axis, 0)[:shape[axis]//4] = -1000
+        assert scan_profile(Volume(a), where)['level']==[[-1000,40,40]]
+
+def test_a_whole_field_of_view_has_its_border_on_coarse_slices_too():
+    for h,spacing,size in itertools.product((2,7,9,10,11,13,24), (.7,1.,1.5,2.,2.7,3.,4.), (None,3,4,8)):
+        vol = Volume(np.zeros((2,h,10), np.float32), (3.,1.,1.))
+        part,where = (Recipe(spacing=spacing, size=size, axis=0).place(vol, whole=o) for o in (False,True))
+        assert where.inverse(np.ones((2,*where.size), np.uint8)).all()
+        if part.inverse(np.ones((2,*part.size), np.uint8)).all(): assert where.size==part.size
 
 def test_names_that_are_given_for_odd_values(tmp_path):
     "As the command line has them: the cohort knows them too, but not what is stored"

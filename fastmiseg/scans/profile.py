@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ['scan_profile', 'summarise_profiles', 'how_far', 'look_at', 'ct_window', 'common_grid']
 
 # %% ../../nbs/23_scans.profile.ipynb #39d330ff
-import os
+import math, os
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,7 @@ def scan_profile(
     "What is compared between scans"
     a = vol.array if vol.array.ndim==4 else vol.array[None]
     step = max(1, a[0].size//200_000)
+    while math.gcd(step, a[0].size)>1: step += 1 # else it may see a few rows and columns alone
     axes = np.reshape(where.direction, (3,3)).T[::-1][list(where.order)]*np.where(where.flip, -1, 1)[:,None]
     spacing = [where.spacing[o] for o in where.order]
     fov = [where.shape[o]*where.spacing[o] for o in where.order[1:]]

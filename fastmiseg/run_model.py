@@ -9,6 +9,7 @@ __all__ = ['predict_scans', 'evaluate_run', 'write_scores']
 import hashlib, json, os
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from shlex import quote
 from typing import Callable
 
 import pandas as pd
@@ -36,7 +37,7 @@ def _files(model):
     if missing := [o.parent for o in files if not o.exists()]:
         check_unused(model)
         raise RunError(f'{missing[0]}: has no model yet, its training is not finished; go on '
-                       f'with: fastmiseg-train --out {model} --resume')
+                       f'with: fastmiseg-train --out {quote(str(model))} --resume')
     return files
 
 def _load(model):

@@ -348,7 +348,7 @@ def test_channels(tmp_path):
 def test_bad_cohorts(tmp_path):
     df = make(tmp_path, 2)
     for bad,text in ((df.drop(columns='scan'), 'no column scan'), (df[:0], 'has no scans'),
-                     (pd.concat([df, df]), 'names 2 scan')):
+                     (pd.concat([df, df]), 'the cohort gives 2 names to several scans each')):
         with pytest.raises(ValueError, match=text): go(tmp_path/'a', bad)
     assert not (tmp_path/'a').exists()
 

@@ -83,7 +83,7 @@ def unseal(
     except (OSError, ValueError): return None
 
 # %% ../../nbs/25_scans.prepared.ipynb #88679638
-_version = 4 # of the files; goes up when the same scan and recipe give other files than before
+_version = 5 # of the files; goes up when the same scan and recipe give other files than before
 
 def _digest(*parts): return hashlib.blake2b('|'.join(parts).encode(), digest_size=12).hexdigest()
 

@@ -131,8 +131,8 @@ def _out_of_memory(e):
 def limits_of(
     df:pd.DataFrame, # cohort
     subject:str,     # one of its people
-    recipe:Recipe
-): # intensity limits from all usable scans of the subject, where the recipe wants that; else None
+    recipe:Recipe    # of the network
+)->tuple|None: # intensity limits from all usable scans of the subject, where the recipe wants that
     "What `ask_network` takes for the intensities of a subject's scans"
     if recipe.per!='subject': return None
     vols = []
@@ -323,7 +323,7 @@ def _outside(mask, recipe):
 def labels_of(
     df:pd.DataFrame, # cohort
     recipe:Recipe    # of the network
-)->dict: # stored value -> class index; None where they are the same
+)->dict|None: # stored value -> class index; None where they are the same
     "How the masks of a cohort are read: as the cohort says, else as those of the training"
     said = df.attrs.get('labels')
     return replace(recipe, labels=said).labels if said else recipe.labels

@@ -199,7 +199,7 @@ def pretrain(
     learn,         # `Learner` whose batches are paired, or `unlabeled=` given to a callback
     epochs:int,    # passes of the batches that an epoch has
     lr:float=1e-3, # highest learning rate of fastai's one-cycle schedule
-    cbs=None       # methods, or one; default: those of the settings' method 'pretrain', the paper's terms
+    cbs:list=None  # methods, or one; default: those of the settings' method 'pretrain', the paper's terms
 ):
     "Train the network without masks, on the terms of methods alone; afterwards it can be trained as any other"
     from fastai.basics import L

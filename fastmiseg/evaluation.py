@@ -132,7 +132,7 @@ def limits_of(
     df:pd.DataFrame, # cohort
     subject:str,     # one of its people
     recipe:Recipe    # of the network
-)->tuple|None: # intensity limits from all usable scans of the subject, where the recipe wants that
+)->list|None: # intensity limits from all usable scans of the subject, where the recipe wants that
     "What `ask_network` takes for the intensities of a subject's scans"
     if recipe.per!='subject': return None
     vols = []

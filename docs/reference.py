@@ -21,7 +21,7 @@ callback.mireg callback.baselines callback.teacher callback.pseudo callback.copy
 learner training metrics surface models inference evaluation scores segmenter plots commands run_model cli demo
 callback.resume callback.log callback.method callback.step mutual_info losses projectors'''.split()
 plumbing = '''scans.prepared scans.workers callback.stream callback.heads callback.guard callback.paired
-callback.install callback.state callback.plan callback.place run_folder'''.split()
+callback.install callback.state callback.plan callback.place run_folder scan_by_scan scans.recipe_settings'''.split()
 
 inherited = 'args', 'kwargs' # what a class passes on to the one that it is made of
 

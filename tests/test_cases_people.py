@@ -8,7 +8,7 @@ import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import fastmiseg.evaluation as E, fastmiseg.inference as I, fastmiseg.segmenter as S, fastmiseg.scans.prepared as P
+import fastmiseg.scan_by_scan as E, fastmiseg.inference as I, fastmiseg.segmenter as S, fastmiseg.scans.prepared as P
 from fastmiseg.data import MISegDataLoaders
 from fastmiseg.files import WriteError, read_json, whole_file, write_text
 from fastmiseg.evaluation import evaluate_cohort, predict_cohort
@@ -511,7 +511,7 @@ def test_a_scan_that_changed_is_segmented_again(tmp_path):
     df,seg,out = cohort(tmp_path, 'ab', ['valid']*2),bright(recipe),tmp_path/'out'
     predict_cohort(seg, df, out, progress=False)
     options = dict(what='predict', flips=False, largest=False, probabilities=False, uncertainty=False)
-    notes = E._Notes(out/E._unfinished, E._identity(seg, recipe, **options), True)
+    notes = E._Notes(out/E.unfinished, E.identity_of(seg, recipe, **options), True)
     for r in df.itertuples(): notes.add(r.scan, looks=E._looks(r.image))
     put(df.image[1], square(7, at=(2,2))[0])
     assert predict_cohort(seg, df, out, progress=False).problem.isna().all()

@@ -8,7 +8,7 @@ from fastai.basics import Callback
 from fastcore.script import anno_parser
 
 import fastmiseg.commands as C
-import fastmiseg.evaluation as evaluation
+import fastmiseg.scan_by_scan as scan_by_scan
 import fastmiseg.preparing as P
 from fastmiseg import cli
 from fastmiseg.commands import prepare_run, resume_run, train_run
@@ -350,19 +350,19 @@ def test_changes_outlive_ctrl_c(run, tmp_path):
 # -- evaluation ------------------------------------------------------------------------------------------------------
 def test_evaluation_goes_on_where_it_was_killed(run, tmp_path, monkeypatch):
     whole = evaluate_run(run, out=tmp_path/'whole', progress=False)
-    ask,seen = evaluation.ask_network,[]
+    ask,seen = scan_by_scan.ask_network,[]
     def stop(learn, recipe, vol, *args, **kwargs):
         if len(seen)==1: raise KeyboardInterrupt
         seen.append(vol.path)
         return ask(learn, recipe, vol, *args, **kwargs)
     with monkeypatch.context() as m:
-        m.setattr(evaluation, 'ask_network', stop)
+        m.setattr(scan_by_scan, 'ask_network', stop)
         with pytest.raises(KeyboardInterrupt): evaluate_run(run, out=tmp_path/'a', progress=False)
     assert os.listdir(tmp_path/'a')==['.evaluating.jsonl']
     def count(learn, recipe, vol, *args, **kwargs):
         seen.append(vol.path)
         return ask(learn, recipe, vol, *args, **kwargs)
-    monkeypatch.setattr(evaluation, 'ask_network', count)
+    monkeypatch.setattr(scan_by_scan, 'ask_network', count)
     again = evaluate_run(run, out=tmp_path/'a', progress=False)
     pd.testing.assert_frame_equal(again, whole)
     assert len(seen)==len(set(seen))==2 and not (tmp_path/'a'/'.evaluating.jsonl').exists()

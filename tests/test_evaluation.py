@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch
 
-import fastmiseg.evaluation as E, fastmiseg.run_model as R
+import fastmiseg.run_model as R, fastmiseg.scan_by_scan as E
 from fastmiseg.evaluation import evaluate_cohort, predict_cohort
 from fastmiseg.inference import ask_network
 from fastmiseg.plots import plot_scans

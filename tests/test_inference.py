@@ -9,7 +9,7 @@ import SimpleITK as sitk
 from fastai.data.transforms import Normalize
 from fastai.learner import load_learner
 
-import fastmiseg.evaluation as E, fastmiseg.scans.volume as V
+import fastmiseg.scan_by_scan as E, fastmiseg.scans.volume as V
 from fastmiseg.data import MISegDataLoaders
 from fastmiseg.evaluation import evaluate_cohort, predict_cohort
 from fastmiseg.inference import ask_network, predict_volume
@@ -165,7 +165,7 @@ def test_normalised_as_in_training(heart, scan):
     assert np.array_equal(a, b) and not np.allclose(a, other)
     rows = heart.df[heart.df.split=='test']
     assert evaluate_cohort(learn, rows, progress=False).equals(evaluate_cohort(plain, rows, progress=False))
-    assert E._identity(learn, heart.recipe)!=E._identity(heart.learn, heart.recipe)
+    assert E.identity_of(learn, heart.recipe)!=E.identity_of(heart.learn, heart.recipe)
     learn.arch = dict(arch='unet', n_in=1, n_out=4)
     for export,name in ((export_segmenter,'a.safetensors'), (export_onnx,'a.onnx')):
         with pytest.raises(SegmenterError, match='learn: its loaders have a `Normalize`, which the file cannot hold'):

@@ -18,7 +18,7 @@ OTHER = """
 import sys
 from pathlib import Path
 from fastai.basics import Callback
-import fastmiseg.evaluation as evaluation, fastmiseg.scans.store as store
+import fastmiseg.scan_by_scan as scan_by_scan, fastmiseg.scans.store as store
 from fastmiseg.commands import prepare_run, train_run
 from fastmiseg.run_model import evaluate_run, predict_scans
 from fastmiseg.scans.recipe import Recipe
@@ -33,14 +33,14 @@ class Pause(Callback):
     def after_batch(self):
         if self.training and self.train_iter==1: pause('train')
 def main(root, tiny, recipe):
-    root,ask,jobs = Path(root),evaluation.ask_network,store.run_jobs
+    root,ask,jobs = Path(root),scan_by_scan.ask_network,store.run_jobs
     store.run_jobs = pausing(jobs, 'prepare')
     prepare_run(root/'six.csv', root/'prepared', recipe=Recipe.from_dict(recipe), labeled=2, valid=1, test=1, workers=0)
     store.run_jobs = jobs
     train_run(root/'prepared', root/'run', cbs=[Pause()], **tiny)
-    evaluation.ask_network = pausing(ask, 'evaluate')
+    scan_by_scan.ask_network = pausing(ask, 'evaluate')
     evaluate_run(root/'run', progress=False)
-    evaluation.ask_network = pausing(ask, 'predict')
+    scan_by_scan.ask_network = pausing(ask, 'predict')
     predict_scans(root/'run', root/'six.csv', root/'segs', progress=False)
     print('done', flush=True)
 """

@@ -5,7 +5,7 @@
 # %% ../../nbs/13_scans.masks.ipynb #cb562c40
 from __future__ import annotations
 
-import warnings
+import re, warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from .messages import VolumeError, listed, warn_scan
 from .volume import Volume, read_volume
 
 # %% auto #0
-__all__ = ['check_same_geometry', 'read_labels', 'class_indices', 'read_mask', 'read_scan', 'known_classes', 'propose_classes']
+__all__ = ['check_same_geometry', 'read_labels', 'class_indices', 'read_mask', 'read_scan', 'known_classes', 'propose_classes',
+           'has_sides']
 
 # %% ../../nbs/13_scans.masks.ipynb #e62e165e
 def check_same_geometry(
@@ -215,3 +216,21 @@ def propose_classes(
                          'with `labels` (of load_cohort or Recipe) which class each is')
     if not names: names = _numbered(len(values))
     return names, None if values==list(range(len(values))) else {v:i for i,v in enumerate(values)}
+
+# %% ../../nbs/13_scans.masks.ipynb #33d7b647
+# Sides that are written together with other words: leftlung, LKidney and kidneyL, but not the LV of a heart
+_glued = re.compile('(?i:left|right)|(?<![A-Za-z])[LR](?=[A-UW-Z][a-z])|(?<=[a-z])[LR](?![A-Za-z])')
+_sides = dict(left='l', lh='l', right='r', rh='r')
+_mirrored = dict(l='r', r='l')
+
+def _words(name):
+    "The words of a name in no order, its sides as l and r"
+    words = re.findall(r'[^\W\d_]+|\d+', _glued.sub(r' \g<0> ', name).lower())
+    return frozenset(_sides.get(o, o) for o in words)
+
+def has_sides(
+    classes:list|tuple # names
+)->bool:
+    "Whether two classes are the left and the right of a pair, as far as their names say"
+    names = {_words(o) for o in classes}
+    return any(frozenset(_mirrored.get(o, o) for o in k) in names-{k} for k in names)

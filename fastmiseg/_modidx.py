@@ -1044,6 +1044,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'fastmiseg/pair_sums.py'),
                                      'fastmiseg.pair_sums._ClusterMaps.load': ( 'pair_sums.html#_clustermaps.load',
                                                                                 'fastmiseg/pair_sums.py'),
+                                     'fastmiseg.pair_sums._ClusterMaps.maps': ( 'pair_sums.html#_clustermaps.maps',
+                                                                                'fastmiseg/pair_sums.py'),
                                      'fastmiseg.pair_sums._ClusterMaps.new_gradient': ( 'pair_sums.html#_clustermaps.new_gradient',
                                                                                         'fastmiseg/pair_sums.py'),
                                      'fastmiseg.pair_sums._adjoint': ('pair_sums.html#_adjoint', 'fastmiseg/pair_sums.py'),

@@ -75,7 +75,7 @@ class _ClusterMaps:
             self.n, self.images = len(block)*self.px, len(block)
             self.memory = self.like.new_empty(self.S, self.K + 1, self.n) # probabilities, then a row of ones
             self.p = self.memory[:, :-1]
-            self.rows, self.t = self.like.new_empty(self.n, self.K), self.like.new_empty(self.K, self.n)
+            self.centred, self.t = self.like.new_empty(2, self.n*self.K) # one head, and its gradient
             self.eye, self.buffer = torch.eye(self.K, dtype=self.like.dtype, device=self.like.device), None
         self.f = [x.flatten(1 if self.head else 2).to(self.like.dtype) for x in block]
         for j, x in enumerate(self.f):
@@ -89,10 +89,16 @@ class _ClusterMaps:
             torch.mean(p, 1, out=mean[s]), torch.linalg.vector_norm(p, dim=1, out=square[s])
         self.c = torch.where(square.square()/self.n < 2*mean*mean, mean, 0)
 
+    def maps(self, s):
+        "Head `s`, centred: (B,K,*map)"
+        p = self.p[s].view(self.K, self.images, self.px).transpose(0, 1)
+        torch.sub(p, self.c[s][:, None], out=self.centred.view(p.shape))
+        return self.centred.view(self.images, self.K, *self.map)
+
     def grid(self, s):
-        "Head `s`, centred, clusters last: (B,*map,K)"
-        torch.mm(self.memory[s].T, torch.cat([self.eye, -self.c[s][None]]), out=self.rows)
-        return self.rows.view(self.images, *self.map, self.K)
+        "The same with the clusters last: (B,*map,K)"
+        torch.mm(self.memory[s].T, torch.cat([self.eye, -self.c[s][None]]), out=self.centred.view(self.n, self.K))
+        return self.centred.view(self.images, *self.map, self.K)
 
     def line(self, grid, w):
         "`grid` with zeros after each row, slice and image, and where it begins: the layout of `_row_products`"
@@ -114,7 +120,7 @@ class _ClusterMaps:
 
     def backward(self,
         i, # block, as loaded
-        ys, # for each head (n,K) gradient of the probabilities
+        ys, # for each head (B,K,px) gradient of the probabilities
         z, # with a head (S,K+1,n) memory for the gradient before softmax, last rows 0
         gx, # gradient of x to fill, or None
         gw, # gradients of the head's weights and biases to add to, or None
@@ -123,12 +129,11 @@ class _ClusterMaps:
         images = () if gx is None else gx.tensor_split(self.blocks)[i]
         for s, y in enumerate(ys):
             if self.head:
-                g = torch.mm(self.eye, y.T, out=self.t)
+                g = self.t.view(self.K, self.n)
+                g.view(self.K, self.images, self.px).copy_(y.transpose(0, 1))
                 torch._softmax_backward_data(g, self.p[s], 0, g.dtype, grad_input=z[s, :-1])
                 if gw: gw[1][s] += z[s, :-1].sum(-1)
-            else:
-                for j, g in enumerate(images):
-                    torch.mm(self.eye, y[j*self.px:(j + 1)*self.px].T, out=g[s].flatten(1))
+            elif gx is not None: images[:, s].flatten(2).copy_(y)
         if not self.head: return
         for j, x in enumerate(self.f):
             at = z[..., j*self.px:(j + 1)*self.px].flatten(0, 1)
@@ -159,17 +164,15 @@ def _conv(x, kernel, padding):
     return (F.conv2d, F.conv3d)[len(padding) - 2](x, kernel, padding=padding)
 
 def _adjoint(
-    x: torch.Tensor, # (B,*map,K) the other side, centred
+    x: torch.Tensor, # (B,K,*map) the other side, centred
     c: torch.Tensor, # (K,) its centre
     G: torch.Tensor, # (*w,K,K) gradient of the joint, rows belong to this side
     inside: list, # from `_inside`
-) -> torch.Tensor: # (n,K) gradient of this side: the adjoint of the sums
-    y = _conv(x.movedim(-1, 1), G.movedim((-2, -1), (0, 1)).to(x.dtype).contiguous(), [len(e)//2 for e in inside])
-    y = y.movedim(1, -1).reshape(len(x), x.shape[1], -1)
-    h = G @ wide(c) # (*w,K), what the centre contributes to every pixel with a partner
-    for e in inside[1:]: h = torch.tensordot(h, e.to(h.dtype), ([1], [0]))
-    h = h.movedim(1, -1).flatten(1).to(x.dtype)
-    return y.baddbmm_(inside[0].T.expand(len(x), -1, -1), h.expand(len(x), -1, -1)).reshape(-1, len(c))
+) -> torch.Tensor: # (B,K,px) gradient of this side: the adjoint of the sums
+    y = _conv(x, G.movedim((-2, -1), (0, 1)).to(x.dtype).contiguous(), [len(e)//2 for e in inside])
+    h = (G @ wide(c)).movedim(-1, 0) # (K,*w), what the centre contributes to every pixel with a partner
+    for e in inside: h = torch.tensordot(h, e.to(h.dtype), ([1], [0]))
+    return y.add_(h.to(y.dtype)).flatten(2)
 
 # %% ../nbs/39_pair_sums.ipynb #fc132502
 @contextmanager
@@ -229,7 +232,7 @@ def sums_backward(
         if p.head and (z is None or z.shape != p.memory.shape): z = torch.zeros_like(p.memory)
         for me, other, G_, g in ((p, q, G, gx), (q, p, Gt, gy)):
             if gw or g is not None:
-                me.backward(i, (_adjoint(other.grid(s), other.c[s], G_[s], inside) for s in range(p.S)), z, g, gw)
+                me.backward(i, (_adjoint(other.maps(s), other.c[s], G_[s], inside) for s in range(p.S)), z, g, gw)
     return gx, gy, *(gw or (None, None))
 
 # %% ../nbs/39_pair_sums.ipynb #601de8e0

@@ -204,6 +204,20 @@ def test_a_folder_for_masks_that_holds_none(tmp_path, capsys):
     df = load_cohort(tmp_path)
     assert df['mask'].dropna().tolist()==[str(tmp_path/'labels'/'p0.nii.gz')] and len(df)==4
 
+@pytest.mark.parametrize('named', [{}, dict(masks='labels'), dict(images='.', masks='labels')], ids=str)
+def test_masks_in_a_folder_beside_images_that_have_none(named, tmp_path):
+    for i in range(2): put(tmp_path, f'p{i}.nii.gz', f'labels/p{i}.nii.gz', seed=i)
+    df = load_cohort(tmp_path, 'folder', **named)
+    assert df.scan.tolist()==['p0','p1'] and all_read(df)
+    assert df['mask'].tolist()==[str(tmp_path/f'labels/p{i}.nii.gz') for i in range(2)]
+
+def test_a_folder_of_images_inside_that_of_masks(tmp_path):
+    for i in range(2): put(tmp_path, f'images/p{i}.nii.gz', f'p{i}_seg.nii.gz', seed=i)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        df = load_cohort(tmp_path, 'folder', masks='.')
+    assert df.scan.tolist()==['p0','p1'] and df['mask'].notna().all() and all_read(df)
+
 def test_names_that_several_scans_have():
     df = pd.DataFrame(dict(scan=['a','b','a','a','c']))
     with pytest.raises(ValueError, match=r'^scan: the cohort gives 1 name to several scans \(a\); expected unique'):

@@ -165,6 +165,16 @@ def _one(root, names):
     "The first of these folders that is there"
     return next((root/o for o in names if (root/o).is_dir()), None)
 
+def _scans_outside(folder, other):
+    "Scans below a folder, but not below another one in it"
+    return [f for f in scans_in(folder) if folder not in other.parents or other not in f.parents]
+
+def _are_images(root, mdir, mask_ends):
+    "Are the scans beside a folder of masks its images, by their names, and none of them a mask?"
+    names = {without_ending(stem(f), image_endings) for f in _scans_outside(root, mdir)}
+    masks = {without_ending(stem(f), mask_ends) for f in scans_in(mdir)}
+    return bool(names & masks) and not any(o.endswith(mask_ends) for o in names)
+
 def _has_dicom(files):
     "Do the first of them say that they are DICOM?"
     for f in [o for o in files if o.name!='DICOMDIR'][:3]:
@@ -202,16 +212,17 @@ def read_folder(
                               f'{"images" if o==images else "masks"}')
     idir = root/images if images else _one(root, _image_dirs)
     mdir = root/masks if masks else _one(root, [o for o in _mask_dirs if scans_in(root/o)])
+    if not idir and mdir and (masks or _are_images(root, mdir, mends)): idir = root
     def name(f, base):
         folders = [unicodedata.normalize('NFC', o) for o in f.parent.relative_to(base).parts]
         return '_'.join([*folders, stem(f)])
     base = idir or root
-    ff = [(name(f,base),f) for f in scans_in(base)]
     if idir and mdir and mdir!=idir:
-        ii = ff
-        mm = [(without_ending(name(f,mdir),mends),f) for f in scans_in(mdir)
+        ii = [(name(f,idir),f) for f in _scans_outside(idir, mdir)]
+        mm = [(without_ending(name(f,mdir),mends),f) for f in _scans_outside(mdir, idir)
               if not mask_suffix or stem(f).endswith(mask_suffix)]
     else:
+        ff = [(name(f,base),f) for f in scans_in(base)]
         ii = [o for o in ff if not o[0].endswith(mends)]
         mm = [(without_ending(s, mends), f) for s,f in ff if s.endswith(mends)]
     ii = [(without_ending(s,iends),f) for s,f in ii if not image_suffix or s.endswith(image_suffix)]

@@ -2,7 +2,7 @@
 import json, os, re, sys, warnings
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest
+import numpy as np, pandas as pd, pydicom, pytest
 from hypothesis import given, settings, strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -255,6 +255,20 @@ def test_dicom_in_images_and_masks(tmp_path):
     df = load_cohort(tmp_path)
     assert (df.attrs['layout']=='dicom' and df.subject.tolist()==['anna','bert']
             and df['mask'].notna().all() and all_read(df))
+
+def test_dicom_behind_other_files_and_without_preamble(tmp_path):
+    for i,p in enumerate(['anna','bert','carl']): write_series(tmp_path/p, image(i), f'1.2.{i}')
+    for f in list((tmp_path/'bert').iterdir()): f.rename(f.parent/f'IM{f.stem}')
+    for o in ('AUTORUN.INF','CHANGES','HELP'): (tmp_path/'bert'/o).write_text('x')
+    for f in sorted((tmp_path/'carl').iterdir()):
+        ds = pydicom.dcmread(f)
+        del ds.file_meta
+        ds.preamble = None
+        with open(f.with_suffix(''), 'wb') as o:
+            pydicom.filewriter.dcmwrite(o, ds, implicit_vr=ds.original_encoding[0], little_endian=True)
+        f.unlink()
+    df = load_cohort(tmp_path)
+    assert df.attrs['layout']=='dicom' and df.scan.tolist()==['anna','bert','carl'] and all_read(df)
 
 def test_a_mask_that_no_series_is_called_after_is_not_left_out_in_silence(tmp_path):
     for i,p in enumerate(['anna','bert']):

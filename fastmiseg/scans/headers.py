@@ -16,7 +16,7 @@ from .formats import extension
 from .intact import check_regular
 
 # %% auto #0
-__all__ = ['strong_tags', 'weak_tags', 'tag_name', 'text_of', 'reason', 'read_headers', 'has_images', 'about_folder',
+__all__ = ['strong_tags', 'weak_tags', 'tag_name', 'text_of', 'reason', 'is_dicom', 'read_headers', 'has_images', 'about_folder',
            'choose_series', 'DicomFrame', 'frames_of']
 
 # %% ../../nbs/08_scans.headers.ipynb #fea7a5cd
@@ -85,7 +85,9 @@ def reason(
     return ' '.join(said.split())[:200]
 
 # %% ../../nbs/08_scans.headers.ipynb #af3e3808
-def _is_dicom(path):
+def is_dicom(
+    path:str # of a regular file
+)->bool:
     "Does it say so in its first bytes, or by its name?"
     if path.lower().endswith(('.dcm','.ima')): return True
     with open(path, 'rb') as f: head = f.read(132)
@@ -107,7 +109,7 @@ def _files(folder):
             raise ValueError(f'{name}: cannot be opened ({e.strerror}): '
                              'remove it, or put the slice there') from None
         except ValueError as e: raise ValueError(f'{name}: {e}') from None
-        if _is_dicom(path): out.append(name)
+        if is_dicom(path): out.append(name)
     return out
 
 # %% ../../nbs/08_scans.headers.ipynb #80165d14

@@ -17,7 +17,7 @@ from typing import Callable
 import pandas as pd
 
 from .formats import extension
-from .headers import about_folder, has_images
+from .headers import about_folder, has_images, is_dicom
 from .layout import CohortError, cohort_frame, layout, layouts, plain_name, scans_in, walk
 from .layout import image_endings, mask_endings, stem, without_ending
 from .table import find_file, read_table
@@ -176,13 +176,12 @@ def _are_images(root, mdir, mask_ends):
     return bool(names & masks) and not any(o.endswith(mask_ends) for o in names)
 
 def _has_dicom(files):
-    "Do the first of them say that they are DICOM?"
-    for f in [o for o in files if o.name!='DICOMDIR'][:3]:
-        if f.suffix.lower() in ('.dcm','.ima'): return True
+    "Does one of them say that it is DICOM?"
+    for f in files:
+        if f.name=='DICOMDIR' or extension(f): continue
         try:
-            with open(f, 'rb') as o: magic = o.read(132)[128:]
+            if is_dicom(str(f)): return True
         except OSError: continue
-        if magic==b'DICM': return True
     return False
 
 def _is_dicom(root): return any(_has_dicom(files) for _,files in walk(root))
@@ -279,7 +278,7 @@ def read_dicom(
 )->pd.DataFrame:
     "Folders of DICOM series, with masks as NIfTI files"
     found = list(walk(root))
-    owner = {d:about_folder(d) for d,files in found if _has_dicom([f for f in files if not extension(f)])}
+    owner = {d:about_folder(d) for d,files in found if _has_dicom(files)}
     folders = [d for d in owner if has_images(d)]
     masks = [f for _,files in found for f in files if extension(f)]
     def parts(d):

@@ -60,6 +60,17 @@ def test_acdc_without_folders(tmp_path):
     df = load_cohort(tmp_path/'flat')
     assert df.attrs['layout']=='acdc' and df.subject.nunique()==3 and all_read(df)
 
+def test_acdc_with_masks_too_many(tmp_path):
+    for n in (1,2): put(tmp_path, f'patient{n:03d}_frame01.nii.gz', f'patient{n:03d}_frame1_gt.nii.gz', seed=n)
+    put(tmp_path, 'patient003_frame01_gt.nii.gz')
+    with pytest.warns(UserWarning, match='1 masks without an image are left out: patient003_frame01'):
+        df = load_cohort(tmp_path)
+    assert df.scan.tolist()==['patient001_frame01','patient002_frame01'] and df['mask'].notna().all()
+    put(tmp_path/'old', 'patient002_frame01_gt.nii.gz')
+    with pytest.raises(CohortError, match="the scan 'patient002_frame01' has 2 masks: .*frame1_gt.nii.gz and .*old/"
+                                          'patient002_frame01_gt.nii.gz; keep one'):
+        load_cohort(tmp_path)
+
 def test_promise12(tmp_path, capsys):
     for n in range(3):
         put(tmp_path/f'TrainingData_Part{n%2+1}', f'Case{n:02d}.mhd', f'Case{n:02d}_segmentation.mhd',

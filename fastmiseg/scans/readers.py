@@ -88,18 +88,21 @@ def read_acdc(
     root:Path # folder of the scans
 )->pd.DataFrame:
     "The ACDC challenge: cine MR of the heart, two frames per patient"
-    found,rows = _matches(root,_acdc),[]
-    masks = {(m[1],int(m[2])):str(f) for m,f in found if m[3]}
-    for m,f in found:
-        if m[3]: continue
-        cfg = next((_info(d/'Info.cfg') for d in (f.parent,f.parent.parent)
-                    if (d/'Info.cfg').is_file()), {})
-        phase = {cfg.get('ED'):'ED', cfg.get('ES'):'ES'}.get(str(int(m[2]))) if cfg else None
-        rows.append(dict(subject=m[1], scan=f'{m[1]}_frame{m[2]}', image=str(f),
-                         mask=masks.get((m[1],int(m[2]))), group=cfg.get('Group'), phase=phase))
-    if not rows: raise CohortError(f'{root}: holds no scans; expected {layouts["acdc"].expects}')
-    return cohort_frame(sorted(rows, key=lambda o: o['scan']), 'acdc',
-                        ('background','RV','Myo','LV'))
+    found = _matches(root, _acdc)
+    def name(m): return f'{m[1]}_frame{m[2]}'
+    images = [(name(m),f) for m,f in found if not m[3]]
+    # the mask of frame01 may be called frame1_gt
+    scans = {(m[1],int(m[2])):name(m) for m,_ in found if not m[3]}
+    masks = [(scans.get((m[1],int(m[2])), name(m)), f) for m,f in found if m[3]]
+    df = _pair(images, masks, lambda s: s.rpartition('_frame')[0], root, 'acdc', classes=('background','RV','Myo','LV'))
+    about = [_acdc_about(Path(f), int(s.rpartition('_frame')[2])) for f,s in zip(df.image, df.scan)]
+    for i,k in enumerate(('group','phase')): df[k] = pd.Series([o[i] for o in about], df.index, dtype=object)
+    return df
+
+def _acdc_about(image, frame):
+    "Disease and phase of a frame, where an `Info.cfg` says so"
+    cfg = next((_info(d/'Info.cfg') for d in (image.parent,image.parent.parent) if (d/'Info.cfg').is_file()), {})
+    return cfg.get('Group'), {cfg.get('ED'):'ED', cfg.get('ES'):'ES'}.get(str(frame)) if cfg else None
 
 def _info(path):
     "What stands in an `Info.cfg`"

@@ -1731,6 +1731,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'fastmiseg/scans/standards.py'),
                                            'fastmiseg.scans.standards._subjects': ( 'scans.standards.html#_subjects',
                                                                                     'fastmiseg/scans/standards.py'),
+                                           'fastmiseg.scans.standards._tables_of': ( 'scans.standards.html#_tables_of',
+                                                                                     'fastmiseg/scans/standards.py'),
                                            'fastmiseg.scans.standards.read_bids': ( 'scans.standards.html#read_bids',
                                                                                     'fastmiseg/scans/standards.py'),
                                            'fastmiseg.scans.standards.read_nnunet': ( 'scans.standards.html#read_nnunet',

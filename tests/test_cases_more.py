@@ -475,6 +475,18 @@ def test_bids_masks_of_other_images(tmp_path, mask):
         assert load_cohort(tmp_path, suffix='FLAIR', mask='lesion')['mask'].notna().all() # on purpose
     else: assert load_cohort(tmp_path, suffix='FLAIR', mask='brain')['mask'].isna().all()
 
+def test_bids_names_of_classes_are_of_masks_that_are_called_like_their_table(tmp_path):
+    anat = 'derivatives/m/sub-{s}/anat/sub-{s}_'
+    bids(tmp_path, 'sub-{s}/anat/sub-{s}_T1w.nii.gz',
+         *[f'{anat}{o}.nii.gz' for o in ('desc-auto_dseg','desc-manual_dseg','desc-brain_mask')])
+    (tmp_path/'derivatives/m/desc-auto_dseg.tsv').write_text('index\tname\n1\tthalamus\n2\tcaudate\n')
+    def classes(mask): return load_cohort(tmp_path, mask=mask).attrs['classes']
+    assert classes('desc-auto')==('background','thalamus','caudate')
+    assert classes('desc-manual') is None and classes('brain') is None
+    (tmp_path/'derivatives/m/dseg.tsv').write_text('index\tname\n1\tgrey\n')
+    assert classes('desc-manual')==('background','grey') and classes('brain') is None
+    assert classes('desc-auto') is None # two tables that do not agree
+
 def test_bids_runs_and_acquisitions(tmp_path):
     bids(tmp_path, *[f'sub-{{s}}/anat/sub-{{s}}_run-{r}_T1w.nii.gz' for r in (1,2)],
          *[f'derivatives/m/sub-{{s}}/anat/sub-{{s}}_run-{r}_dseg.nii.gz' for r in (1,2)])

@@ -185,11 +185,19 @@ def _best(m, images):
     return exact
 
 # %% ../../nbs/18_scans.standards.ipynb #c1c35bfc
+def _tables_of(mask, root):
+    "The `*dseg.tsv` in the folders above a mask that say nothing in their names that its own does not"
+    ents,words,kind = _parse(mask)
+    if kind not in ('dseg','seg','label'): return # a mask is of one structure
+    for d in mask.parents:
+        for t in d.glob('*dseg.tsv'):
+            about,more,_ = _parse(t.with_suffix(''))
+            if about.items()<=ents.items() and {*more}<={*words}: yield t
+        if d==root: return
+
 def _bids_classes(root, files):
-    "Names and values of the classes from `*dseg.tsv`, if there is just one meaning"
-    folders = {p for o in files.values() for f in o for p in f.parents if p==root or root in p.parents}
-    tables = sorted(f for d in folders for f in d.glob('*dseg.tsv'))
-    meanings = []
+    "Names and values of the classes from the tables of the masks, if there is just one meaning"
+    tables,meanings = sorted({t for o in files.values() for f in o for t in _tables_of(f, root)}),[]
     for t in tables:
         try:
             rows = list(csv.DictReader(t.read_text(encoding='utf-8-sig').splitlines(),

@@ -487,6 +487,23 @@ def test_bids_names_of_classes_are_of_masks_that_are_called_like_their_table(tmp
     assert classes('desc-manual')==('background','grey') and classes('brain') is None
     assert classes('desc-auto') is None # two tables that do not agree
 
+def test_bids_masks_without_an_image_are_said(tmp_path):
+    bids(tmp_path, 'sub-{s}/anat/sub-{s}_T1w.nii.gz', 'sub-{s}/func/sub-{s}_task-rest_bold.nii.gz',
+         *[f'derivatives/m/sub-{{s}}/anat/sub-{{s}}_{o}.nii.gz' for o in ('dseg','task-rest_mask')])
+    (tmp_path/'derivatives/m/sub-02/anat/sub-02_dseg.nii.gz').rename(tmp_path/'derivatives/m/sub-02_run-1_dseg.nii.gz')
+    df,said = told(lambda: load_cohort(tmp_path, suffix='T1w'))
+    assert df['mask'].notna().tolist()==[True,False]
+    assert '1 mask (sub-02_run-1_dseg.nii.gz) without an image: left out; what is in the name of a mask' in said
+
+def test_nnunet_masks_without_an_image_are_said(tmp_path):
+    x,m = square(0)
+    for o in ('a','b'): put_nifti(tmp_path/f'imagesTr/{o}_0000.nii.gz', x)
+    for o in ('a','B','c','d','e'): put_nifti(tmp_path/f'labelsTr/{o}.nii.gz', m)
+    (tmp_path/'dataset.json').write_text('{"labels": {"background": 0, "x": 1}, "channel_names": {"0": "CT"}}')
+    df,said = told(lambda: load_cohort(tmp_path))
+    assert df['mask'].notna().tolist()==[True,False]
+    assert '4 masks (B, c, d, ...) without an image: left out; a mask is called like its image, without _0000' in said
+
 def test_bids_runs_and_acquisitions(tmp_path):
     bids(tmp_path, *[f'sub-{{s}}/anat/sub-{{s}}_run-{r}_T1w.nii.gz' for r in (1,2)],
          *[f'derivatives/m/sub-{{s}}/anat/sub-{{s}}_run-{r}_dseg.nii.gz' for r in (1,2)])

@@ -70,6 +70,10 @@ def _nnunet_channel(channels, channel, file):
     if len(match)!=1: raise CohortError(f'{file}: channel={channel!r} is none of {said}')
     return match[0]
 
+def _masks(names):
+    "How many masks, and the first of them"
+    return f'{len(names)} mask{"s"*(len(names)>1)} ({", ".join(names[:3])}{", ..."*(len(names)>3)})'
+
 def _enter(files, key, path):
     "One file for each case and channel"
     if key in files:
@@ -118,6 +122,9 @@ def read_nnunet(
     if masks and not set(masks)&set(images):
         raise CohortError(f'{root}: no mask belongs to an image; images are called '
                           f'{min(images)}_{number:04d}, masks {min(masks)}')
+    if lost := sorted(set(masks)-set(images)):
+        warnings.warn(f'{root}: {_masks(lost)} without an image: left out; a mask is called like its image, without '
+                      f'_{number:04d}', stacklevel=3)
     values = list(names)
     stored = None if values==list(range(len(values))) else {v:i for i,v in enumerate(values)}
     rows = [dict(subject=s, scan=s, image=images[s][number], mask=masks.get(s)) for s in sorted(images)]
@@ -172,11 +179,14 @@ def _bids_masks(root, derivative, mask, found, kind, kinds):
                       'that fit as they are', stacklevel=4)
     return masks
 
+def _fitting(m, images):
+    "What the name of a mask says of its image, and the images whose names say it too"
+    ents = {k:v for k,v in m[1].items() if k not in _about_mask}
+    return ents, [(f,e) for f,e,*_ in images if all(e.get(k)==v for k,v in ents.items())]
+
 def _best(m, images):
     "The image that a mask belongs to, as a list"
-    path,ents,*_ = m
-    ents = {k:v for k,v in ents.items() if k not in _about_mask}
-    fit = [(f,e) for f,e,*_ in images if all(e.get(k)==v for k,v in ents.items())]
+    path,(ents,fit) = m[0],_fitting(m, images)
     exact = [f for f,e in fit if e==ents] or [f for f,_ in fit]
     if len(exact)>1:
         raise CohortError(f'{path}: could belong to several images: '
@@ -232,13 +242,16 @@ def read_bids(
     if suffix is not None and suffix not in kinds:
         raise CohortError(f'{root}: suffix={suffix!r}: no image ends in it; there are '
                           f'{", ".join(kinds.index)}')
-    images = [o for o in images if suffix in (None, o[3])]
+    of_any_kind,images = images,[o for o in images if suffix in (None, o[3])]
     masks,files = _bids_masks(root, derivative, mask, found, images[0][3], list(kinds.index)),{}
     for m in masks:
         for i in _best(m, images): files.setdefault(i, []).append(m[0])
     if masks and not files:
         raise CohortError(f'{root}: no mask belongs to an image; images are called '
                           f'{images[0][0].name}, masks {masks[0][0].name}')
+    if lost := [m[0].name for m in masks if not _fitting(m, of_any_kind)[1]]:
+        warnings.warn(f'{root}: {_masks(lost)} without an image: left out; what is in the name of a mask (sub, ses, '
+                      'run, ...) must be in that of its image', stacklevel=3)
     if several := [(i,o) for i,o in files.items() if len(o)>1]:
         i,o = several[0]
         raise CohortError(f'{i}: has {len(o)} masks: '

@@ -22,7 +22,7 @@ from nibabel import io_orientation
 
 from .scans.placement import Placement
 from .scans.recipe import Recipe
-from .scans.masks import read_mask
+from .scans.masks import check_same_geometry, read_mask
 from .scans.messages import collect_warnings
 from .scans.volume import Volume, read_volume, write_volume
 from .show import class_color, class_lines, new_figure, save_figure, show_slice
@@ -40,10 +40,14 @@ def _edges(vol, where):
 def _volume(scan):
     with collect_warnings(): return scan if isinstance(scan, Volume) else read_volume(scan, channels=True)
 
-def _mask(o, like):
-    "A mask as a `Volume`, however it is given"
-    if o is None or isinstance(o, Volume): return o
-    with collect_warnings(): return read_mask(o) if isinstance(o, (str,Path)) else like.like(np.asarray(o))
+def _mask(o, like, own_grid=False):
+    "A mask as a `Volume`, however it is given; on the grid of the scan, unless one of its own does no harm"
+    if o is None: return None
+    given = isinstance(o, (str,Path,Volume))
+    with collect_warnings():
+        vol = o if isinstance(o, Volume) else read_mask(o) if given else like.like(np.asarray(o))
+        if not (given and own_grid): check_same_geometry(like, vol)
+    return vol
 
 def _turned(vol, recipe):
     "The slices of a scan at its own resolution, turned as those of a recipe"
@@ -342,7 +346,7 @@ def view_scan(
     from ipyniivue import MultiplanarType, NiiVue, ShowRender, SliceType
     vol = _volume(scan)
     first,lo,hi = _window(vol)
-    overlays = {k:_mask(o, vol) for k,o in dict(mask=mask, prediction=pred).items() if o is not None}
+    overlays = {k:_mask(o, vol, own_grid=True) for k,o in dict(mask=mask, prediction=pred).items() if o is not None}
     if classes is None: classes = numbered_classes([o.array for o in overlays.values()])
     viewer = NiiVue(height=height, **_look, slice_type=SliceType.MULTIPLANAR, multiplanar_layout=MultiplanarType.GRID,
                     multiplanar_show_render=ShowRender.ALWAYS)

@@ -4,9 +4,11 @@ import gzip, sys
 import nibabel, numpy as np, pytest
 from matplotlib.colors import to_rgb
 
-from fastmiseg.scans.volume import Volume, write_volume
+from fastmiseg.scans.messages import VolumeError
+from fastmiseg.scans.recipe import Recipe
+from fastmiseg.scans.volume import Volume, resample, write_volume
 from fastmiseg.show import class_color
-from fastmiseg.viewing import view_scan
+from fastmiseg.viewing import ScanPicture, plot_volume, view_scan
 
 rotated = (.8,-.6,0., .6,.8,0., 0.,0.,1.)
 
@@ -93,6 +95,22 @@ def test_without_the_package_the_error_says_how_to_get_it(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, 'ipyniivue', None)
     with pytest.raises(ImportError, match='needs the package ipyniivue.*pip install ipyniivue, then restart'):
         view_scan(files(tmp_path)[0])
+
+@pytest.mark.parametrize('which', ['mask','pred'])
+def test_pictures_refuse_masks_on_another_grid(which, tmp_path):
+    "Slices show a mask voxel by voxel, in whatever order its file has them"
+    scan = Volume(np.random.rand(3,12,10).astype(np.float32), (5.,1.,1.), path='scan')
+    drawn = np.zeros(scan.shape, np.uint8)
+    drawn[1,3:6,:3] = 1
+    mirrored = Volume(np.ascontiguousarray(drawn[:,:,::-1]), (5.,1.,1.), (9.,0.,0.), (-1.,0.,0., 0.,1.,0., 0.,0.,1.))
+    write_volume(mirrored, tmp_path/'m.nii.gz')
+    for o,name in ((mirrored,'the mask'), (tmp_path/'m.nii.gz',str(tmp_path/'m.nii.gz'))):
+        with pytest.raises(VolumeError, match=rf'{name}: its origin is \(9.0, 0.0, 0.0\), but that of scan is'):
+            plot_volume(scan, **{which:o})
+    with pytest.raises(VolumeError, match=r'has \(3, 6, 5\) voxels .*, but scan has \(3, 12, 10\); they must lie'):
+        plot_volume(scan, **{which:drawn[:,::2,::2]})
+    back = resample(mirrored, to=scan, nearest=True)
+    np.testing.assert_array_equal(ScanPicture.of(scan, back, None, Recipe()).mask, drawn)
 
 def test_the_map_of_disagreement_belongs_to_its_scan(tmp_path):
     from matplotlib import pyplot as plt

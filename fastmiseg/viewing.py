@@ -256,7 +256,7 @@ def plot_uncertainty(
     for k,(above,below) in zip(ks, axs.T):
         picture.draw(above, k, 'prediction')
         picture.draw(below, k, 'slice') # without contours, which would hide where models disagree most
-        shown = below.imshow(doubt[k], alpha=np.clip(2*doubt[k]/look['vmax'], 0, .8), **look)
+        shown = below.imshow(doubt[k], alpha=np.clip(2*doubt[k]/look['vmax'], 0, .8), aspect=picture.aspect, **look)
         above.set_title(f'slice {k+1} of {len(picture.grey)}', fontsize=11)
         picture.mark_edges(above)
     for name,row in zip(('prediction','disagreement'), axs):

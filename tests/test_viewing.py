@@ -123,6 +123,8 @@ def test_the_map_of_disagreement_belongs_to_its_scan(tmp_path):
     fig = plot_uncertainty(scan, tmp_path/'doubt.nii.gz', pred, n=1)
     shown = fig.axes[1].images[-1].get_array()
     assert np.argwhere(shown>0).tolist()==[[4,5]] and shown.max()==.5
+    high = plot_uncertainty(Volume(scan.array, (1.,3.,1.)), doubt, pred, n=1, axis=0)
+    assert [ax.get_aspect() for ax in high.axes[:2]]==[3,3] # of both rows, the patient's
     with pytest.raises(ValueError, match=r'uncertainty: has shape \(2, 12, 10\), but the scan has \(3, 12, 10\)'):
         plot_uncertainty(scan, doubt[:2])
     plt.close('all')

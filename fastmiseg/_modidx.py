@@ -2242,6 +2242,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'fastmiseg.viewing._edges': ('viewing.html#_edges', 'fastmiseg/viewing.py'),
                                    'fastmiseg.viewing._error_map': ('viewing.html#_error_map', 'fastmiseg/viewing.py'),
                                    'fastmiseg.viewing._label_colors': ('viewing.html#_label_colors', 'fastmiseg/viewing.py'),
+                                   'fastmiseg.viewing._map': ('viewing.html#_map', 'fastmiseg/viewing.py'),
                                    'fastmiseg.viewing._mask': ('viewing.html#_mask', 'fastmiseg/viewing.py'),
                                    'fastmiseg.viewing._middle': ('viewing.html#_middle', 'fastmiseg/viewing.py'),
                                    'fastmiseg.viewing._nifti': ('viewing.html#_nifti', 'fastmiseg/viewing.py'),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ScanPicture', 'legend_below', 'numbered_classes', 'plot_volume', 'plot_uncertainty', 'view_scan']
 
-# %% ../nbs/74_viewing.ipynb #1efbb2b9
-from dataclasses import dataclass
+# %% ../nbs/72_viewing.ipynb #1efbb2b9
+from dataclasses import dataclass, replace
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -227,7 +227,18 @@ def plot_volume(
     if title: fig.suptitle(title, fontsize=14)
     return save_figure(fig, out)
 
-# %% ../nbs/74_viewing.ipynb #223e6a11
+# %% ../nbs/72_viewing.ipynb #223e6a11
+def _map(uncertainty, vol):
+    "The map of a scan as an array, however it is given"
+    found = read_volume(uncertainty) if isinstance(uncertainty, (str,Path)) else uncertainty
+    a = np.asarray(getattr(found, 'array', found), np.float32)
+    if a.shape!=vol.shape:
+        raise ValueError(f'uncertainty: has shape {a.shape}, but the scan has {tuple(vol.shape)}; '
+                         'give the map of this scan')
+    if isinstance(found, Volume):
+        with collect_warnings(): check_same_geometry(vol, replace(found, path=found.path or 'uncertainty'))
+    return a
+
 def plot_uncertainty(
     scan:str|Path|Volume,         # path or `Volume`
     # path, `Volume` or array (z,y,x): as `predict_volume(..., uncertainty=file)` writes it
@@ -243,12 +254,7 @@ def plot_uncertainty(
     recipe = Recipe(axis=axis)
     picture = ScanPicture.of(scan, None, pred, recipe)
     vol = _volume(scan)
-    doubt = read_volume(uncertainty) if isinstance(uncertainty, (str,Path)) else uncertainty
-    doubt = np.asarray(getattr(doubt, 'array', doubt), np.float32)
-    if doubt.shape!=vol.shape:
-        raise ValueError(f'uncertainty: has shape {doubt.shape}, but the scan has {tuple(vol.shape)}; '
-                         'give the map of this scan')
-    doubt = _turned(vol, recipe).forward(doubt)
+    doubt = _turned(vol, recipe).forward(_map(uncertainty, vol))
     ks = _slices_of(picture, n)
     fig = new_figure((2*len(ks)+1.3, 4*picture.height+1.), out)
     axs = fig.subplots(2, len(ks), squeeze=False)

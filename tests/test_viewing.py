@@ -127,4 +127,6 @@ def test_the_map_of_disagreement_belongs_to_its_scan(tmp_path):
     assert [ax.get_aspect() for ax in high.axes[:2]]==[3,3] # of both rows, the patient's
     with pytest.raises(ValueError, match=r'uncertainty: has shape \(2, 12, 10\), but the scan has \(3, 12, 10\)'):
         plot_uncertainty(scan, doubt[:2])
+    with pytest.raises(VolumeError, match=r'uncertainty: its origin is \(0.0, 0.0, 5.0\), but that of scan is'):
+        plot_uncertainty(scan, Volume(doubt, scan.spacing, (0.,0.,5.)))
     plt.close('all')

@@ -159,8 +159,8 @@ def _full_slices(learn, x, n):
     return x[k],y[k]
 
 def _class_names(learn, y):
-    names = getattr(learn.dls, 'vocab', None) # plain loaders have none
-    return list(names or numbered_classes([y]))
+    names = getattr(learn.dls, 'vocab', None) # plain loaders have none, or an array
+    return numbered_classes([y]) if names is None or not len(names) else list(names)
 
 # %% ../nbs/75_plots.ipynb #58aaed5b
 _told = WeakKeyDictionary() # projectors -> stages of which it has been said

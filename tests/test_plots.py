@@ -197,6 +197,15 @@ def test_fastais_live_curves_beside_our_callbacks(tmp_path, monkeypatch):
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[small_mireg(), ShowGraphCallback()])
     assert len(drawn)==2 and len(learn.recorder.values)==1 # it trains, and draws nothing
 
+def test_names_of_classes_that_are_an_array(tmp_path):
+    "as `np.loadtxt` reads them for fastai's `MaskBlock`"
+    learn,reg = quiet(learner(tmp_path)),small_mireg()
+    learn.fit(1, cbs=reg)
+    learn.dls.vocab = np.array(['background','disc'])
+    assert [o.get_text() for o in plot_clusters(learn, reg, n=2).legends[0].get_texts()]==['disc']
+    names = [o.get_text() for o in plot_tsne(learn, n=20, images=8).legends[0].get_texts()]
+    assert [o.split(' (')[0] for o in names]==['background','disc']
+
 def test_tsne_of_features_that_are_all_the_same(tmp_path):
     "scikit-learn's own start is NaN then, on which its tree ends the process"
     learn = learner(tmp_path)

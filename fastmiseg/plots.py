@@ -158,6 +158,11 @@ def _full_slices(learn, x, n):
     k = fullest[np.linspace(0, len(fullest)-1, min(n, len(fullest))).round().astype(int)]
     return x[k],y[k]
 
+def _as_seen(learn, x):
+    "Images as they were before the loaders' `Normalize`"
+    x,n = x.as_subclass(torch.Tensor).cpu(),normalize_of(learn.dls)
+    return x if n is None else x*n.std.cpu() + n.mean.cpu()
+
 def _class_names(learn, y):
     names = getattr(learn.dls, 'vocab', None) # plain loaders have none, or an array
     return numbered_classes([y]) if names is None or not len(names) else list(names)
@@ -219,9 +224,10 @@ def plot_clusters(
     look = dict(cmap=ListedColormap(_cluster_colors(K)), vmin=.5, vmax=K+.5, interpolation='nearest')
     fig = new_figure((2.4*len(x)+1.6, 2.4*(1+len(layers))+.6), out)
     axs = fig.subplots(1+len(layers), len(x), squeeze=False)
+    shown = _as_seen(learn, x)
     for i,column in enumerate(axs.T):
         mask = None if y is None else y[i].numpy()
-        show_slice(x[i].cpu(), mask, column[0])
+        show_slice(shown[i], mask, column[0])
         column[0].set_title(f'image {i+1}', fontsize=12)
         for p,ax in zip(clusters.values(), column[1:]):
             im = _show_clusters(ax, 1+p[i,head].argmax(0), mask, x.shape[2:], look)

@@ -2,6 +2,7 @@
 import warnings
 
 import nbformat, numpy as np, pandas as pd, pytest, torch
+from fastai.data.transforms import Normalize
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
 from nbclient import NotebookClient
@@ -196,6 +197,14 @@ def test_fastais_live_curves_beside_our_callbacks(tmp_path, monkeypatch):
     learn = learner(tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[small_mireg(), ShowGraphCallback()])
     assert len(drawn)==2 and len(learn.recorder.values)==1 # it trains, and draws nothing
+
+def test_slices_beside_clusters_are_shown_as_they_were_before_they_were_normalized(tmp_path):
+    learn,reg = quiet(learner(tmp_path)),small_mireg()
+    learn.fit(1, cbs=reg)
+    def grey(): return plot_clusters(learn, reg, n=2).axes[0].images[0].get_array()
+    before = grey()
+    for dl in learn.dls.loaders: dl.after_batch.add(Normalize.from_stats([.45], [.2], cuda=False))
+    np.testing.assert_allclose(grey(), before, atol=1e-5)
 
 def test_names_of_classes_that_are_an_array(tmp_path):
     "as `np.loadtxt` reads them for fastai's `MaskBlock`"

@@ -114,11 +114,11 @@ def plot_scores(
     for g,group in enumerate(groups):
         for c,name in enumerate(names):
             rows = scores[(scores['class']==name) & (scores[by]==group if by else True)]
-            values = rows[metric].dropna()
+            values = rows[metric].replace([np.inf,-np.inf], np.nan).dropna() # 'inf' may stand for a missed class
             at = c+(g-(len(groups)-1)/2)*width
             color = _group_colors[g%len(_group_colors)] if by else class_color(number[name])
             if len(values): _box(ax, at, width, values, color, rng)
-            missed = int((rows[metric].isna() & rows['dice'].eq(0)).sum()) if metric in _distances else 0
+            missed = int((~np.isfinite(rows[metric]) & rows['dice'].eq(0)).sum()) if metric in _distances else 0
             n = f'n={len(values)}' + (f'\n{missed} missed' if missed else '')
             ax.text(at, 1.02, n, transform=ax.get_xaxis_transform(), ha='center', fontsize=10)
     ax.set(xlim=(-.6, len(names)-.4))

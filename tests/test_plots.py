@@ -270,3 +270,5 @@ def test_a_missed_class_is_counted_beside_the_distances():
     scores = pd.DataFrame({'class':list('aabb'), 'dice':[.8,.7,0,.6], 'hd95':[3.,4.,np.nan,5.]})
     said = lambda metric: [o.get_text() for o in plot_scores(scores, metric).axes[0].texts]
     assert said('hd95')==['n=2','n=1\n1 missed'] and said('dice')==['n=2','n=2']
+    scores.loc[2,'hd95'] = np.inf # as missed='inf' says it
+    assert said('hd95')==['n=2','n=1\n1 missed']

@@ -1064,6 +1064,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fastmiseg.plots': { 'fastmiseg.plots._as_seen': ('plots.html#_as_seen', 'fastmiseg/plots.py'),
                                  'fastmiseg.plots._axis_name': ('plots.html#_axis_name', 'fastmiseg/plots.py'),
                                  'fastmiseg.plots._box': ('plots.html#_box', 'fastmiseg/plots.py'),
+                                 'fastmiseg.plots._check_columns': ('plots.html#_check_columns', 'fastmiseg/plots.py'),
                                  'fastmiseg.plots._check_trained': ('plots.html#_check_trained', 'fastmiseg/plots.py'),
                                  'fastmiseg.plots._class_names': ('plots.html#_class_names', 'fastmiseg/plots.py'),
                                  'fastmiseg.plots._cluster_colors': ('plots.html#_cluster_colors', 'fastmiseg/plots.py'),

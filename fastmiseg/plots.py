@@ -95,6 +95,15 @@ def _axis_name(metric):
 
 _distances = ('hd95','assd')
 
+def _check_columns(scores, metric, by):
+    "Raise unless what is to be drawn and compared is there, for each row"
+    for k,v in dict(metric=metric, by=by).items():
+        if v is not None and v not in scores:
+            raise ValueError(f"{k}: {v!r} is not a column of the scores; there are {', '.join(scores.columns)}")
+    if by is not None and (n := int(scores[by].isna().sum())):
+        raise ValueError(f'by: {n} of {len(scores)} rows have nothing in the column {by!r} and are of no box; '
+                         'fill it in, or leave them out')
+
 def plot_scores(
     scores:pd.DataFrame,          # from `evaluate_cohort`; with another column, such as `training`, to compare
     metric:str='dice',            # column of `scores`
@@ -103,10 +112,12 @@ def plot_scores(
     out:str|Path|None=None        # file to write
 )->Figure:
     "Box plots of a score per class, with a point for each scan, and how many; a missed class has no distance"
-    if metric not in scores:
-        raise ValueError(f"metric: {metric!r} is not a column of the scores; there are {', '.join(scores.columns)}")
     names = list(dict.fromkeys(scores['class']))
-    number = {o:c for c,o in enumerate(classes)} if classes else {o:c for c,o in enumerate(names, 1)}
+    _check_columns(scores, metric, by)
+    number = {o:c for c,o in enumerate(names, 1)} if classes is None else {o:c for c,o in enumerate(classes)}
+    if other := [o for o in names if o not in number]:
+        raise ValueError(f"classes: the scores hold {other[0]!r}, which is none of {', '.join(map(str, classes))}; "
+                         'give all names, background first')
     groups = list(dict.fromkeys(scores[by])) if by else [None]
     width,rng = .8/len(groups),np.random.default_rng(0)
     fig = new_figure((2.2+.8*len(names)*max(1.3, len(groups)), 4), out)

@@ -265,6 +265,16 @@ def test_weights_and_biases_have_every_term_and_the_dice(tmp_path, monkeypatch):
         assert summary[k]==pytest.approx(log[k].iloc[-1])
     assert list(tmp_path.rglob('*.wandb'))
 
+def test_scores_that_are_of_no_box():
+    scores = pd.DataFrame({'class':list('aabb'), 'dice':[.8,.7,0,.6], 'training':['x','x','y',None]})
+    with pytest.raises(ValueError, match="by: 'method' is not a column of the scores; there are class, dice, training"):
+        plot_scores(scores, by='method')
+    with pytest.raises(ValueError, match="by: 1 of 4 rows have nothing in the column 'training' and are of no box"):
+        plot_scores(scores, by='training')
+    with pytest.raises(ValueError, match="classes: the scores hold 'a', which is none of background, b; give all"):
+        plot_scores(scores, classes=['background','b'])
+    assert len(plot_scores(scores, classes=np.array(['background','a','b'])).axes[0].patches)==2
+
 def test_a_missed_class_is_counted_beside_the_distances():
     from fastmiseg.plots import plot_scores
     scores = pd.DataFrame({'class':list('aabb'), 'dice':[.8,.7,0,.6], 'hd95':[3.,4.,np.nan,5.]})

@@ -36,8 +36,10 @@ def surface_distances(
     spacing:tuple|None=None # mm per axis; 1 by default
 )->tuple: # For each voxel on the outline of `a` the distance (mm) to that of `b`, and the other way round
     "Distances between two outlines, both ways; both masks must have voxels"
-    spacing = _spacing(spacing, np.ndim(a))
+    spacing,shape = _spacing(spacing, np.ndim(a)),np.shape(a)
     a, b = _crop(a, b)
+    if flat := tuple(i for i,n in enumerate(shape) if n==1)[:len(shape)-1]:
+        a, b, spacing = a.squeeze(flat), b.squeeze(flat), np.delete(spacing, flat)
     a, b = (o & ~binary_erosion(o) for o in (a, b))
     to = lambda o: distance_transform_edt(~o, sampling=spacing)
     return to(b)[a], to(a)[b]

@@ -81,6 +81,21 @@ def test_medpy_and_monai_disagree_on_some():
 
 # how fastai calls a metric
 
+@pytest.mark.parametrize('axis', range(3))
+def test_a_scan_of_one_slice_is_measured_in_its_plane(axis):
+    "Its voxels do not all lie on the outline, for a slice has nothing above it and below"
+    a,b = np.zeros((2,40,40), bool)
+    a[10:30,10:30] = b[10:30,14:34] = True
+    flat = [np.expand_dims(o, axis) for o in (a, b)]
+    spacing = np.insert([2.,.5], axis, 9.)
+    for f in (hd95, assd): assert f(*flat, spacing)==f(a, b, (2.,.5))
+    assert hd95(a, b)==4 and assd(a, b)==2
+    assert hd95(a[:1], b[:1], missed='diagonal')==0 and np.isnan(hd95(flat[0], flat[0]&False))
+    voxel = np.ones((1,1,1), bool)
+    assert hd95(voxel, voxel)==assd(voxel, voxel)==0
+    scores = score_volume(*[o.astype(int) for o in flat], spacing)
+    assert scores.hd95[0]==hd95(a, b, (2.,.5)) and scores.assd[0]==assd(a, b, (2.,.5))
+
 def _feed(metric, preds, masks, scan, order, bs, C=3, marks=True):
     metric.reset()
     n = int(scan.max())+1

@@ -1230,6 +1230,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fastmiseg.scans.cohort._content': ('scans.cohort.html#_content', 'fastmiseg/scans/cohort.py'),
                                         'fastmiseg.scans.cohort._describe': ('scans.cohort.html#_describe', 'fastmiseg/scans/cohort.py'),
                                         'fastmiseg.scans.cohort._inside': ('scans.cohort.html#_inside', 'fastmiseg/scans/cohort.py'),
+                                        'fastmiseg.scans.cohort._long': ('scans.cohort.html#_long', 'fastmiseg/scans/cohort.py'),
                                         'fastmiseg.scans.cohort._part': ('scans.cohort.html#_part', 'fastmiseg/scans/cohort.py'),
                                         'fastmiseg.scans.cohort._people': ('scans.cohort.html#_people', 'fastmiseg/scans/cohort.py'),
                                         'fastmiseg.scans.cohort._people_column': ( 'scans.cohort.html#_people_column',

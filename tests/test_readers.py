@@ -2,7 +2,7 @@
 import json, os, re, sys, warnings
 from pathlib import Path
 
-import numpy as np, pandas as pd, pydicom, pytest
+import nibabel, numpy as np, pandas as pd, pydicom, pytest
 from hypothesis import given, settings, strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -513,6 +513,14 @@ def test_duplicates_like_acdc(tmp_path):
         with pytest.warns(UserWarning, match='patient001_frame01 = patient050_frame01'):
             s = split_cohort(df, labeled=1, valid=1, seed=seed)
         assert s[s.subject.isin(['patient001','patient050'])].split.nunique()==1
+
+@pytest.mark.parametrize('shape', [(4,10,12),(1,10,12)])
+def test_duplicates_in_files_with_axes_of_length_1(shape, tmp_path):
+    a = image(1, shape).array.T
+    for name,o in dict(a=a, b=a[...,None], c=np.squeeze(a), d=a+1).items():
+        nibabel.save(nibabel.Nifti1Image(o, np.eye(4)), tmp_path/f'{name}.nii.gz')
+    df = pd.DataFrame([dict(subject=o, scan=o, image=str(tmp_path/f'{o}.nii.gz')) for o in 'abcd'])
+    assert find_duplicates(df)==[('a','b','c')]
 
 def test_duplicates_survive_bad_files(tmp_path):
     for i in range(3): put(tmp_path, f'images/{i}.nii.gz', f'masks/{i}.nii.gz', seed=5)

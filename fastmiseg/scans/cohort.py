@@ -194,7 +194,8 @@ def short_digest(
 
 def _content(path): return voxel_digest(read_volume(path, channels=True, nan_to_zero=True))
 
-def _sizes(path): return tuple(sorted(read_size(path)))
+def _sizes(path): return _long(read_size(path))
+def _long(sizes): return tuple(sorted(o for o in sizes if o>1)) # some files state axes of length 1, others do not
 
 def find_duplicates(
     df:pd.DataFrame # A cohort
@@ -216,7 +217,7 @@ def find_images(
     wanted:dict      # `short_digest` of a scan -> its size, as from `read_size`
 )->dict:             # `short_digest` -> name of the scan in `df`, where one is found
     "Which scans have these voxels? Only those of a right size are read; those that cannot be read are left out"
-    sizes,found = {tuple(sorted(o)) for o in wanted.values()},{}
+    sizes,found = {_long(o) for o in wanted.values()},{}
     with collect_warnings():
         for r in df.itertuples():
             try:

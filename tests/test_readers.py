@@ -222,6 +222,16 @@ def test_masks_in_a_folder_beside_images_that_have_none(named, tmp_path):
     assert df.scan.tolist()==['p0','p1'] and all_read(df)
     assert df['mask'].tolist()==[str(tmp_path/f'labels/p{i}.nii.gz') for i in range(2)]
 
+def test_several_folders_that_may_hold_the_masks(tmp_path):
+    for o in ('segmentations','labels'): put(tmp_path, 'images/p0.nii.gz', f'{o}/p0.nii.gz')
+    said = 'several folders may hold the masks: labels, segmentations; those in labels were taken. Name the right one'
+    with pytest.warns(UserWarning, match=said): df = load_cohort(tmp_path)
+    assert df['mask'].tolist()==[str(tmp_path/'labels/p0.nii.gz')]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        df = load_cohort(tmp_path, 'folder', masks='segmentations')
+    assert df['mask'].tolist()==[str(tmp_path/'segmentations/p0.nii.gz')]
+
 def test_a_folder_of_images_inside_that_of_masks(tmp_path):
     for i in range(2): put(tmp_path, f'images/p{i}.nii.gz', f'p{i}_seg.nii.gz', seed=i)
     with warnings.catch_warnings():

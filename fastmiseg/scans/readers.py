@@ -213,7 +213,11 @@ def read_folder(
             raise CohortError(f'{root/o}: is not a folder; expected the one with the '
                               f'{"images" if o==images else "masks"}')
     idir = root/images if images else _one(root, _image_dirs)
-    mdir = root/masks if masks else _one(root, [o for o in _mask_dirs if scans_in(root/o)])
+    usual = [masks] if masks else [o for o in _mask_dirs if scans_in(root/o)]
+    mdir = _one(root, usual)
+    if usual[1:]:
+        warnings.warn(f'{root}: several folders may hold the masks: {", ".join(usual)}; those in {usual[0]} were taken. '
+                      'Name the right one with masks=', stacklevel=3)
     if not idir and mdir and (masks or _are_images(root, mdir, mends)): idir = root
     def name(f, base):
         folders = [unicodedata.normalize('NFC', o) for o in f.parent.relative_to(base).parts]

@@ -155,9 +155,11 @@ def _stage_maps(learn, x, names):
         return stages.take()
     finally: stages.remove()
 
-def _check_trained(cb):
+def _check_trained(cb, head):
     if cb.projectors is None:
         raise ValueError(f'cb: this {type(cb).__name__} has no projectors yet; train with it first')
+    if head not in range(cb.n_heads):
+        raise ValueError(f'head={head}: each stage has {cb.n_heads} projectors, expected 0 to {cb.n_heads-1}')
 
 def _full_slices(learn, x, n):
     "Validation slices with something on them, and their masks"
@@ -222,7 +224,7 @@ def plot_clusters(
     out:str|Path|None=None    # file to write
 )->Figure:
     "The winning cluster at each position of the decoder's stages (Figure 5)"
-    _check_trained(cb)
+    _check_trained(cb, head)
     layers = cb.local_layers
     if not layers:
         raise ValueError('cb: regularises no decoder stage, so there are no positions with clusters; '
@@ -285,7 +287,7 @@ def plot_joints(
     out:str|Path|None=None    # file to write
 )->Figure:
     "Joint distributions of the clusters of x and T(x), for each regularised stage; without displacement"
-    _check_trained(cb)
+    _check_trained(cb, head)
     layers,(x,_) = list(cb.layers),_full_slices(learn, x, n)
     x = x.as_subclass(torch.Tensor).to(next(learn.model.parameters()).device)
     pool = (cb.T or usual_pool()).for_recipe(getattr(learn.dls, 'recipe', None))

@@ -210,6 +210,9 @@ def test_names_of_classes_that_are_an_array(tmp_path):
     "as `np.loadtxt` reads them for fastai's `MaskBlock`"
     learn,reg = quiet(learner(tmp_path)),small_mireg()
     learn.fit(1, cbs=reg)
+    for f in (plot_clusters,plot_joints):
+        with pytest.raises(ValueError, match='head=2: each stage has 2 projectors, expected 0 to 1'):
+            f(learn, reg, head=2)
     learn.dls.vocab = np.array(['background','disc'])
     assert [o.get_text() for o in plot_clusters(learn, reg, n=2).legends[0].get_texts()]==['disc']
     names = [o.get_text() for o in plot_tsne(learn, n=20, images=8).legends[0].get_texts()]

@@ -17,7 +17,7 @@ from fastmiseg.scans.store import SliceStore
 from fastmiseg.scans.masks import read_mask
 from fastmiseg.scans.messages import VolumeError, VolumeWarning, collect_warnings
 from fastmiseg.scans.volume import (
-    Volume, choose_volume, read_size, read_volume, scan_files, split_choice, write_volume)
+    Volume, choose_volume, read_size, read_volume, resample, scan_files, split_choice, write_volume)
 
 def read(path, **kw):
     "The volume, and what was said"
@@ -807,6 +807,17 @@ def test_colours_and_vectors(tmp_path, kind):
         sitk.WriteImage(sitk.GetImageFromArray(a.transpose(2,1,0,3), isVector=True), tmp_path/f'v{ext}')
         refused(tmp_path/f'v{ext}', f'{c} components per voxel')
         assert np.array_equal(read(tmp_path/f'v{ext}', channels=True)[0].array, a.T)
+
+def test_colours_at_a_single_point_in_time(tmp_path):
+    a = np.arange(120, dtype=np.float32).reshape(1,3,4,5,2)
+    sitk.WriteImage(sitk.GetImageFromArray(a, isVector=True), str(tmp_path/'a.mha'))
+    vol = read_volume(tmp_path/'a.mha', channels=True)
+    np.testing.assert_array_equal(vol.array, np.moveaxis(a[0], -1, 0))
+
+@pytest.mark.parametrize('spacing', [1., (1.,1.), (1.,1.,0.)], ids=str)
+def test_a_spacing_to_resample_to_is_three_numbers(spacing):
+    with pytest.raises(ValueError, match='resample: spacing must be three positive numbers .* not'):
+        resample(Volume(np.zeros((2,3,4), np.float32)), spacing=spacing)
 
 def test_pairs_and_analyze(tmp_path):
     a = np.arange(60,dtype='i2').reshape(3,4,5)

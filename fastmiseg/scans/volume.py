@@ -86,7 +86,9 @@ class Volume:
         "From a SimpleITK image"
         if im.GetDimension()==2: im = sitk.JoinSeries([im])
         n,a = im.GetDimension(),sitk.GetArrayFromImage(im)
-        if im.GetNumberOfComponentsPerPixel()>1: a = np.moveaxis(a, -1, 0)
+        if im.GetNumberOfComponentsPerPixel()>1:
+            a = np.moveaxis(a, -1, 0)
+            if n==4: a = a[:,0] # a single point in time
         direction = tuple(np.reshape(im.GetDirection(), (n,n))[:3,:3].ravel().tolist())
         return cls(a, im.GetSpacing()[:3][::-1], im.GetOrigin()[:3], direction, path)
 
@@ -312,9 +314,9 @@ def read_size(
 # %% ../../nbs/12_scans.volume.ipynb #b9a56c78
 def _other_spacing(vol, spacing):
     "An empty volume with the field of view of `vol`, centred"
-    old,new,n = (np.array(o[::-1], float) for o in (vol.spacing,spacing,vol.shape))
-    if new.shape!=(3,) or not (new>0).all():
+    if np.shape(spacing)!=(3,) or not all(o>0 for o in spacing):
         raise ValueError(f'resample: spacing must be three positive numbers (z,y,x), not {spacing}')
+    old,new,n = (np.array(o[::-1], float) for o in (vol.spacing,spacing,vol.shape))
     size = np.maximum(1, np.round(n*old/new))
     origin = vol.origin + np.reshape(vol.direction, (3,3))@(((n-1)*old-(size-1)*new)/2)
     empty = np.broadcast_to(np.uint8(0), size[::-1].astype(int))

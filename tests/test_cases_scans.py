@@ -313,6 +313,12 @@ def test_several_series(tmp_path):
     refused(tmp_path, "series='axial' fits 2 of its 2 DICOM series", series='axial')
     refused(tmp_path, "series='flair' fits 0 of its 2 DICOM series", series='flair')
 
+@pytest.mark.parametrize('number', [3, '3'])
+def test_the_number_of_a_series_is_not_looked_for_in_descriptions(number, tmp_path):
+    series(tmp_path, SeriesNumber=2, SeriesDescription='T2 3mm')
+    refused(tmp_path, "series='3' fits 0 of its 1 DICOM series, expected one; give the UID", series=number)
+    assert read(tmp_path, series='3mm')[0].shape[0]==read(tmp_path, series=2)[0].shape[0]==5
+
 def test_cohorts_choose_series_and_phase(tmp_path):
     for s in ('anna','bert'):
         for k,n in dict(T1=1, T2=2).items():

@@ -251,8 +251,8 @@ def choose_series(
         "Its number and its description"
         ds = next(iter(found[uid].values()))
         return str(ds.get('SeriesNumber','')), str(ds.get('SeriesDescription','')).lower()
-    hits = ([u for u in found if str(series)==u] or [u for u in found if wanted in about(u)]
-            or [u for u in found if wanted in about(u)[1]])
+    hits = [u for u in found if str(series)==u] or [u for u in found if wanted in about(u)]
+    if not (hits or wanted.isdigit()): hits = [u for u in found if wanted in about(u)[1]] # 3 is not '3 mm'
     if len(hits)!=1:
         raise ValueError(f'series={series!r} fits {len(hits)} of its {len(found)} DICOM series, '
                          'expected one; give the UID, the number or a part of the description: '

@@ -1921,6 +1921,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastmiseg.show._legend_below': ('show.html#_legend_below', 'fastmiseg/show.py'),
                                 'fastmiseg.show.class_color': ('show.html#class_color', 'fastmiseg/show.py'),
                                 'fastmiseg.show.class_lines': ('show.html#class_lines', 'fastmiseg/show.py'),
+                                'fastmiseg.show.draw_outline': ('show.html#draw_outline', 'fastmiseg/show.py'),
                                 'fastmiseg.show.for_file_only': ('show.html#for_file_only', 'fastmiseg/show.py'),
                                 'fastmiseg.show.new_figure': ('show.html#new_figure', 'fastmiseg/show.py'),
                                 'fastmiseg.show.save_figure': ('show.html#save_figure', 'fastmiseg/show.py'),

@@ -29,7 +29,7 @@ from .mutual_info import global_joint, local_joint, mutual_info
 from .scans.masks import read_mask
 from .scans.recipe import Recipe
 from .scans.volume import read_volume
-from .show import class_color, class_lines, new_figure, save_figure, show_slice
+from .show import class_color, class_lines, draw_outline, new_figure, save_figure, show_slice
 from .transforms import normalize_of
 from .warps import usual_pool
 from .viewing import ScanPicture, legend_below, numbered_classes
@@ -210,8 +210,7 @@ def _show_clusters(ax, winners, y, shape, look):
     "The clusters (h,w) of a slice of `shape`, and the contours of its mask"
     h,w = shape
     im = ax.imshow(winners.numpy(), extent=(-.5, w-.5, h-.5, -.5), **look)
-    for c in range(1, 0 if y is None else int(y.max())+1):
-        if (y==c).any(): ax.contour(y==c, levels=[.5], colors='w', linewidths=1.2)
+    for c in range(1, 0 if y is None else int(y.max())+1): draw_outline(ax, y==c, 'w')
     ax.axis('off')
     return im
 

@@ -12,7 +12,7 @@ from fastmiseg.viewing import plot_volume
 from fastmiseg.plots import plot_clusters, plot_joints, plot_scores, plot_tsne
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.volume import Volume
-from fastmiseg.show import class_color
+from fastmiseg.show import class_color, show_slice
 from toy import learner, quiet, small_mireg
 
 set_up = '''
@@ -148,6 +148,14 @@ def test_the_organ_is_enlarged_and_the_crop_is_framed():
     assert left<29.5 and right>41.5 and top<39.5 and bottom>49.5 and (right-left)*(bottom-top)<.2*100*80
     assert frame.get_bbox().bounds==pytest.approx((left, top, right-left, bottom-top))
     assert crop.get_bbox().bounds==pytest.approx((9.5, 9.5, 60, 80))
+
+@pytest.mark.parametrize('shape', [(6,8),(1,8)])
+def test_a_mask_that_fills_its_slice_is_outlined(shape):
+    ax = show_slice(np.zeros((1,*shape)), np.ones(shape, int))
+    path, = ax.collections[0].get_paths()
+    low,high = path.vertices.min(0),path.vertices.max(0)
+    assert np.abs(low+.5).max()<=.5 and np.abs(high-np.array(shape[::-1])+.5).max()<=.5
+    assert ax.get_xlim()==(-.5,shape[1]-.5) and ax.get_ylim()==(shape[0]-.5,-.5)
 
 # what has been learned
 def test_a_stage_in_one_cluster_is_told_once(tmp_path):

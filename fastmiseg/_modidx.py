@@ -1919,6 +1919,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fastmiseg/show.py'),
                                 'fastmiseg.show._array': ('show.html#_array', 'fastmiseg/show.py'),
                                 'fastmiseg.show._legend_below': ('show.html#_legend_below', 'fastmiseg/show.py'),
+                                'fastmiseg.show.as_text': ('show.html#as_text', 'fastmiseg/show.py'),
                                 'fastmiseg.show.class_color': ('show.html#class_color', 'fastmiseg/show.py'),
                                 'fastmiseg.show.class_lines': ('show.html#class_lines', 'fastmiseg/show.py'),
                                 'fastmiseg.show.draw_outline': ('show.html#draw_outline', 'fastmiseg/show.py'),

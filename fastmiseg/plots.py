@@ -29,7 +29,7 @@ from .mutual_info import global_joint, local_joint, mutual_info
 from .scans.masks import read_mask
 from .scans.recipe import Recipe
 from .scans.volume import read_volume
-from .show import class_color, class_lines, draw_outline, new_figure, save_figure, show_slice
+from .show import as_text, class_color, class_lines, draw_outline, new_figure, save_figure, show_slice
 from .transforms import normalize_of
 from .warps import usual_pool
 from .viewing import ScanPicture, legend_below, numbered_classes
@@ -42,7 +42,7 @@ def _dice_in_words(scores):
 def _scan_row(axs, picture, scan, scores):
     "A scan on the slice with the most errors: whole, mask, prediction, errors"
     k = int((picture.mask!=picture.pred).sum((1,2)).argmax())
-    names = {'whole slice':f'{scan}\nslice {k+1} of {len(picture.grey)}', 'mask':'mask',
+    names = {'whole slice':f'{as_text(scan)}\nslice {k+1} of {len(picture.grey)}', 'mask':'mask',
              'prediction':f'prediction\n{_dice_in_words(scores)}', 'errors':'errors'}
     for ax,(what,name) in zip(axs, names.items()):
         picture.draw(ax, k, what)
@@ -134,12 +134,12 @@ def plot_scores(
             ax.text(at, 1.02, n, transform=ax.get_xaxis_transform(), ha='center', fontsize=10)
     ax.set(xlim=(-.6, len(names)-.4))
     ax.set_ylabel(_axis_name(metric), fontsize=12)
-    ax.set_xticks(range(len(names)), names)
+    ax.set_xticks(range(len(names)), [as_text(o) for o in names])
     ax.tick_params(labelsize=12)
     if metric in ('dice','sensitivity','precision'): ax.set_ylim(-.03, 1.03)
     ax.grid(axis='y', alpha=.3)
     if by:
-        boxes = [Patch(facecolor=_group_colors[g%len(_group_colors)], alpha=.6, edgecolor='k', label=str(o))
+        boxes = [Patch(facecolor=_group_colors[g%len(_group_colors)], alpha=.6, edgecolor='k', label=as_text(o))
                  for g,o in enumerate(groups)]
         fig.legend(handles=boxes, loc='outside right upper', fontsize=11, frameon=False, title=by, title_fontsize=11)
     return save_figure(fig, out)
@@ -336,7 +336,7 @@ def plot_tsne(
     for c,name in enumerate(classes):
         mine = y[take]==c
         look = dict(color=class_color(c) if c else '#999999', marker=marks[c%8])
-        ax.scatter(*z[mine].T, s=16, alpha=.7, lw=0, label=f'{name} (n={mine.sum()})', **look)
+        ax.scatter(*z[mine].T, s=16, alpha=.7, lw=0, label=f'{as_text(name)} (n={mine.sum()})', **look)
     ax.set(xticks=[], yticks=[])
     ax.set_title(f'features of {layer}:\nsimilar ones lie together', fontsize=12)
     ax.set_xlabel('t-SNE 1', fontsize=11)

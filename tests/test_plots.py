@@ -5,6 +5,7 @@ import nbformat, numpy as np, pandas as pd, pytest, torch
 from fastai.data.transforms import Normalize
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
+from matplotlib.text import Text
 from nbclient import NotebookClient
 
 from fastmiseg.callback.log import TrainingLogCallback, meaning_of, plot_training
@@ -275,6 +276,15 @@ def test_weights_and_biases_have_every_term_and_the_dice(tmp_path, monkeypatch):
         assert [o[k] for o in sent if k in o]==pytest.approx(log[k].tolist())
         assert summary[k]==pytest.approx(log[k].iloc[-1])
     assert list(tmp_path.rglob('*.wandb'))
+
+def test_names_with_dollar_signs_are_no_formulas():
+    a,b = 'cost_$_1$',r'b$\d$'
+    scores = pd.DataFrame({'class':[a,b], 'dice':[.5,.6], 'training':[b,b]})
+    mask = np.array([[[0,1],[2,0]]])
+    for fig in (plot_scores(scores, by='training'), plot_volume(Volume(np.random.rand(1,2,2)), mask, classes=['',a,b])):
+        fig.canvas.draw()
+        texts = fig.findobj(lambda o: isinstance(o, Text) and '$' in o.get_text())
+        assert texts and not any(o._preprocess_math(o.get_text())[1] for o in texts)
 
 def test_scores_that_are_of_no_box():
     scores = pd.DataFrame({'class':list('aabb'), 'dice':[.8,.7,0,.6], 'training':['x','x','y',None]})

@@ -137,6 +137,12 @@ def test_mmwhs(tmp_path, capsys):
     assert np.unique(m.array).tolist()==list(range(8))
     assert load_cohort(tmp_path, 'mmwhs', modality='mr').scan.tolist()==['mr_train_1001']
 
+def test_mmwhs_of_the_other_modality(tmp_path):
+    put(tmp_path, 'mr_train_1001_image.nii.gz')
+    with pytest.raises(CohortError, match="no scans of the modality 'ct' among its 1 files of MM-WHS: choose"):
+        load_cohort(tmp_path)
+    with pytest.raises(CohortError, match="modality='MR': expected 'ct' or 'mr'"): load_cohort(tmp_path, modality='MR')
+
 def left_out(folder, **options):
     "What a prediction says of scans that the layout of a folder leaves out, and the names of those that it takes"
     with warnings.catch_warnings(record=True) as said:

@@ -135,7 +135,12 @@ def read_mmwhs(
     modality:str='ct' # 'ct' or 'mr': the two are different cohorts
 )->pd.DataFrame:
     "The MM-WHS challenge: whole heart"
-    found = [(m,f) for m,f in _matches(root,_mmwhs) if m[2].lower()==modality]
+    if modality not in ('ct','mr'): raise CohortError(f"modality={modality!r}: expected 'ct' or 'mr'")
+    every = _matches(root, _mmwhs)
+    found = [(m,f) for m,f in every if m[2].lower()==modality]
+    if every and not found:
+        raise CohortError(f'{root}: holds no scans of the modality {modality!r} among its {len(every)} files of '
+                          'MM-WHS: choose the other with modality=')
     images,masks = ([(m[1],f) for m,f in found if m[3].lower()==o] for o in ('image','label'))
     classes = ('background','LV myocardium','left atrium','left ventricle','right atrium','right ventricle',
                'ascending aorta','pulmonary artery')

@@ -242,6 +242,7 @@ def test_a_single_slice_says_how_thick_it_is(tmp_path):
     vol,_ = read(series(tmp_path/'a', 1, SliceThickness=7))
     assert vol.shape==(1,4,5) and vol.spacing==(7,1.5,.75)
     assert read(series(tmp_path/'c', 1, SliceThickness=7, SpacingBetweenSlices=8))[0].spacing[0]==8
+    assert read(series(tmp_path/'e', 1, SliceThickness=7, SpacingBetweenSlices=0))[0].spacing[0]==7
     for k,v in dict(b=None, d=0).items():
         series(tmp_path/k, 1, SliceThickness=v)
         refused(tmp_path/k, r's00.dcm: (has no )?SliceThickness \(0018,0050\)')

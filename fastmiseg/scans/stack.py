@@ -172,7 +172,7 @@ def choose_phase(
 def _thickness(frame):
     "Of a single slice"
     k = 'SpacingBetweenSlices'
-    if frame.get(k) is None: k = 'SliceThickness'
+    if frame.get(k) in (None,0): k = 'SliceThickness' # 0 stands for no other slice
     v = frame.numbers(k, 1, 'a single slice must say how thick it is: export the series again')[0][0]
     if not v>0:
         raise ValueError(f'{frame.says(k)}, expected a positive number of mm; export the series again')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ScanPicture', 'legend_below', 'numbered_classes', 'plot_volume', 'plot_uncertainty', 'view_scan']
 
-# %% ../nbs/72_viewing.ipynb #1efbb2b9
+# %% ../nbs/74_viewing.ipynb #1efbb2b9
 from dataclasses import dataclass, replace
 from html import escape
 from importlib.util import find_spec
@@ -227,7 +227,7 @@ def plot_volume(
     if title: fig.suptitle(title, fontsize=14)
     return save_figure(fig, out)
 
-# %% ../nbs/72_viewing.ipynb #223e6a11
+# %% ../nbs/74_viewing.ipynb #223e6a11
 def _map(uncertainty, vol):
     "The map of a scan as an array, however it is given"
     found = read_volume(uncertainty) if isinstance(uncertainty, (str,Path)) else uncertainty

@@ -14,8 +14,8 @@ from pygments.lexers import PythonLexer
 root = Path(__file__).parents[1]
 empty = inspect.Parameter.empty
 # What a reader looks for first; other modules follow in the order of the house
-first = '''scans.cohort scans.split scans.recipe scans.volume scans.masks scans.layout scans.readers scans.standards
-scans.phantom scans.store
+first = '''scans.cohort scans.split scans.recipe scans.volume scans.masks scans.layout scans.challenges scans.readers
+scans.standards scans.phantom scans.store
 data augment transforms warps
 callback.mireg callback.baselines callback.teacher callback.pseudo callback.copypaste
 learner training metrics surface models inference evaluation scores segmenter plots commands run_model cli demo

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['image_endings', 'mask_endings', 'layouts', 'stem', 'without_ending', 'plain_name', 'written_alike', 'CohortError',
-           'check_each_once', 'cohort_frame', 'walk', 'scans_in', 'Layout', 'layout']
+           'check_each_once', 'cohort_frame', 'walk', 'scans_in', 'Layout', 'layout', 'a_few', 'pair_scans']
 
 # %% ../../nbs/16_scans.layout.ipynb #2b40c270
 import os, re, unicodedata, warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import pandas as pd
 
@@ -182,3 +183,38 @@ def layout(
         if first: layouts.update(rest)
         return read
     return _enter
+
+# %% ../../nbs/16_scans.layout.ipynb #dae68f8a
+def a_few(
+    found:Iterable, # anything that has an order
+    n:int=3         # how many of them
+)->str:
+    "The first of them, and how many there are if that is not all"
+    found = sorted(found)
+    return ', '.join(map(str, found[:n]))+(f', ... ({len(found)})' if len(found)>n else '')
+
+def pair_scans(
+    images:list,      # (name, path) of each
+    masks:list,       # (name, path) of each; the name is that of its image
+    subject:Callable, # of a name: whose scan it is
+    root:Path,        # folder that they are from, for messages
+    layout:str,       # its name
+    **kw              # for `cohort_frame`
+)->pd.DataFrame:
+    "A cohort from named images and masks; a `CohortError` if a name has two masks, or no mask an image"
+    twice = Counter(s for s,_ in masks).most_common(1)
+    if twice and twice[0][1]>1:
+        raise CohortError(f'{root}: the scan {twice[0][0]!r} has {twice[0][1]} masks: '
+                          f'{" and ".join(str(f) for s,f in masks if s==twice[0][0])}; keep one')
+    images,masks = sorted(images, key=lambda o: o[0]),{s:str(f) for s,f in masks}
+    if not images: raise CohortError(f'{root}: holds no scans; expected {layouts[layout].expects}')
+    names = {s for s,_ in images}
+    lost = sorted(set(masks)-names)
+    if masks and len(lost)==len(masks):
+        raise CohortError(f'{root}: no mask belongs to an image; images are called {a_few(names)}, masks '
+                          f'{a_few(lost)}; rename them, or tell the reader how they are named')
+    if lost:
+        warnings.warn(f'{root}: {len(lost)} masks without an image are left out: {a_few(lost)}',
+                      stacklevel=4)
+    return cohort_frame([dict(subject=str(subject(s)), scan=s, image=str(o), mask=masks.get(s))
+                         for s,o in images], layout, **kw)

@@ -1085,6 +1085,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fastmiseg.preparing': { 'fastmiseg.preparing.Preparation': ('preparing.html#preparation', 'fastmiseg/preparing.py'),
                                      'fastmiseg.preparing.Preparation._parts': ( 'preparing.html#preparation._parts',
                                                                                  'fastmiseg/preparing.py'),
+                                     'fastmiseg.preparing.Preparation.check_undecided': ( 'preparing.html#preparation.check_undecided',
+                                                                                          'fastmiseg/preparing.py'),
                                      'fastmiseg.preparing.Preparation.divide': ( 'preparing.html#preparation.divide',
                                                                                  'fastmiseg/preparing.py'),
                                      'fastmiseg.preparing.Preparation.folds': ( 'preparing.html#preparation.folds',

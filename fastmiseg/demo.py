@@ -56,6 +56,7 @@ def _own(data, choice, seed):
             choice = replace(choice, labeled=max(1, min(4, n-parts['valid']-parts['test']-1)))
             print('every scan has a mask; to show what scans without one bring, most are used without it here')
         df = choice.divide(df, seed)
+    else: choice.check_undecided('labeled', 'valid', 'test')
     recipe = choice.recipe_for(df)
     return df,_cropped(recipe) if choice.recipe=='auto' else recipe
 

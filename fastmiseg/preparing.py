@@ -147,7 +147,9 @@ class Preparation(Reading):
     )->pd.DataFrame:
         "The cohort with its column `split`"
         df = self.load(data)
-        return df if 'split' in df else self.divide(df, seed)
+        if 'split' not in df: return self.divide(df, seed)
+        self.check_undecided('labeled', 'valid', 'test')
+        return df
 
     def divide(self,
         df:pd.DataFrame, # cohort without a split
@@ -155,6 +157,16 @@ class Preparation(Reading):
     )->pd.DataFrame:
         "`split_cohort`, with what was asked for"
         return split_cohort(df, **self._parts(), seed=seed)
+
+    def check_undecided(self,
+        *parts # 'labeled', 'valid', 'test'
+    ):
+        "An error where numbers are asked for that a column `split` has decided"
+        asked = {k:o for k in parts if (o := getattr(self, k)) is not None}
+        if not asked: return
+        said = ', '.join(f'{k}={o}' for k,o in asked.items())
+        raise ValueError(f'{said}: the scans have a column split, which says who is in which part already; leave '
+                         f'{"this" if len(asked)==1 else "these"} out, or take the column away for a new split')
 
     def _parts(self):
         return dict(labeled=None if self.labeled=='all' else self.labeled, valid=self.valid, test=self.test)
@@ -167,6 +179,7 @@ class Preparation(Reading):
         "Cross-validation: each annotated subject that does not test validates once"
         parts = self._parts()
         if 'split' in df:
+            self.check_undecided('test')
             testing,df = df[df.split=='test'],df[df.split!='test'].copy()
             df['mask'] = df['mask'].where(df.split!='unlabeled', None)
             df,parts = df.drop(columns='split'),{**parts, 'test':0}

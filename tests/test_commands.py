@@ -436,6 +436,18 @@ def test_fewer_labelled_than_annotated_is_said(ten, capsys):
     Preparation(labeled=2).split(ten)
     assert '1 of 4 annotated subjects is used as unlabelled' in capsys.readouterr().out
 
+def test_a_column_split_is_not_overruled_in_silence(hearts, tmp_path, capsys):
+    "It was taken as it is, and the numbers that were asked for were passed over"
+    csv = cohort_of(hearts, 6, tmp_path/'c.csv', split=['labeled']*3+['unlabeled','valid','test'])
+    with pytest.raises(ValueError, match='^labeled=1: the scans have a column split, which says who is in which part '
+                                         'already; leave this out, or take the column away for a new split$'):
+        prepare_run(csv, tmp_path/'run', labeled=1)
+    with pytest.raises(SystemExit, match='2'): cli.train(str(csv), str(tmp_path/'run'), labeled=1, valid=2)
+    assert '--labeled 1, --valid 2: the scans have' in capsys.readouterr().err and not (tmp_path/'run').exists()
+    with pytest.raises(ValueError, match='^test=2: the scans have a column split'):
+        Preparation(test=2).folds(load_cohort(csv, 'csv'), 2)
+    assert len(Preparation(labeled=1).folds(load_cohort(csv, 'csv'), 3))==3
+
 def test_folds(ten, capsys, monkeypatch):
     "A model for each; each annotated subject validates once; interrupted and gone on"
     out = ten.parent/'folds'

@@ -24,7 +24,7 @@ from .scans.intact import check_regular
 from .scans.volume import Volume
 from .scans.profile import how_far
 from .scans.recipe import Recipe
-from .models import create_unet, evaluating, without_memory
+from .models import create_unet, evaluating, weights_sum, without_memory
 from .callback.method import SemiSupCallback
 from .inference import check_free, predict_volume, recipe_of, training_scans
 from .transforms import normalize_of
@@ -132,9 +132,7 @@ def _provenance(learn):
     if scans is not None:
         res['split'] = {k:dict(scans=len(g), subjects=int(g.subject.nunique())) for k,g in scans.groupby('split')}
         res['seed'] = getattr(learn.dls.train, 'seed', None)
-    if rec is not None and len(getattr(rec, 'values', ())):
-        names = [o for o in rec.metric_names if o not in ('epoch','time')]
-        res['metrics'] = dict(zip(names, map(float, rec.values[-1])))
+    if of_these := getattr(rec, 'validated', {}).get(weights_sum(learn.model)): res['metrics'] = of_these
     if method := method_of(learn.cbs): res['method'] = method
     return res
 

@@ -55,6 +55,36 @@ def test_with_another_process(heart, tmp_path):
     from fastmiseg.scans.volume import read_volume
     assert np.array_equal(read_volume(tmp_path/'seg.nii.gz').array, predict_volume(heart.learn, scan).array)
 
+def test_the_metrics_are_those_of_the_weights_in_the_file(hearts, tmp_path):
+    "Not of the teacher, which validated in the student's place, of another epoch, or of a later validation"
+    from fastai.basics import set_seed
+    from fastai.callback.tracker import SaveModelCallback
+    from fastmiseg.callback.resume import ResumeCallback
+    from fastmiseg.callback.teacher import EMATeacherCallback
+    from fastmiseg.data import MISegDataLoaders
+    from fastmiseg.learner import miseg_learner
+    df = hearts.df.copy()
+    df.loc[df.index[df.split=='labeled'][:2],'split'] = 'unlabeled'
+    dls = MISegDataLoaders.from_cohort(df, hearts.recipe, store=hearts.root/'slices', n_iters=2, workers=0)
+    def trained(epochs, cbs):
+        set_seed(0)
+        learn = miseg_learner(dls, width=2, path=tmp_path)
+        with learn.no_bar(),learn.no_logging(): learn.fit(epochs, 1e-2, cbs=cbs)
+        return learn
+    def said(learn):
+        file = export_segmenter(learn, tmp_path/'a.safetensors')
+        return load_segmenter(file, 'cpu').about['provenance'].get('metrics')
+    learn = trained(1, teacher := EMATeacherCallback())
+    assert said(learn) is None
+    teacher.to_model(learn.model)
+    with learn.no_bar(): loss, = learn.validate()
+    assert said(learn)['valid_loss']==pytest.approx(loss)
+    learn = trained(3, SaveModelCallback('train_loss', np.greater, fname='worst'))
+    with learn.no_bar(): loss, = learn.validate()
+    assert said(learn)['valid_loss']==pytest.approx(loss)
+    whole = said(trained(1, ResumeCallback(tmp_path/'checkpoints')))
+    assert whole and said(trained(1, ResumeCallback(tmp_path/'checkpoints')))==whole
+
 def test_timm(tmp_path):
     l = Untrained('resnet10t')
     seg = load_segmenter(export_segmenter(l, tmp_path/'t.safetensors'))

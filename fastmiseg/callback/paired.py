@@ -18,7 +18,7 @@ from .method import SemiSupCallback, Teacher
 from .step import StageMaps, Step
 from .stream import UnlabeledStream, random_states, restore_random_states, share_out
 from ..loaders import PairedDL
-from ..models import find_stages
+from ..models import find_stages, weights_sum
 from ..processes import processes
 from ..transforms import Pool, normalize_of
 from ..warps import usual_pool
@@ -269,6 +269,16 @@ def after_step(self:PairedBatchCallback):
 @patch
 def after_cancel_batch(self:PairedBatchCallback):
     if self.methods: self.heads.detach()
+
+@patch
+def after_epoch(self:PairedBatchCallback):
+    "Note in the recorder which weights its metrics are of: by its end a fit may have others, as its own or loaded ones"
+    rec = getattr(self.learn, 'recorder', None)
+    if rec is None or not hasattr(self.learn, '_in_fit'): return
+    names = [o for o in rec.metric_names if o!='time']
+    if len(rec.log)<len(names): return # nothing was validated
+    if not hasattr(rec, 'validated'): rec.validated = {}
+    rec.validated[weights_sum(get_model(self.model))] = dict(zip(names[1:], rec.log[1:]))
 
 # afterwards: no trace
 @patch

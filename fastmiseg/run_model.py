@@ -23,7 +23,7 @@ from .preparing import Reading, divide_options
 from .run_folder import RunError, check_unused, in_use, notes_file, read_config
 from .scans.cohort import load_cohort
 from .scans.messages import VolumeError
-from .scans.volume import scan_files
+from .scans.volume import scan_files, split_choice
 from .scores import kept_beside, read_scores
 from .segmenter import load_segmenter
 
@@ -125,8 +125,9 @@ def _with_known_parts(run, df):
     return df.assign(split=found) if set(found)!={'unknown'} else df
 
 def _contents(path):
-    "Checksums of a scan's or mask's files; None where they cannot be read"
-    try: return [digest(o) for o in scan_files(path)]
+    "Checksums of a scan's or mask's files, and what is chosen of them; None where they cannot be read"
+    chosen = split_choice(path)[1]
+    try: return [*([chosen] if chosen else []), *(digest(o) for o in scan_files(path) if not os.path.isdir(o))]
     except (OSError, VolumeError): return None
 
 def _about_scores(model, df, split, options):

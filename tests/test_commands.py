@@ -10,7 +10,7 @@ from fastcore.script import anno_parser
 import fastmiseg.commands as C
 import fastmiseg.scan_by_scan as scan_by_scan
 import fastmiseg.preparing as P
-from fastmiseg import cli
+from fastmiseg import cli, run_model
 from fastmiseg.commands import prepare_run, resume_run, train_run
 from fastmiseg.run_folder import RunError, clear_run, read_config
 from fastmiseg.run_model import evaluate_run, predict_scans
@@ -387,6 +387,26 @@ def test_repeated_evaluation_shows_the_table_again(run, capsys, tmp_path, monkey
         evaluate_run(run, overwrite=False, flips=True)
     with pytest.raises(FileExistsError, match='exists, with other scores'):
         evaluate_run(run, split='valid', overwrite=False)
+
+def test_scores_of_before_are_of_the_same_choice_of_volume(run, hearts, tmp_path):
+    "A file is read in two ways, and a folder of slices has contents too"
+    for k in ('image','mask'):
+        im = nib.load(hearts.df[k][0])
+        im.set_qform(im.affine, 1)
+        im.set_sform(im.affine@np.diag([2,2,2,1]), 1)
+        nib.save(im, tmp_path/f'a_{k}.nii.gz')
+    def diagonal(form, out):
+        return evaluate_run(run, tmp_path, out, split='all', overwrite=False, form=form, progress=False).diagonal[0]
+    one = diagonal('qform', tmp_path/'one')
+    assert diagonal('qform', tmp_path/'one')==pytest.approx(one)
+    with pytest.raises(FileExistsError, match='exists, with other scores'): diagonal('sform', tmp_path/'one')
+    assert diagonal('sform', tmp_path/'two')==pytest.approx(2*one, rel=1e-3)
+    (series := tmp_path/'series').mkdir()
+    seen = []
+    for o in (b'a', b'b'):
+        (series/'1.dcm').write_bytes(o)
+        seen += [run_model._contents(series), run_model._contents(f'{series}#series=1')]
+    assert None not in seen and len(set(map(str, seen)))==4
 
 # -- ten scans, four of them annotated -------------------------------------------------------------------------------
 @pytest.fixture(scope='module')

@@ -27,10 +27,9 @@ from .preparing import Preparation, divide_options, parts_in_words
 from .processes import alone, gather, join_processes, processes
 from .run_folder import (
     RunError, change_config, check_store, check_unused, clear_run, in_use, new_run, read_config, write_config)
-from .run_model import write_scores
+from .run_model import scores_of_training, write_scores
 from .scans.cohort import load_cohort, save_cohort
 from .scans.store import SliceStore
-from .scores import read_scores
 from .segmenter import export_segmenter, method_of
 from .settings import Settings
 from .training import check_network, check_processes, check_scans, fit
@@ -258,10 +257,9 @@ def _resume_folds(run, c, workers, say, cbs, changes):
         if say and not processes()[0]: say(f'\n{fold} ({k+1} of {n})')
         own = read_config(fold)
         as_asked = not own['changed'] and own['train'].changed(**changes)==own['train']
-        if as_asked and (fold/'model.safetensors').exists() and (fold/'metrics.csv').exists():
-            found = read_scores(fold/'metrics.csv')
-            if say and not processes()[0]: say('is finished')
-        else: found = resume_run(fold, workers, say, cbs, **changes)
+        found = scores_of_training(fold) if as_asked else None
+        if found is None: found = resume_run(fold, workers, say, cbs, **changes)
+        elif say and not processes()[0]: say('is finished')
         if found is None: continue
         problems.update(found.attrs.get('problems', {}))
         scores.append(found.assign(fold=k))

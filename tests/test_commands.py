@@ -485,7 +485,8 @@ def test_folds(ten, capsys, monkeypatch):
     file = out/'fold0'/'metrics.csv'
     one = read_scores(file)
     one.assign(subject='001', **{'class':one['class'].replace('class1', 'NA')}).to_csv(file, index=False)
-    file.with_suffix('.json').write_text('{"problems": {"heart007": "is damaged"}}')
+    about = json.loads(file.with_suffix('.json').read_text())
+    file.with_suffix('.json').write_text(json.dumps({**about, 'problems':{'heart007': 'is damaged'}}))
     with pytest.raises(SystemExit, match='1'): cli.train(out=str(out), resume=True, workers=0)
     assert (out/'fold0'/'model.safetensors').stat().st_mtime_ns==first
     said,err = capsys.readouterr()
@@ -497,6 +498,9 @@ def test_folds(ten, capsys, monkeypatch):
     assert len({o.scan[o.split=='valid'].item() for o in parts})==4
     scores = pd.read_csv(out/'metrics.csv')
     assert scores.scan.nunique()==4 and sorted(scores.fold.unique())==[0,1,2,3]
+    evaluate_run(out/'fold0', split='labeled', flips=True, progress=False)
+    assert set(resume_run(out, workers=0).split)=={'valid'} # not the scores that have taken the place of its own
+    assert set(read_scores(file).split)=={'valid'} and (out/'fold0'/'model.safetensors').exists()
     with pytest.raises(FileExistsError, match='there is a run already'): train_run(ten, out, folds=4, **kw)
     again = train_run(ten, out, folds=2, overwrite=True, **kw)
     assert (sorted(o.name for o in out.iterdir())==['config.json','fold0','fold1','metrics.csv','metrics.json','slices',

@@ -204,6 +204,30 @@ def test_report_without_scans(scans, out):
                                          'give the scans'):
         report_study(studies['teacher'], tiny, wanted_runs(studies['teacher'], tiny, [0,7]), out)
 
+def evidence_of(path, study, preset, recipe, names, values):
+    "Runs that nobody made, each with one Dice for all test scans"
+    there,found = Evidence(path),names['df'][names['df'].split=='test']
+    for (_,run),v in zip(wanted_runs(study, preset, 1, 'test', recipe, names), values):
+        one = dict(dice=v, hd95=1., assd=1., sensitivity=v, precision=v, **{'class':'heart'})
+        there.add(run, found[['subject','scan']].assign(**one), versions='none', threads=1, seconds=1)
+    return there
+
+def split_for(path, scans, keys):
+    df = split_cohort(load_cohort(scans), labeled=1, valid=1, test=2, show=False)
+    return {**Evidence(path).keep_cohort({k:df for k in keys}), 'df':df}
+
+def test_a_row_with_its_own_recipe_takes_no_run_of_another(scans, tmp_path, monkeypatch):
+    "Without the scans nobody knows the recipe that it changes"
+    monkeypatch.delenv('FASTMISEG_DATA', raising=False)
+    rows = {'A':dict(method='partial'), 'B':dict(method='partial', recipe=dict(augment='strong'))}
+    (plan := tmp_path/'own.json').write_text(json.dumps(dict(title='Own', rows=rows, ours='A')))
+    names = split_for(tmp_path, scans, [(2,0)])
+    evidence_of(tmp_path, find_study(plan), presets['cpu'], recipe, names, [.5])
+    with pytest.raises(ValueError, match="^recipe: the row 'B' changes that of the study, which is not known here: "
+                                         'runs of other rows would be taken for its own; give the scans'):
+        compare_study(str(plan), None, tmp_path, seeds=1)
+    assert '| A | 0.500 |' in compare_study(str(plan), None, tmp_path, seeds=1, rows=['A'])
+
 @pytest.mark.parametrize('draws', [False,True])
 def test_legend_says_what_the_distance_leaves_out(draws):
     "A row that misses the class in three scans of four has no better HD95 without a word about it"

@@ -44,6 +44,10 @@ def wanted_runs(
     splits:dict=None         # (labelled subjects, draw) -> name of the split; None: that of the runs
 )->list: # (row, run)
     "The runs that a study asks for"
+    if recipe is None and (own := [k for k,row in study.rows.items() if row.get('recipe')]):
+        raise ValueError(f'recipe: the row {own[0]!r} changes that of the study, which is not known here: runs of '
+                         'other rows would be taken for its own; give the scans (--data, or set FASTMISEG_DATA), or '
+                         'name the recipe')
     def one(row, seed):
         key = _split_key(study, preset, row, seed)
         own = recipe and recipe_of_row(recipe, row)

@@ -228,6 +228,16 @@ def test_a_row_with_its_own_recipe_takes_no_run_of_another(scans, tmp_path, monk
         compare_study(str(plan), None, tmp_path, seeds=1)
     assert '| A | 0.500 |' in compare_study(str(plan), None, tmp_path, seeds=1, rows=['A'])
 
+def test_a_report_under_another_preset_has_a_name_of_its_own(scans, tmp_path):
+    "That of the study's own preset stays"
+    study = studies['benchmark'].only(['Labels only, 1','Recommended, 1'])
+    names = split_for(tmp_path, scans, [(1,0)])
+    for k in (study.preset,'cpu'):
+        evidence_of(tmp_path, study, presets[k], recipe, names, [.4,.5])
+        report_study(study, presets[k], wanted_runs(study, presets[k], 1), tmp_path)
+    assert sorted(o.name for o in tmp_path.glob('*.md'))==['benchmark.md','benchmark_cpu.md']
+    assert ', preset cpu\n' in (tmp_path/'benchmark_cpu.md').read_text()
+
 @pytest.mark.parametrize('draws', [False,True])
 def test_legend_says_what_the_distance_leaves_out(draws):
     "A row that misses the class in three scans of four has no better HD95 without a word about it"
@@ -379,7 +389,7 @@ def test_benchmark(scans, tmp_path):
     rows = ['All masks', *(f'{k}, {n}' for n in (1,2) for k in ('Labels only','MI (ours)'))]
     study = replace(everything['benchmark_hippocampus'].only(rows), ours='MI (ours)') # which has a teacher
     # few steps, but as many as something is learnt in
-    preset = replace(tiny, settings=replace(small, epochs=1, n_iters=30, bs=4, div=5.), weights={})
+    preset = replace(tiny, name=study.preset, settings=replace(small, epochs=1, n_iters=30, bs=4, div=5.), weights={})
     scores = run(study, scans, tmp_path/'a', preset=preset, seeds=2)
     table = pd.read_csv(tmp_path/'a'/'benchmark_hippocampus.csv')
     check_arithmetic(scores, table, study)

@@ -170,8 +170,7 @@ def report_study(
         raise ValueError(f"{out}: {len(missing)} of {len(wanted)} runs are not there ({missing[0]}, for one); "
                          "give the scans to make them (--data, or set FASTMISEG_DATA)")
     found,score = [(k, o) for (k,_),o in zip(wanted, runs)],runs[0]['score']
-    usual = {study.preset,'cpu'}
-    if preset.name not in usual: study = replace(study, title=f'{study.title}, preset {preset.name}')
+    if preset.name!=study.preset: study = replace(study, title=f'{study.title}, preset {preset.name}')
     scores,table = study_results(study, found, there)
     parts = there.parts(min(runs, key=lambda o: o['labeled'])['split'])
     minutes = sum({o['id']:o['seconds'] for o in runs}.values())/60
@@ -179,7 +178,7 @@ def report_study(
             *protocol(preset, study, found, parts),
             f'- {len(found)} runs, {minutes:.0f} minutes of one process in all.', '',
             pages_text(table, study), '', legend(table, study), '']
-    file = '_'.join([study.name, *{preset.name}-usual, *{score}-{'test'}])
+    file = '_'.join([study.name, *{preset.name}-{study.preset}, *{score}-{'test'}])
     md,csv,png = (there.path/f'{file}.{o}' for o in ('md','csv','png'))
     write_text(md, '\n'.join(text))
     write_text(csv, table.to_csv(index=False))

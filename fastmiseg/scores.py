@@ -52,6 +52,7 @@ def _plural(n, what): return f"{n} {what}{'' if n==1 else 's'}"
 
 def _heading(part, g):
     who = f"{_plural(g.scan.nunique(), 'scan')} of {_plural(g.subject.nunique(), 'subject')}"
+    if (n := g.groupby(['scan','class']).size().max())>1: who += f', each scored with {n} models'
     if part in trained_on: who += ', which the network was trained on'
     return f"{'scans of an unknown part' if part=='unknown' else part}: {who}"
 
@@ -75,10 +76,11 @@ def scores_text(
     numbers = [k for k in _units if k in table]
     for part,t in table.groupby('split', sort=False):
         shown = t[['class',*numbers]].round(3).rename(columns={k:f'{k} (mm)' for k in ('hd95','assd')})
-        every = t.scans*([1]*(len(t)-1)+[len(t)-1])
+        g = scores[parts==part]
+        every = [*g.groupby('class', sort=False).size(), len(g)]
         shown['missed in'] = _of(t.missed, t.with_class)
         shown['invented in'] = _of(t.invented, every-t.with_class)
-        lines += [_heading(part, scores[parts==part]), shown.to_string(index=False), '']
+        lines += [_heading(part, g), shown.to_string(index=False), '']
     lines.append('Means over scans; the last row of a table is their mean over classes.')
     if table[['missed','invented']].any(axis=None):
         lines.append(f'A class that was missed, or found where there is none, {_missed_rule(missed)}.')

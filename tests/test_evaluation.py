@@ -67,6 +67,13 @@ def test_the_text_says_what_it_is_about(cases):
     assert '374 mm' in scores_text(s, 374) and 'is left out of HD95' in scores_text(s, 'nan')
     assert 'was missed' not in scores_text(s[s.scan=='s0'])
 
+def test_test_scans_of_several_folds_are_counted_as_often(cases):
+    "Not 'invented in 1 of -2'"
+    s = pd.concat([scores(*cases).assign(fold=k) for k in range(3)], ignore_index=True)
+    said = scores_text(s)
+    assert 'test: 3 scans of 3 subjects, each scored with 3 models\n' in said
+    assert [o.split()[-6:] for o in said.splitlines()[3:5]]==['3 of 6 3 of 3'.split(), '3 of 15 3 of 3'.split()]
+
 def test_scores_that_do_not_say_the_diagonal(cases):
     s = scores(*cases).drop(columns='diagonal')
     with pytest.raises(ValueError, match="no column 'diagonal' .*give `missed` in mm"): score_table(s)

@@ -41,6 +41,9 @@ def check_scans(
     if not n.get('labeled', 0):
         raise ValueError("split: no scan is labeled, so there is nothing to train on; give masks to some scans, "
                          "or leave fewer of those with masks for validation and test (valid, test)")
+    if not n.get('valid', 0):
+        raise ValueError(f"split: no scan is valid, and each epoch is validated; there are {n.to_dict()}. Make the "
+                         "split of some scans with masks valid, or take the column away to have them chosen")
     if not methods[settings.method].weights or n.get('unlabeled', 0): return
     raise ValueError(f"method: {settings.method!r} learns from unlabelled scans, and there are none: all "
                      f"{n['labeled']} scans for training are labelled. To train on these alone, take method='partial'; "

@@ -108,6 +108,8 @@ def test_nothing_to_learn_from(some):
         check_scans(Settings(), all_labeled)
     with pytest.raises(ValueError, match='split: no scan is labeled'):
         check_scans(Settings(), some.assign(split='unlabeled'))
+    with pytest.raises(ValueError, match="split: no scan is valid, and each epoch is validated; there are {.*}. Make"):
+        check_scans(Settings(), some[some.split!='valid'])
     for method in ('partial','full'): check_scans(Settings(method=method), all_labeled)
     check_scans(Settings(), some)
 

@@ -664,6 +664,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastmiseg.data.SemiSupDataBlock.datasets': ('data.html#semisupdatablock.datasets', 'fastmiseg/data.py'),
                                 'fastmiseg.data._check_one_size': ('data.html#_check_one_size', 'fastmiseg/data.py'),
                                 'fastmiseg.data._check_split': ('data.html#_check_split', 'fastmiseg/data.py'),
+                                'fastmiseg.data._check_usable': ('data.html#_check_usable', 'fastmiseg/data.py'),
                                 'fastmiseg.data._cohort_of': ('data.html#_cohort_of', 'fastmiseg/data.py'),
                                 'fastmiseg.data._counted': ('data.html#_counted', 'fastmiseg/data.py'),
                                 'fastmiseg.data._with_unlabelled': ('data.html#_with_unlabelled', 'fastmiseg/data.py')},

@@ -99,6 +99,15 @@ def _with_unlabelled(df, scans):
     res.attrs = df.attrs
     return res
 
+def _check_usable(df, store):
+    "An error where all scans of a part that training needs were left out as bad"
+    for need in ('labeled','valid'):
+        if (store.scans.split==need).any(): continue
+        part = df[df.split==need]
+        first = store.problems[store.problems.scan.isin(part.scan)].iloc[0]
+        raise ValueError(f"df: none of the {len(part)} scans whose split is {need!r} can be used, the first is "
+                         f"{first.scan!r} ({first.problem}); repair one, or give others this split")
+
 def _check_one_size(store):
     sizes = {tuple(store.where(s).size) for s in store.scans.scan} if store.recipe.size is None else ()
     if len(sizes)>1:
@@ -139,6 +148,7 @@ class MISegDataLoaders(DataLoaders):
         used = df[df['split'].isin(['labeled','unlabeled','valid'])]
         store = open_store(store, recipe).prepare(used, workers=workers, skip_bad=skip_bad)
         if num_workers: store.verify() # once, here: else every worker of every epoch would
+        _check_usable(used, store)
         _check_one_size(store)
         refs = [(SliceRef(r.scan, i), r.split) for r in store.scans.itertuples() for i in range(r.n)]
         split = np.array([s for _,s in refs])

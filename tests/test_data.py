@@ -228,3 +228,15 @@ def test_plain_validation_when_nothing_is_unlabelled(cohort, tmp_path):
 def test_cuda(cohort, tmp_path):
     dls = loaders(cohort, tmp_path/'store').to('cuda')
     assert all(o.is_cuda for o in dls.one_batch())
+
+@pytest.mark.parametrize('part', ['labeled','valid'])
+def test_a_part_of_which_no_scan_can_be_used(hearts, tmp_path, part):
+    "It is named before the training: it ended after an epoch, with 'float() argument must be a string'"
+    df = hearts.df[hearts.df.split!='test'].reset_index(drop=True)
+    bad = df.split==part
+    df['image'] = [str(tmp_path/f'{i}.nii.gz') if o else f for i,(o,f) in enumerate(zip(bad, df.image))]
+    for o in df.image[bad]: Path(o).write_bytes(b'no scan')
+    said = (rf"^df: none of the {bad.sum()} scans whose split is '{part}' can be used, the first is "
+            rf"'{df.scan[bad].iloc[0]}' \(.*; repair one, or give others this split")
+    with pytest.raises(ValueError, match=said):
+        MISegDataLoaders.from_cohort(df, hearts.recipe, hearts.root/'slices', workers=0, skip_bad=True)

@@ -30,7 +30,8 @@ def _bosses(df, duplicates):
     def top(s):
         while boss[s]!=s: s = boss[s]
         return s
-    groups,alike = [[subject[o] for o in g] for g in duplicates],{}
+    # some of the scans that are the same may be in another table
+    groups,alike = [here for g in duplicates if (here := [subject[o] for o in g if o in subject])],{}
     for s in boss: alike.setdefault(written_alike(s), []).append(s)
     for first,*others in [*groups, *alike.values()]:
         for o in others:

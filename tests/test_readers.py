@@ -372,6 +372,18 @@ def ten(annotated, n=10):
     return pd.DataFrame([dict(subject=f's{i}', scan=f's{i}', image=f's{i}.nii',
                               mask=f'm{i}.nii' if i<annotated else None) for i in range(n)], dtype=object)
 
+def test_scans_that_are_the_same_may_be_in_another_table():
+    s = split_cohort(ten(10), 1, 1, 1, duplicates=[('s0','x'),('x','y'),('s1','x','s2')], show=False)
+    assert s.split[1]==s.split[2] and s.equals(split_cohort(ten(10), 1, 1, 1, duplicates=[('s1','s2')], show=False))
+
+def test_a_table_with_tabs_and_the_numbers_of_its_rows(tmp_path):
+    "Its header begins with a tab"
+    df = ten(2)
+    for o in [*df.image, *df['mask'].dropna()]: (tmp_path/o).touch()
+    df.to_csv(tmp_path/'a.csv', sep='\t')
+    found = load_cohort(tmp_path/'a.csv', 'csv')
+    assert list(found)==['subject','scan','image','mask'] and found.scan.tolist()==df.scan.tolist()
+
 @pytest.mark.parametrize('annotated,parts', [
     (2,(1,1,0)), (3,(2,1,0)), (4,(3,1,0)), (5,(4,1,0)), (8,(6,2,0)), (10,(6,2,2))])
 def test_ten_scans_are_enough(annotated, parts, capsys):

@@ -66,7 +66,7 @@ def read_table(
     if hint := re.match(r'"?sep=(.)"?\r?\n', text): # Excel's own
         text,delimiters = text[hint.end():],(hint[1],)
     if not text.strip(): raise ValueError('is empty')
-    line = text.lstrip().splitlines()[0]
+    line = next(o for o in text.splitlines() if o.strip())
     header,delimiter = max(((_header(line, o), o) for o in delimiters),
                            key=lambda o: ('image' in o[0], len(o[0])))
     if 'image' not in header:

@@ -366,3 +366,12 @@ def test_a_file_that_another_process_moves_to_its_place_while_we_look_hides_no_o
         def stat(self): raise FileNotFoundError(2, 'No such file or directory', self.name)
     monkeypatch.setattr(S.os, 'scandir', lambda p: [Gone(), *scandir(p)])
     assert len(go(tmp_path/'a', df, workers=0).scans)==2
+
+def test_a_store_is_where_it_was_made(hearts, tmp_path, monkeypatch):
+    "From another working directory its slices were 'gone or damaged'"
+    monkeypatch.chdir(tmp_path)
+    store = SliceStore('slices', hearts.recipe).prepare(hearts.df[:1], workers=0, progress=False)
+    first = store.image(hearts.df.scan[0], 0)
+    again = pickle.loads(pickle.dumps(store))
+    monkeypatch.chdir('/')
+    for o in (store,again): assert np.array_equal(o.image(hearts.df.scan[0], 0), first) and o.shows(hearts.df.scan[0])

@@ -79,7 +79,7 @@ class SliceStore:
         recipe:Recipe  # How a scan becomes slices
     ):
         self.path,self.recipe = Path(path),recipe
-        self.dir = self.path/folder_name(recipe)
+        self.dir = Path(os.path.abspath(self.path))/folder_name(recipe) # from whatever folder it is read later
         self.scans,self.problems,self.summary = None,None,{}
         self.sums = {} # file of a scan or mask -> checksum of its slices
         self._keys,self._open,self._verified = {},{},set()

@@ -116,6 +116,10 @@ class Settings:
             if getattr(self, k)<1: raise ValueError(f'{k}: {getattr(self, k)} is below 1')
         for k,(low,high,words) in _ranges.items():
             if not low<getattr(self, k)<high: raise ValueError(f'{k}: {getattr(self, k)} is not {words}')
+        steps = ('eps','sqr_mom','decouple_wd', *(() if self.one_cycle else ('mom',)))
+        if odd := [k for k in self.adam if k not in steps]:
+            raise ValueError(f"adam: {odd[0]!r} is nothing that it takes here; there are {', '.join(steps)}; lr and wd "
+                             "are settings of their own, and one_cycle moves mom")
         if not 0<=self.wd<math.inf: raise ValueError(f'wd: {self.wd} is not a number from 0 on')
         if self.method=='pretrain' and self.epochs<2:
             raise ValueError("epochs: pretraining takes half of them, so 1 leaves none for the labelled scans; "

@@ -100,6 +100,16 @@ def test_wrong_settings(bad, said):
 def test_wrong_arguments_of_callbacks(bad, said):
     with pytest.raises(ValueError, match=said): callbacks_of(Settings(**bad))
 
+@pytest.mark.parametrize('adam,more,said', [
+    (dict(epss=1), {}, "adam: 'epss' is nothing that it takes here; there are eps, sqr_mom, decouple_wd; lr and wd"),
+    (dict(wd=.5), {}, "adam: 'wd' is nothing that it takes here"), (dict(lr=1.), {}, "adam: 'lr' is nothing"),
+    (dict(mom=.5), {}, "adam: 'mom' is nothing that it takes here"),
+    (dict(beta=.5), dict(one_cycle=False), "there are eps, sqr_mom, decouple_wd, mom;")])
+def test_arguments_of_adam_that_would_be_passed_over(adam, more, said):
+    "A schedule, or a setting, has the last word of them"
+    with pytest.raises(ValueError, match=said): Settings(adam=adam, **more)
+    assert Settings(adam=dict(mom=.5, eps=1e-5), one_cycle=False).adam['mom']==.5
+
 def test_nothing_to_learn_from(some):
     "Said before anything is prepared, with the method to take"
     all_labeled = some.assign(split=some.split.replace('unlabeled', 'labeled'))

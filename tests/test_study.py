@@ -20,7 +20,7 @@ from fastmiseg.study.evidence import Evidence, decides, describe_run, name_of, s
 from fastmiseg.study.plans import Study, find_study, studies
 from fastmiseg.study.preset import Preset, presets, settings_of
 from fastmiseg.study.protocol import changes_of, made_with
-from fastmiseg.study.report import legend, pages_text, paired_p, study_curves, study_table
+from fastmiseg.study.report import legend, pages_text, paired_p, plot_study, study_curves, study_table
 from fastmiseg.study.run import compare_study, report_study, run_study, scored, study_results, wanted_runs
 from fastmiseg.study.work import evaluate_slices, make_run, part_of
 from fastmiseg.methods import methods
@@ -237,6 +237,16 @@ def test_a_report_under_another_preset_has_a_name_of_its_own(scans, tmp_path):
         report_study(study, presets[k], wanted_runs(study, presets[k], 1), tmp_path)
     assert sorted(o.name for o in tmp_path.glob('*.md'))==['benchmark.md','benchmark_cpu.md']
     assert ', preset cpu\n' in (tmp_path/'benchmark_cpu.md').read_text()
+
+@pytest.mark.parametrize('rows', [
+    ['Labels only, 1','Labels only, 3','Recommended, 1','Recommended, 3','MI (ours), 1'],
+    ['Labels only, 1','Recommended, 1','Recommended, 3']])
+def test_a_figure_of_some_rows(rows):
+    "Not all methods are at each number of subjects, and not at each there is what they are compared with"
+    def one(k): return dict(row=k, labeled=int(k[-1]), subject='s', scan='s', dice=.5, hd95=1., **{'class':'heart'})
+    scores = pd.DataFrame([dict(one(k), seed=s) for k in rows for s in range(2)])
+    gains = plot_study(scores, studies['benchmark'].only(rows)).axes[1]
+    assert len(gains.get_yticks())==len({k[:-3] for k in rows}-{'Labels only'})
 
 @pytest.mark.parametrize('draws', [False,True])
 def test_legend_says_what_the_distance_leaves_out(draws):

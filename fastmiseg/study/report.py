@@ -225,16 +225,16 @@ def _plot_gains(ax, seeds, study):
     full = seeds[seeds.row==study.bound]
     full = pd.concat([full.assign(x=x) for x in base.index.unique('x')])
     some = pd.concat([full, seeds[~seeds.line.isin([study.base,study.bound])]])
+    some = some[[o in base.index for o in zip(some.x, some.seed)]]
     some = some.assign(gain=some['mean']-base.loc[list(zip(some.x, some.seed))].to_numpy())
     names = some.groupby('line').gain.mean().sort_values().index
     ticks = sorted(some.x.unique())
     for i,x in enumerate(ticks):
         up = .25*((len(ticks)-1)/2-i)
         g = some[some.x==x].groupby('line').gain
-        y = np.arange(len(names))+up
-        each = [g.get_group(k) for k in names]
-        for v,at in zip(each, y): ax.plot(v, [at]*len(v), 'o', ms=2.5, color=palette[2+i], alpha=.6)
-        ax.plot([v.mean() for v in each], y, 'D', ms=5, color=palette[2+i], label=f'{x} labelled')
+        each = {k+up: g.get_group(o) for k,o in enumerate(names) if o in g.groups}
+        for at,v in each.items(): ax.plot(v, [at]*len(v), 'o', ms=2.5, color=palette[2+i], alpha=.6)
+        ax.plot([v.mean() for v in each.values()], list(each), 'D', ms=5, color=palette[2+i], label=f'{x} labelled')
     ax.axvline(0, color='black', lw=1, ls='--')
     ax.set_yticks(range(len(names)), names, fontsize=8)
     for o in ax.get_yticklabels(): o.set_fontweight('bold' if o.get_text()==study.ours else 'normal')

@@ -9,6 +9,7 @@ from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, Sa
 from fastai.interpret import ClassificationInterpretation, Interpretation, SegmentationInterpretation
 
 from fastmiseg.callback.baselines import ConsistencyCallback
+from fastmiseg.callback.log import training_log
 from fastmiseg.data import MISegDataLoaders
 from fastmiseg.learner import miseg_learner
 from fastmiseg.metrics import VolumeDice
@@ -165,3 +166,14 @@ def test_a_log_in_csv(tiny):
     learn = new(tiny)
     learn.fit(1, cbs=[ConsistencyCallback(), CSVLogger(fname='log.csv')])
     assert {'train_loss','valid_loss','dice'}<=set(pd.read_csv(tiny.root/'log.csv').columns)
+
+def test_a_validation_leaves_the_record_of_the_fit(tmp_path):
+    "The table of a training had the validation's loss as that of the training, and the metric as its loss"
+    learn = quiet(learner(tmp_path, metrics=lambda p,y: (p.argmax(1)==y).float().mean()))
+    learn.validate()
+    assert training_log(learn).empty
+    learn.fit(2, 1e-2)
+    log,losses = training_log(learn),list(learn.recorder.losses)
+    found = learn.validate()
+    assert training_log(learn).equals(log) and len(log)==2 and list(learn.recorder.losses)==losses
+    assert log.iloc[-1].tolist()[1:]==pytest.approx(list(found))

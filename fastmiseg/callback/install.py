@@ -81,10 +81,13 @@ def _without_ours(export, learn, *args, **kwargs):
 # %% ../../nbs/53_callback.install.ipynb #f575faa3
 @_instead_of('validate')
 def _slices_in_order(validate, learn, ds_idx=1, dl=None, cbs=None):
-    "A `PairedDL` is its labelled slices, each once"
+    "A `PairedDL` is its labelled slices, each once; what a fit has written into the recorder stays"
     if dl is None: dl = learn.dls[ds_idx]
     if isinstance(dl, PairedDL): dl = dl.new(shuffle=False, drop_last=False)
-    return validate(learn, dl=dl, cbs=cbs)
+    recorders = [(o, {k:getattr(o, k, []) for k in o._stateattrs}) for o in learn._grab_cbs(Recorder)]
+    try: return validate(learn, dl=dl, cbs=cbs)
+    finally:
+        for o,kept in recorders: vars(o).update(kept)
 
 @_instead_of('tta')
 def _only_for_whole_labels(tta, learn, *args, **kwargs):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd
 
 from .files import digest, whole_file
-from .scans.cohort import find_duplicates
+from .scans.cohort import check_images_apart, find_duplicates
 from .scans.prepared import from_steps, to_steps
 from .scans.recipe import Placement, Recipe
 from .scans.store import SliceStore
@@ -121,6 +121,7 @@ class PackedSlices:
         if len(gone := [o for o in df.scan if o not in self._held.scans]):
             raise ValueError(f'{self.path}: has no slices of {len(gone)} scans, {gone[0]} for one; '
                              'pack the cohort again')
+        check_images_apart(df, {s:k for k,group in enumerate(self.duplicates) for s in group})
         res = type(self)(self.path, self.recipe)
         rows = [(r, self._held.scans[r.scan], getattr(r, 'split', None)) for r in df.itertuples()]
         masks = [None if o.mask is None or split=='unlabeled' or not _is_path(r.mask) else r.scan

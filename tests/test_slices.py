@@ -1,5 +1,5 @@
 """Any scan to slices and back: random geometries, recipes and orientations, against SimpleITK and scipy"""
-import itertools, json, os
+import itertools, json, os, shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +11,13 @@ from scipy.ndimage import map_coordinates
 from fastmiseg.data import MISegDataLoaders
 from fastmiseg.packed import PackedSlices, pack_slices
 from fastmiseg.scans.cohort import load_cohort, save_cohort
+from fastmiseg.scans.layout import CohortError
 from fastmiseg.scans.placement import Placement, _warp, orient
 from fastmiseg.scans.profile import scan_profile
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.messages import VolumeError
 from fastmiseg.scans.split import split_cohort
+from fastmiseg.scans.store import SliceStore
 from fastmiseg.scans.volume import Volume, read_volume, resample, write_volume
 
 quick = settings(max_examples=60, deadline=None)
@@ -267,6 +269,21 @@ def test_packed_slices_keep_what_the_cohort_knows(tmp_path):
     df.attrs.update(classes=('background','ball','shell'), named=True, channels=1)
     packed = PackedSlices(pack_slices(df, Recipe.auto(df), tmp_path/'a.slices.npz', tmp_path/'store'))
     assert packed.cohort.attrs=={'labels':None, **df.attrs}
+
+def test_packed_slices_of_one_image_are_not_in_two_parts(tmp_path):
+    "As where the scans are at hand: `split_cohort` cannot compare images that are not there"
+    df = cohort(tmp_path)
+    df.loc[2,'image'] = str(shutil.copy(df.image[3], tmp_path/'again.nii.gz'))
+    df.loc[2,'mask'] = df['mask'][3]
+    r = Recipe.auto(df)
+    packed = PackedSlices(pack_slices(df, r, tmp_path/'a.slices.npz', tmp_path/'store'))
+    split = packed.cohort.assign(split=['labeled','unlabeled','labeled','valid'])
+    for opened,d in ((packed,split), (SliceStore(tmp_path/'store', r),df.assign(split=split.split))):
+        with pytest.raises(CohortError, match='1 image is there under several names, in several parts'):
+            opened.prepare(d)
+    assert len(packed.prepare(split.assign(split=['valid','unlabeled','labeled','labeled'])).scans)==4
+    split.attrs['straddle'] = True
+    assert len(packed.prepare(split).scans)==4
 
 @pytest.mark.parametrize('shape', [(3126,64,64),(64,3126,64),(64,64,3126)])
 def test_a_profile_sees_every_row_and_column(shape):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SegmenterError', 'Segmenter', 'method_of', 'export_segmenter', 'Ensemble', 'load_segmenter', 'export_onnx']
 
-# %% ../nbs/74_segmenter.ipynb #b0c04256
-import hashlib, json, math, platform, warnings
+# %% ../nbs/71_segmenter.ipynb #b0c04256
+import hashlib, json, math, os, platform, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable
@@ -293,7 +293,8 @@ def _all_seen(summaries):
 def _together(segs, names):
     "Several segmenters as one"
     if not segs: raise SegmenterError('path: is an empty list; give one model or more')
-    if twice := next((o for o in names if names.count(o)>1), None):
+    files = list(map(os.path.realpath, names))
+    if twice := next((o for o,f in zip(names, files) if files.count(f)>1), None):
         raise SegmenterError(f'{twice}: is named more than once; a model agrees with itself')
     for o,name in zip(segs, names): _check_alike(segs[0], o, (names[0], name))
     if len(segs)==1: return segs[0]

@@ -85,6 +85,12 @@ def test_the_metrics_are_those_of_the_weights_in_the_file(hearts, tmp_path):
     whole = said(trained(1, ResumeCallback(tmp_path/'checkpoints')))
     assert whole and said(trained(1, ResumeCallback(tmp_path/'checkpoints')))==whole
 
+def test_one_file_under_two_names_is_one_model(file, monkeypatch):
+    "It would count twice"
+    monkeypatch.chdir(file.parent)
+    with pytest.raises(SegmenterError, match='a.safetensors: is named more than once; a model agrees with itself'):
+        load_segmenter([file, f'./{file.name}'])
+
 def test_timm(tmp_path):
     l = Untrained('resnet10t')
     seg = load_segmenter(export_segmenter(l, tmp_path/'t.safetensors'))

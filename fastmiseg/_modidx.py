@@ -1260,6 +1260,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'fastmiseg/scans/cohort.py'),
                                         'fastmiseg.scans.cohort._say_alike': ('scans.cohort.html#_say_alike', 'fastmiseg/scans/cohort.py'),
                                         'fastmiseg.scans.cohort._sizes': ('scans.cohort.html#_sizes', 'fastmiseg/scans/cohort.py'),
+                                        'fastmiseg.scans.cohort._whole': ('scans.cohort.html#_whole', 'fastmiseg/scans/cohort.py'),
                                         'fastmiseg.scans.cohort.check_cohort': ( 'scans.cohort.html#check_cohort',
                                                                                  'fastmiseg/scans/cohort.py'),
                                         'fastmiseg.scans.cohort.check_images_apart': ( 'scans.cohort.html#check_images_apart',

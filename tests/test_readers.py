@@ -372,6 +372,14 @@ def ten(annotated, n=10):
     return pd.DataFrame([dict(subject=f's{i}', scan=f's{i}', image=f's{i}.nii',
                               mask=f'm{i}.nii' if i<annotated else None) for i in range(n)], dtype=object)
 
+def test_labels_as_numpy_counts_them_can_be_saved(tmp_path):
+    for o in ten(10).dropna()[['image','mask']].to_numpy().ravel(): (tmp_path/o).touch()
+    for kind in (np.uint8, np.float32):
+        labels = {v:i for i,v in enumerate(np.array([0,7,9], kind))}
+        df = load_cohort(ten(10), labels=labels)
+        assert df.attrs['labels']=={0:0, 7:1, 9:2}
+        assert load_cohort(save_cohort(df, tmp_path/'a.csv')).attrs['labels']==df.attrs['labels']
+
 def test_scans_that_are_the_same_may_be_in_another_table():
     s = split_cohort(ten(10), 1, 1, 1, duplicates=[('s0','x'),('x','y'),('s1','x','s2')], show=False)
     assert s.split[1]==s.split[2] and s.equals(split_cohort(ten(10), 1, 1, 1, duplicates=[('s1','s2')], show=False))

@@ -86,6 +86,10 @@ def _inside(root):
     if len(names)>6: names[6:] = [f'... ({len(names)} entries)']
     return ', '.join(names) or 'nothing'
 
+def _whole(o):
+    "A value of a mask as JSON can hold it, whatever NumPy calls its type"
+    return int(o) if isinstance(o, (int,float,np.number)) and o==round(o) else o
+
 def _describe(df):
     "A cohort on one line"
     has = df['mask'].notna()
@@ -134,7 +138,7 @@ def load_cohort(
                           f'({e})') from None
     df = _people(df, subject, straddle)
     if classes is not None: df.attrs.update(classes=tuple(classes), named=True)
-    if labels is not None: df.attrs['labels'] = dict(labels)
+    if labels is not None: df.attrs['labels'] = {_whole(k):_whole(v) for k,v in labels.items()}
     if form is not None:
         for k in ('image','mask'):
             df[k] = [choose_volume(o, form=form) if o and extension(o) in ('.nii','.nii.gz') else o

@@ -1530,6 +1530,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fastmiseg/scans/placement.py')},
             'fastmiseg.scans.prepared': { 'fastmiseg.scans.prepared.StoreError': ( 'scans.prepared.html#storeerror',
                                                                                    'fastmiseg/scans/prepared.py'),
+                                          'fastmiseg.scans.prepared._check_unchanged': ( 'scans.prepared.html#_check_unchanged',
+                                                                                         'fastmiseg/scans/prepared.py'),
                                           'fastmiseg.scans.prepared._digest': ( 'scans.prepared.html#_digest',
                                                                                 'fastmiseg/scans/prepared.py'),
                                           'fastmiseg.scans.prepared._entry': ('scans.prepared.html#_entry', 'fastmiseg/scans/prepared.py'),

@@ -269,6 +269,21 @@ def test_a_file_that_changes_while_it_is_prepared(tmp_path, monkeypatch):
     with pytest.raises(VolumeError, match='(?s)1 of 2 scans.*s0.nii.gz: changed while it was prepared'):
         go(tmp_path/'a', df, workers=0)
 
+def test_a_mask_that_changes_and_is_taken_back(tmp_path, monkeypatch):
+    "Slices of the one in between stood under the name of the one that was hashed"
+    df = make(tmp_path, 1)
+    file,read = Path(df['mask'][0]),P.read_labels
+    first,vol = file.read_bytes(),read_volume(file)
+    def saved(path):
+        write_volume(vol.like(vol.array[:,::-1].copy()), file)
+        return read(path)
+    with monkeypatch.context() as m:
+        m.setattr(P, 'read_labels', saved)
+        with pytest.raises(VolumeError, match='s0_mask.nii.gz: changed while it was prepared: prepare again when it'):
+            go(tmp_path/'a', df, workers=0)
+    file.write_bytes(first)
+    same(go(tmp_path/'a', df, workers=0), go(tmp_path/'b', df, workers=0))
+
 # -- what is not opened, and what is said ------------------------------------------------------------------------------
 
 def test_masks_of_unlabelled_scans_are_never_opened(tmp_path):

@@ -146,9 +146,15 @@ def _every_few(at):
     return (f'the mask shows something in {len(at)} of {at[-1]-at[0]+1} slices, one in {steps[0]}: were only these '
             'annotated? The others are taken to show background; annotate them, or interpolate the mask')
 
-def _prepare_mask(dir, key, recipe, path, where, image):
+def _check_unchanged(path, seen):
+    "An error where the files of a scan are not those that were hashed"
+    if file_stats(scan_files(path))==seen: return
+    raise VolumeError(f'{path}: changed while it was prepared: prepare again when it is complete')
+
+def _prepare_mask(dir, key, recipe, path, where, image, seen):
     "Those of its mask, and what they cut off"
     vol = read_labels(path)
+    _check_unchanged(path, seen)
     y = recipe.masks(vol, where, image)
     shown = class_indices(vol.array, path, recipe.classes, recipe.labels)
     about,total,lost = {},*(int(np.count_nonzero(o)) for o in (shown, where.beyond(shown)))
@@ -179,9 +185,7 @@ def prepare_scans(
     prints,entries,problems,vols = {},{},{},{}
     def read(path):
         if path not in vols: vols[path] = read_volume(path, channels=recipe.channels>1)
-        if file_stats(scan_files(path))!=prints[path][0]:
-            raise VolumeError(f'{path}: changed while it was prepared: prepare again when it is '
-                              'complete')
+        _check_unchanged(path, prints[path][0])
         return vols[path]
     with collect_warnings() as odd:
         for scan in scans:
@@ -201,7 +205,8 @@ def prepare_scans(
                 prints[mask] = fingerprint(mask)
                 mkey = mask_key(key, prints[mask][1])
                 where = Placement.from_dict(about['where'])
-                about = _whole(dir, mkey) or _prepare_mask(dir, mkey, recipe, mask, where, image)
+                about = (_whole(dir, mkey)
+                         or _prepare_mask(dir, mkey, recipe, mask, where, image, prints[mask][0]))
                 entries[mkey] = _entry(about, 'mask')
                 if 'odd' in about: odd.append(VolumeWarning(mask, about['odd']))
             except StoreError: raise

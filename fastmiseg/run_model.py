@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['predict_scans', 'evaluate_run', 'write_scores', 'scores_of_training']
 
-# %% ../nbs/78_run_model.ipynb #0ab66759
-import hashlib, json, os
+# %% ../nbs/75_run_model.ipynb #0ab66759
+import hashlib, json, os, warnings
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from shlex import quote
@@ -42,7 +42,12 @@ def _files(model):
 
 def _load(model):
     "The segmenter of a file or run; those of several folds as one, whose answers are averaged"
-    return load_segmenter(_files(model))
+    if len(files := _files(model))>1 and (changed := read_config(model)['changed']):
+        said = ', '.join(f'{k}={o}' for k,o in changed.items())
+        warnings.warn(f'{model}: its training was to go on with {said} and is not finished: the models of some folds '
+                      'are of before, and are averaged with the others; go on with: '
+                      f'fastmiseg-train --out {quote(str(model))} --resume', stacklevel=3)
+    return load_segmenter(files)
 
 def predict_scans(
     model:str|Path, # run folder, or a file from `export_segmenter`

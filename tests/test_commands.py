@@ -12,7 +12,7 @@ import fastmiseg.scan_by_scan as scan_by_scan
 import fastmiseg.preparing as P
 from fastmiseg import cli, run_model
 from fastmiseg.commands import prepare_run, resume_run, train_run
-from fastmiseg.run_folder import RunError, clear_run, read_config
+from fastmiseg.run_folder import RunError, change_config, clear_run, read_config
 from fastmiseg.run_model import evaluate_run, predict_scans
 from fastmiseg.preparing import Preparation, Reading
 from fastmiseg.scans.cohort import load_cohort, save_cohort
@@ -407,6 +407,18 @@ def test_scores_of_before_are_of_the_same_choice_of_volume(run, hearts, tmp_path
         (series/'1.dcm').write_bytes(o)
         seen += [run_model._contents(series), run_model._contents(f'{series}#series=1')]
     assert None not in seen and len(set(map(str, seen)))==4
+
+def test_folds_that_go_on_under_other_settings_are_told(run, hearts, tmp_path):
+    "Until the last of them is finished, models of two trainings are averaged"
+    for k in range(2): shutil.copytree(run, tmp_path/f'fold{k}')
+    shutil.copy(run/'config.json', tmp_path)
+    change_config(tmp_path, folds=2, changed=dict(epochs=7))
+    for k,n in (('a',1), ('b',0)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            predict_scans(tmp_path, hearts.df.image[0], tmp_path/k, progress=False)
+        assert sum('was to go on with epochs=7 and is not finished' in str(o.message) for o in said)==n
+        change_config(tmp_path, changed=None)
 
 # -- ten scans, four of them annotated -------------------------------------------------------------------------------
 @pytest.fixture(scope='module')

@@ -6,7 +6,7 @@
 __all__ = ['own_networks', 'UNet', 'unet_encoder', 'evaluating', 'without_memory', 'weights_sum', 'create_unet', 'Stage',
            'Stages', 'stages', 'find_stages']
 
-# %% ../nbs/42_models.ipynb #afe81207
+# %% ../nbs/44_models.ipynb #afe81207
 import hashlib, warnings
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -119,7 +119,7 @@ def weights_sum(
     sums = [o.sum(dtype=torch.int64).item() for o in bits]
     return hashlib.blake2b(str(sums).encode(), digest_size=8).hexdigest()
 
-# %% ../nbs/42_models.ipynb #a63767a5
+# %% ../nbs/44_models.ipynb #a63767a5
 own_networks = ('unet','residual_unet','dynamic_unet') # names in `create_unet` that take a `width`
 
 def _timm_body(name, n_in, pretrained):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['predict_scans', 'evaluate_run', 'write_scores', 'scores_of_training']
 
-# %% ../nbs/75_run_model.ipynb #0ab66759
+# %% ../nbs/78_run_model.ipynb #0ab66759
 import hashlib, json, os, warnings
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SegmenterError', 'Segmenter', 'method_of', 'export_segmenter', 'Ensemble', 'load_segmenter', 'export_onnx']
 
-# %% ../nbs/71_segmenter.ipynb #b0c04256
+# %% ../nbs/74_segmenter.ipynb #b0c04256
 import hashlib, json, math, os, platform, warnings
 from dataclasses import dataclass
 from pathlib import Path

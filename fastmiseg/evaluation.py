@@ -136,8 +136,7 @@ def _score(answer, row, recipe, out, largest, labels, kwargs):
     mask = read_mask(row.mask, seg, recipe.classes, labels)
     scores = score_volume(seg.array, mask.array, seg.spacing, recipe.classes, **kwargs)
     diagonal = float(np.linalg.norm(np.multiply(seg.shape, seg.spacing)))
-    return scores.assign(outside=_outside(mask, recipe), diagonal=diagonal, subject=row.subject, scan=row.scan,
-                         split=row.split)
+    return scores.assign(outside=_outside(mask, recipe), diagonal=diagonal)
 
 def _score_all(run, recipe, files, largest, kwargs):
     "Scores by scan, and what is wrong with the others"
@@ -190,7 +189,9 @@ def evaluate_cohort(
         _say_copies(copies, len(chosen), _scans_of(learn) if trained is None else trained)
         if bad and not (skip_bad and res): raise _cannot_score(bad, len(chosen))
         run.notes.close()
-    res = pd.concat([res[s] for s in chosen.scan if s in res], ignore_index=True)
+    rows = [r for r in chosen.itertuples() if r.scan in res]
+    res = pd.concat([res[r.scan].assign(subject=r.subject, scan=r.scan, split=r.split) for r in rows],
+                    ignore_index=True)
     res.attrs['problems'] = bad
     res.attrs['left_out'] = masked.split[~masked.index.isin(chosen.index)].value_counts().to_dict()
     if copies: res.attrs['left_out']['copies of training scans'] = len(copies)

@@ -21,7 +21,7 @@ from .scans.formats import extension
 from .scans.layout import check_each_once, cohort_frame
 from .scans.recipe import Recipe
 from .scans.messages import VolumeError, VolumeWarning, collect_warnings, tell_warnings
-from .scans.volume import read_volume, scan_files
+from .scans.volume import read_volume, scan_files, split_choice
 from .transforms import normalize_of
 
 # %% ../nbs/71_scan_by_scan.ipynb #31ec28f5
@@ -84,10 +84,11 @@ def identity_of(
     return h.hexdigest()
 
 def _looks(*paths):
-    "How the files of a scan look from outside; None if one is not there"
+    "How the files of a scan look from outside, and what is chosen of them; None if one is not there"
     try: files = [f for o in paths for f in scan_files(o)]
     except VolumeError: return None
-    return [[str(o), os.stat(o).st_size, os.stat(o).st_mtime_ns] for o in files]
+    chosen = [split_choice(o)[1] for o in paths]
+    return [chosen, *([str(o), os.stat(o).st_size, os.stat(o).st_mtime_ns] for o in files)]
 
 def _lines(path):
     "The lines of a note; without the last one, if it was cut"

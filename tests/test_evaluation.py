@@ -1,7 +1,7 @@
 "Whose scores they are, and what a class costs that was missed"
 from types import SimpleNamespace
 
-import numpy as np, pandas as pd, pytest, torch
+import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 
 import fastmiseg.run_model as R, fastmiseg.scan_by_scan as E
 from fastmiseg.evaluation import evaluate_cohort, predict_cohort
@@ -10,7 +10,7 @@ from fastmiseg.plots import plot_scans
 from fastmiseg.scans.cohort import short_digest, voxel_digest
 from fastmiseg.scans.layout import cohort_frame
 from fastmiseg.scans.recipe import Recipe
-from fastmiseg.scans.volume import Volume, read_volume, write_volume
+from fastmiseg.scans.volume import Volume, choose_volume, read_volume, write_volume
 from fastmiseg.scores import score_table, scores_text
 from fastmiseg.surface import dice, score_volume
 from fastmiseg.viewing import ScanPicture
@@ -199,3 +199,30 @@ def test_copies_are_known_after_an_interruption(tmp_path, monkeypatch):
     monkeypatch.setattr(E, 'ask_network', stop)
     with pytest.raises(KeyboardInterrupt): predict_cohort(learn, df, tmp_path/'out', progress=False)
     assert predict_cohort(learn, df, tmp_path/'out', progress=False).attrs['trained_on']==['v0','v1']
+
+def test_what_is_finished_was_read_in_the_same_way(tmp_path, monkeypatch):
+    "Of a file with two geometries; whose scan it is, and of which part, is what the cohort says now"
+    arrays = np.random.default_rng(0).integers(0, 2, (2,3,16,16))
+    df = scans_of(tmp_path, arrays, arrays)
+    for f in tmp_path.glob('*.nii.gz'):
+        im = nib.load(f)
+        a = im.affine
+        im.set_qform(a, 1)
+        im.set_sform(a@np.diag([2,2,2,1]), 1)
+        nib.save(im, f)
+    def evaluate(form, part):
+        parts = df.assign(split=part, **{k:[choose_volume(o, form=form) for o in df[k]] for k in ('image','mask')})
+        return evaluate_cohort(levels('a'), parts, notes=tmp_path/'notes', split='all', progress=False)
+    calls = []
+    def stop(*args):
+        calls.append(args)
+        if len(calls)==2: raise KeyboardInterrupt
+        return ask_network(*args)
+    for form in ('qform','sform'):
+        calls.clear()
+        with monkeypatch.context() as m:
+            m.setattr(E, 'ask_network', stop)
+            with pytest.raises(KeyboardInterrupt): evaluate(form, 'valid')
+    again = evaluate('sform', 'test')
+    pd.testing.assert_frame_equal(again, evaluate('sform', 'test'))
+    assert (again.split=='test').all() and again.diagonal.nunique()==1

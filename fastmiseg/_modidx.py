@@ -2149,6 +2149,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fastmiseg.training.check_scans': ('training.html#check_scans', 'fastmiseg/training.py'),
                                     'fastmiseg.training.fit': ('training.html#fit', 'fastmiseg/training.py'),
                                     'fastmiseg.training.pretrain': ('training.html#pretrain', 'fastmiseg/training.py'),
+                                    'fastmiseg.training.say_unused': ('training.html#say_unused', 'fastmiseg/training.py'),
                                     'fastmiseg.training.semisup_cbs': ('training.html#semisup_cbs', 'fastmiseg/training.py')},
             'fastmiseg.transforms': { 'fastmiseg.transforms.Flips': ('transforms.html#flips', 'fastmiseg/transforms.py'),
                                       'fastmiseg.transforms.Flips.n_axes': ('transforms.html#flips.n_axes', 'fastmiseg/transforms.py'),

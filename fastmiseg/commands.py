@@ -32,7 +32,7 @@ from .scans.cohort import load_cohort, save_cohort
 from .scans.store import SliceStore
 from .segmenter import export_segmenter, method_of
 from .settings import Settings
-from .training import check_network, check_processes, check_scans, fit
+from .training import check_network, check_processes, check_scans, fit, say_unused
 
 # %% ../nbs/79_commands.ipynb #6513607f
 def prepare_run(
@@ -190,6 +190,7 @@ def settings_from(
     elif not isinstance(settings, Settings): settings = Settings.from_file(settings)
     settings = settings.changed(**changes)
     settings.check_weights()
+    say_unused(settings, changes)
     return settings
 
 def _draw_figures(learn, cbs, folder):

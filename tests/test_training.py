@@ -1,11 +1,12 @@
 """One training from its settings: files of settings, options of the command, every method, and going on after an
 interruption"""
-import inspect, json, os, sys
+import inspect, json, os, sys, warnings
 from dataclasses import fields, replace
 import pandas as pd, pytest, torch
 from fastai.basics import Callback
 from fastmiseg import cli
 from fastmiseg.callback.method import SemiSupCallback
+from fastmiseg.commands import settings_from
 from fastmiseg.preparing import Preparation
 from fastmiseg.warps import usual_pool
 from fastmiseg.methods import methods, terms
@@ -266,3 +267,19 @@ def test_several_processes_without_accelerate(monkeypatch, tmp_path, capsys):
     assert ('several processes were started, and training in them needs accelerate: pip install accelerate'
             in capsys.readouterr().err)
     assert not (tmp_path/'run').exists()
+
+@pytest.mark.parametrize('method,given,said', [
+    ('partial', dict(unlabeled_bs=4, decay=.9, warp=.2), [
+        "unlabeled_bs: the method 'partial' learns from no unlabelled scan, so that this changes nothing",
+        "decay: the method 'partial' has no teacher, so that this changes nothing",
+        "warp: the method 'partial' compares nothing with T(x), so that this changes nothing"]),
+    ('pseudo', dict(jitter=.2, flips='h'), [
+        "flips, jitter: the method 'pseudo' compares nothing with T(x), so that this changes nothing"]),
+    ('pseudo', dict(jitter=.2, labels=dict(moved=True)), []),
+    ('recommended', dict(jitter=.2, unlabeled_bs=4), []),
+    ('pseudo+teacher', dict(decay=.9, passes=1), [])])
+def test_settings_that_do_nothing_are_said(method, given, said):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter('always')
+        settings_from(Settings(method=method), **given)
+    assert [str(o.message) for o in found]==said

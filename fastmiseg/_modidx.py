@@ -2266,6 +2266,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'fastmiseg.viewing._map': ('viewing.html#_map', 'fastmiseg/viewing.py'),
                                    'fastmiseg.viewing._mask': ('viewing.html#_mask', 'fastmiseg/viewing.py'),
                                    'fastmiseg.viewing._middle': ('viewing.html#_middle', 'fastmiseg/viewing.py'),
+                                   'fastmiseg.viewing._names': ('viewing.html#_names', 'fastmiseg/viewing.py'),
                                    'fastmiseg.viewing._nifti': ('viewing.html#_nifti', 'fastmiseg/viewing.py'),
                                    'fastmiseg.viewing._rows_of': ('viewing.html#_rows_of', 'fastmiseg/viewing.py'),
                                    'fastmiseg.viewing._slices_of': ('viewing.html#_slices_of', 'fastmiseg/viewing.py'),

@@ -199,6 +199,11 @@ def numbered_classes(
     "Names for classes that have none, background first"
     return ['background', *(f'class {c}' for c in range(1, 1+max([int(o.max()) for o in masks], default=0)))]
 
+def _names(classes, masks):
+    "The names that are given, and numbers for classes without one"
+    given = list(() if classes is None else classes)
+    return given+numbered_classes(masks)[len(given):]
+
 def plot_volume(
     scan:str|Path|Volume,         # path or `Volume`
     mask:str|Path|Volume|np.ndarray|None=None, # path, `Volume` or array (z,y,x) of class indices
@@ -213,7 +218,7 @@ def plot_volume(
 )->Figure:                        # rows: whole slice, mask, prediction, errors; or those that there are
     "Slices of a scan with the contours of its mask and of a prediction, and where the two differ"
     picture = ScanPicture.of(scan, mask, pred, recipe or Recipe(axis=axis), crop=recipe is not None, zoom=zoom)
-    ks,rows = _slices_of(picture, n),_rows_of(picture)
+    ks,rows,classes = _slices_of(picture, n),_rows_of(picture),_names(classes, picture.drawn)
     fig = new_figure((2*len(ks)+.5, 2*picture.height*len(rows)+1.), out)
     axs = fig.subplots(len(rows), len(ks), squeeze=False)
     for name,row in zip(rows, axs):
@@ -222,7 +227,6 @@ def plot_volume(
     for k,ax in zip(ks, axs[0]):
         ax.set_title(f'slice {k+1} of {len(picture.grey)}', fontsize=11)
         picture.mark_edges(ax)
-    if classes is None: classes = numbered_classes(picture.drawn)
     legend_below(fig, classes if picture.drawn else [], 'errors' in rows, picture.zoom is not None, recipe is not None)
     if title: fig.suptitle(title, fontsize=14)
     return save_figure(fig, out)
@@ -255,7 +259,7 @@ def plot_uncertainty(
     picture = ScanPicture.of(scan, None, pred, recipe)
     vol = _volume(scan)
     doubt = _turned(vol, recipe).forward(_map(uncertainty, vol))
-    ks = _slices_of(picture, n)
+    ks,classes = _slices_of(picture, n),_names(classes, picture.drawn)
     fig = new_figure((2*len(ks)+1.3, 4*picture.height+1.), out)
     axs = fig.subplots(2, len(ks), squeeze=False)
     look = dict(cmap='magma', vmin=0, vmax=max(float(doubt.max()), 1e-3))
@@ -268,7 +272,7 @@ def plot_uncertainty(
     for name,row in zip(('prediction','disagreement'), axs):
         row[0].text(-.06, .5, name, rotation=90, ha='right', va='center', transform=row[0].transAxes, fontsize=12)
     fig.colorbar(shown, ax=axs[1], shrink=.9).set_label('nats (0: all agree)', fontsize=11)
-    legend_below(fig, (classes or numbered_classes(picture.drawn)) if picture.drawn else [], zoom=False)
+    legend_below(fig, classes if picture.drawn else [], zoom=False)
     if title: fig.suptitle(title, fontsize=14)
     return save_figure(fig, out)
 
@@ -353,7 +357,7 @@ def view_scan(
     vol = _volume(scan)
     first,lo,hi = _window(vol)
     overlays = {k:_mask(o, vol, own_grid=True) for k,o in dict(mask=mask, prediction=pred).items() if o is not None}
-    if classes is None: classes = numbered_classes([o.array for o in overlays.values()])
+    classes = _names(classes, [o.array for o in overlays.values()])
     viewer = NiiVue(height=height, **_look, slice_type=SliceType.MULTIPLANAR, multiplanar_layout=MultiplanarType.GRID,
                     multiplanar_show_render=ShowRender.ALWAYS)
     with TemporaryDirectory() as tmp:

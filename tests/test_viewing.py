@@ -130,3 +130,13 @@ def test_the_map_of_disagreement_belongs_to_its_scan(tmp_path):
     with pytest.raises(VolumeError, match=r'uncertainty: its origin is \(0.0, 0.0, 5.0\), but that of scan is'):
         plot_uncertainty(scan, Volume(doubt, scan.spacing, (0.,0.,5.)))
     plt.close('all')
+
+def test_classes_without_a_name_are_in_the_legend():
+    "They are drawn, so that the picture says what they are"
+    from matplotlib import pyplot as plt
+    scan = Volume(np.random.rand(3,12,10).astype(np.float32), (5.,1.,1.), path='scan')
+    mask = np.zeros(scan.shape, np.uint8)
+    mask[1,3:6,3:6],mask[1,7:9,3:6] = 1,3
+    fig = plot_volume(scan, mask, classes=('background','RV'), n=1)
+    assert [o.get_text() for o in fig.legends[0].get_texts()][:3]==['RV','class 2','class 3']
+    plt.close('all')

@@ -147,7 +147,8 @@ def check_arithmetic(scores, table, study):
 def test_study_runs(name, scans, out, tmp_path):
     study = everything[name]
     rows,score = some_rows(study),study.score or 'test'
-    found,stem = run(study, scans, out, rows),out/(name if score=='test' else f'{name}_{score}')
+    found = run(study, scans, out, rows)
+    stem = out/'_'.join([name, *{tiny.name}-{study.preset}, *{score}-{'test'}])
     table = pd.read_csv(stem.with_suffix('.csv'))
     assert list(table.row)==rows and set(found.row)==set(table.row)
     assert (list(table.columns)[:10]==['row','seeds','RV','RV_sd','Myo','Myo_sd','LV','LV_sd','mean','mean_sd']

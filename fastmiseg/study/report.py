@@ -225,7 +225,7 @@ def _plot_gains(ax, seeds, study):
     full = seeds[seeds.row==study.bound]
     full = pd.concat([full.assign(x=x) for x in base.index.unique('x')])
     some = pd.concat([full, seeds[~seeds.line.isin([study.base,study.bound])]])
-    some = some[[o in base.index for o in zip(some.x, some.seed)]]
+    some = some[np.array([o in base.index for o in zip(some.x, some.seed)], bool)]
     some = some.assign(gain=some['mean']-base.loc[list(zip(some.x, some.seed))].to_numpy())
     names = some.groupby('line').gain.mean().sort_values().index
     ticks = sorted(some.x.unique())

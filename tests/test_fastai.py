@@ -175,5 +175,6 @@ def test_a_validation_leaves_the_record_of_the_fit(tmp_path):
     learn.fit(2, 1e-2)
     log,losses = training_log(learn),list(learn.recorder.losses)
     found = learn.validate()
+    learn.get_preds(with_loss=True)
     assert training_log(learn).equals(log) and len(log)==2 and list(learn.recorder.losses)==losses
     assert log.iloc[-1].tolist()[1:]==pytest.approx(list(found))

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/53_callback.install.ipynb #08c9dee4
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from inspect import signature
 
@@ -81,13 +81,23 @@ def _without_ours(export, learn, *args, **kwargs):
 # %% ../../nbs/53_callback.install.ipynb #f575faa3
 @_instead_of('validate')
 def _slices_in_order(validate, learn, ds_idx=1, dl=None, cbs=None):
-    "A `PairedDL` is its labelled slices, each once; what a fit has written into the recorder stays"
+    "A `PairedDL` is its labelled slices, each once"
     if dl is None: dl = learn.dls[ds_idx]
     if isinstance(dl, PairedDL): dl = dl.new(shuffle=False, drop_last=False)
+    return validate(learn, dl=dl, cbs=cbs)
+
+@contextmanager
+def _kept_record(learn):
     recorders = [(o, {k:getattr(o, k, []) for k in o._stateattrs}) for o in learn._grab_cbs(Recorder)]
-    try: return validate(learn, dl=dl, cbs=cbs)
+    try: yield
     finally:
         for o,kept in recorders: vars(o).update(kept)
+
+@_instead_of('validation_context')
+def _leave_the_record(context, learn, cbs=None, inner=False):
+    "What a fit has written into the recorder stays: a validation, or predictions, begin like another one"
+    theirs = context(learn, cbs=cbs, inner=inner)
+    return theirs if inner else ContextManagers([_kept_record(learn), theirs])
 
 @_instead_of('tta')
 def _only_for_whole_labels(tta, learn, *args, **kwargs):

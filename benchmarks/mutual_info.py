@@ -140,6 +140,22 @@ def machine():
     return (f'{name}, {os.cpu_count()} cores, {torch.get_num_threads()} thread used; '
             f'torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}')
 
+head = """# Local mutual information: cost of features → heads → loss → gradients
+
+Float32, 5 heads, K=10, batch 10 (2 in 3D). Processor time, median of rounds in alternation. The matmul limit is the
+time of the products alone at the rate of a large matrix product.
+
+Made by `OMP_NUM_THREADS=1 python benchmarks/mutual_info.py`, on each of these machines; how the cost grows is in
+[mutual_info_scaling.md](mutual_info_scaling.md).
+"""
+
+def write_section(text):
+    "Into the page, beside those of other machines"
+    page, name = here/'mutual_info.md', text.splitlines()[0]
+    others = page.read_text().split('\n## ')[1:] if page.exists() else []
+    sections = [o.strip() for o in others if o.splitlines()[0] != name] + [text]
+    page.write_text('\n## '.join([head, *(o + '\n' for o in sections)]))
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--scaling', action='store_true', help='measure how the cost grows instead')
@@ -150,13 +166,8 @@ def main():
     if args.peak: return peak(*args.peak)
     if args.scaling: return scaling()
     limit = matmul_gflops()
-    lines = ['# Local mutual information: cost of features → heads → loss → gradients', '',
-             (f'{machine()}. Float32, 5 heads, K=10, batch 10 (2 in 3D). '
-              f'Processor time, median of {args.repeats} rounds in alternation.'),
-             ('The matmul limit is the time of the products alone at the rate of a 2048×2048 matrix '
-              f'product ({limit:.0f} GFLOP/s here).'), '',
-             ('Made by `OMP_NUM_THREADS=1 python benchmarks/mutual_info.py`; '
-              'how the cost grows is in [mutual_info_scaling.md](mutual_info_scaling.md).'), '',
+    lines = [machine(), '',
+             f'A 2048×2048 matrix product runs at {limit:.0f} GFLOP/s here.', '',
              '| case | | time | times less | of the matmul limit | extra peak memory |',
              '|---|---|---|---|---|---|']
     for case, settings in CASES.items():
@@ -167,6 +178,6 @@ def main():
             lines.append(f'| {case} | {name} | {seconds:.2f} s | {less} | {share} | '
                          f'{peak_mb(case, impl):.0f} MB |')
             print(lines[-1], flush=True)
-    (here/'mutual_info.md').write_text('\n'.join(lines) + '\n')
+    write_section('\n'.join(lines))
 
 if __name__ == '__main__': main()

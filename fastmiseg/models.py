@@ -113,7 +113,7 @@ def without_memory():
 def weights_sum(
     model:nn.Module # whose weights and statistics
 )->str:
-    "A checksum of a network, made on its device: two networks with the same one answer alike"
+    "A checksum of a network, made on its device, that tells the states of a training apart"
     tensors = [o.detach().reshape(-1) for o in model.state_dict().values() if isinstance(o, Tensor)]
     bits = [o.view(torch.uint8 if o.element_size()%4 else torch.int32) for o in tensors]
     sums = [o.sum(dtype=torch.int64).item() for o in bits]

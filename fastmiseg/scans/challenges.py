@@ -47,7 +47,7 @@ def read_msd(
     images = [(stem(o), o) for d in ('imagesTr','imagesTs') for o in scans_in(root/d, 0)]
     labels = None if stored==list(range(len(stored))) else {o:i for i,o in enumerate(stored)}
     return pair_scans(images, masks, subject, root, 'msd', channels=channels,
-                 classes=[names[i] for i in stored], labels=labels)
+                      classes=[names[i] for i in stored], labels=labels)
 
 # %% ../../nbs/17_scans.challenges.ipynb #fdc86bfd
 _acdc = r'(patient\d+)_frame(\d+)(_gt)?'
@@ -92,9 +92,8 @@ def read_promise12(
     def name(m,f):
         return ('test_' if re.search('test', str(f.parent.relative_to(root)), re.I) else '')+m[1]
     found = _matches(root,_promise12)
-    return pair_scans([(name(m,f),f) for m,f in found if not m[2]],
-                 [(name(m,f),f) for m,f in found if m[2]], str, root, 'promise12',
-                 classes=('background','prostate'))
+    images,masks = ([(name(m,f),f) for m,f in found if bool(m[2])==of_mask] for of_mask in (False,True))
+    return pair_scans(images, masks, str, root, 'promise12', classes=('background','prostate'))
 
 # %% ../../nbs/17_scans.challenges.ipynb #f521b687
 _mmwhs = r'((ct|mr)_(?:train|test)_\d+)_(image|label)'

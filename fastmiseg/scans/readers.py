@@ -18,9 +18,8 @@ import pandas as pd
 
 from .formats import extension
 from .headers import about_folder, has_images, is_dicom
-from fastmiseg.scans.layout import (
-    CohortError, a_few, cohort_frame, image_endings, layout, layouts, mask_endings, pair_scans, plain_name, scans_in, stem,
-    walk, without_ending)
+from .layout import CohortError, a_few, cohort_frame, layout, layouts, pair_scans, plain_name
+from .layout import image_endings, mask_endings, scans_in, stem, walk, without_ending
 from .table import find_file, read_table
 from .volume import choose_volume, split_choice
 
@@ -98,8 +97,8 @@ def read_folder(
     usual = [masks] if masks else [o for o in _mask_dirs if scans_in(root/o)]
     mdir = _one(root, usual)
     if usual[1:]:
-        warnings.warn(f'{root}: several folders may hold the masks: {", ".join(usual)}; those in {usual[0]} were taken. '
-                      'Name the right one with masks=', stacklevel=3)
+        warnings.warn(f'{root}: several folders may hold the masks: {", ".join(usual)}; those in {usual[0]} were '
+                      'taken. Name the right one with masks=', stacklevel=3)
     if not idir and mdir and (masks or _are_images(root, mdir, mends)): idir = root
     def name(f, base):
         folders = [unicodedata.normalize('NFC', o) for o in f.parent.relative_to(base).parts]

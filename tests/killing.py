@@ -63,7 +63,8 @@ def train(method, folder, log):
     every = {'partial':3, 'accumulated_across':100}.get(method, 1)
     learn.fit_one_cycle(EPOCHS, 1e-2, cbs=[*cbs, Tick(), ResumeCallback(folder/'ckpt', every=every)])
     res = dict(model=learn.model.state_dict(), losses=torch.stack(list(learn.recorder.losses)),
-               lrs=tensor(learn.recorder.lrs), values=tensor(learn.recorder.values))
+               lrs=tensor(learn.recorder.lrs, dtype=torch.float64),
+               values=tensor(learn.recorder.values))
     for i,cb in enumerate(cbs):
         if isinstance(cb, SemiSupCallback): res[f'cb{i}'] = cb.state_dict()
     torch.save(res, folder/'result.tmp'); os.replace(folder/'result.tmp', folder/'result.pt')

@@ -69,8 +69,8 @@ def plot_scans(
         vol = read_volume(r.image, channels=recipe.channels>1)
         answer = ask_network(learn, recipe, vol, limits_of(df, r.subject, recipe), flips)
         pred = answer.save(largest=largest, stored=False)
-        mask = read_mask(r['mask'], classes=recipe.classes, labels=labels_of(df, recipe))
-        found.append(ScanPicture.of(r.image, mask, pred, recipe, crop=True))
+        mask = read_mask(r['mask'], vol, recipe.classes, labels_of(df, recipe))
+        found.append(ScanPicture.of(vol, mask, pred, recipe, crop=True))
     high = [o.height for o in found]
     fig = new_figure((11, 2.6*sum(high) + .6*len(found)+.7), out)
     axs = fig.subplots(len(found), 4, squeeze=False, height_ratios=high)
@@ -178,7 +178,7 @@ def _as_seen(learn, x):
 
 def _class_names(learn, y):
     names = getattr(learn.dls, 'vocab', None) # plain loaders have none, or an array
-    return numbered_classes([y]) if names is None or not len(names) else list(names)
+    return numbered_classes(int(y.max())) if names is None or not len(names) else list(names)
 
 # %% ../nbs/76_plots.ipynb #58aaed5b
 _told = WeakKeyDictionary() # projectors -> stages of which it has been said

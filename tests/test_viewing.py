@@ -74,14 +74,15 @@ def test_the_viewer_opens_in_the_middle_of_the_mask_with_the_sides_of_the_plots(
     np.testing.assert_allclose(viewer.scene.crosshair_pos, (where+.5)/drawn.shape, atol=1e-6)
     assert viewer.opts.is_radiological_convention
 
-def test_the_viewer_opens_in_the_middle_of_an_empty_scan_and_keeps_large_labels(tmp_path):
+def test_the_viewer_opens_in_the_middle_of_an_empty_scan_and_names_large_values(tmp_path):
     pytest.importorskip('ipyniivue', reason='ipyniivue is not installed')
     scan = files(tmp_path)[0]
     assert view_scan(scan).children[0].scene.crosshair_pos==[.5]*3
     mask = np.full(scan.shape, 0)
     assert view_scan(scan, mask, classes=['background','LV']).children[0].scene.crosshair_pos==[.5]*3
     mask[1,2,3] = 500
-    assert handed(view_scan(scan, mask).children[0].volumes[1]).get_fdata().max()==500
+    overlay = view_scan(scan, mask).children[0].volumes[1]
+    assert overlay.colormap_label.labels==['background','class 500'] and handed(overlay).get_fdata().max()==1
 
 def test_the_viewer_says_what_is_at_the_crosshair(tmp_path):
     pytest.importorskip('ipyniivue', reason='ipyniivue is not installed')
@@ -140,3 +141,22 @@ def test_classes_without_a_name_are_in_the_legend():
     fig = plot_volume(scan, mask, classes=('background','RV'), n=1)
     assert [o.get_text() for o in fig.legends[0].get_texts()][:3]==['RV','class 2','class 3']
     plt.close('all')
+
+def test_values_of_mask_files_are_what_the_recipe_says(tmp_path):
+    "A mask and a prediction with the values of the files; arrays hold class indices"
+    from matplotlib import pyplot as plt
+    scan = Volume(np.random.rand(3,12,10).astype(np.float32), (5.,1.,1.), path='scan')
+    drawn = np.zeros(scan.shape, np.uint8)
+    drawn[1,3:6,3:6],drawn[1,7:9,3:6] = 1,2
+    high = scan.like(np.array([0,850,205], np.int16)[drawn])
+    write_volume(high, tmp_path/'m.nii.gz')
+    recipe = Recipe(size=(12,10), classes=('background','LV','RV'), labels={850:1, 205:2})
+    def shown(**kwargs):
+        fig = plot_volume(scan, tmp_path/'m.nii.gz', zoom=False, n=1, **kwargs)
+        errors = fig.axes[-1].images[-1].get_array()[...,3]
+        plt.close(fig)
+        return [o.get_text() for o in fig.legends[0].get_texts()][:2],int((errors>0).sum())
+    for pred in (high, tmp_path/'m.nii.gz', drawn): assert shown(pred=pred, recipe=recipe)==(['LV','RV'], 0)
+    assert shown(pred=high)==(['class 205','class 850'], 0) # without a recipe in the order of the values
+    with pytest.raises(VolumeError, match='m.nii.gz: holds the value 850, declared are 0, 205'):
+        plot_volume(scan, tmp_path/'m.nii.gz', recipe=Recipe(labels={205:1}))

@@ -178,3 +178,12 @@ def test_a_validation_leaves_the_record_of_the_fit(tmp_path):
     learn.get_preds(with_loss=True)
     assert training_log(learn).equals(log) and len(log)==2 and list(learn.recorder.losses)==losses
     assert log.iloc[-1].tolist()[1:]==pytest.approx(list(found))
+
+def test_a_validation_leaves_the_names_of_the_record(tmp_path):
+    "After a fit with methods the columns of their terms had no names left, and no table and no curves could be made"
+    learn = quiet(learner(tmp_path))
+    learn.fit(1, cbs=ConsistencyCallback())
+    names,log = list(learn.recorder.metric_names),training_log(learn)
+    learn.validate()
+    learn.get_preds()
+    assert learn.recorder.metric_names==names and training_log(learn).equals(log) and 'consistency' in log

@@ -88,7 +88,8 @@ def _slices_in_order(validate, learn, ds_idx=1, dl=None, cbs=None):
 
 @contextmanager
 def _kept_record(learn):
-    recorders = [(o, {k:getattr(o, k, []) for k in o._stateattrs}) for o in learn._grab_cbs(Recorder)]
+    names = (*Recorder._stateattrs, 'metric_names')
+    recorders = [(o, {k:getattr(o, k, []) for k in names}) for o in learn._grab_cbs(Recorder)]
     try: yield
     finally:
         for o,kept in recorders: vars(o).update(kept)

@@ -44,6 +44,8 @@ class _LastBatch:
         if p.shape[:1]+p.shape[2:]!=t.shape:
             raise ValueError(f'Predictions of shape {tuple(p.shape)} do not fit masks of shape {tuple(t.shape)}; '
                              'expected (N,C,H,W) and (N,H,W)')
+        if p.shape[1]==1:
+            raise ValueError('Predictions have one channel; expected one for each class, the background included')
         win = p.max(1)[1] # as argmax, whose CPU version takes ten times longer
         self._pred,self._mask = weakref.ref(pred),weakref.ref(y)
         self._found = win.byte(),count_pixels(win, t, p.shape[1])

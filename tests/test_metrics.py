@@ -150,6 +150,11 @@ def test_shapes_that_do_not_fit():
         VolumeDice().accumulate(SimpleNamespace(pred=torch.zeros(2,3,4,4), y=torch.zeros(2,8,8).long(),
                                                 dl=None, dls=None))
 
+def test_predictions_of_one_channel():
+    with pytest.raises(ValueError, match='have one channel; expected one for each class, the background included'):
+        VolumeDice().accumulate(SimpleNamespace(pred=torch.zeros(2,1,4,4), y=torch.zeros(2,4,4).long(),
+                                                dl=None, dls=None))
+
 def test_a_metric_can_be_exported():
     import pickle
     m = VolumeDice.per_class(['bg','a','b'])[1]

@@ -10,6 +10,7 @@ from fastai.data.transforms import Normalize
 from fastai.losses import CrossEntropyLossFlat
 from fastai.vision.core import TensorImage
 from fastmiseg.callback.baselines import ConsistencyCallback, EntropyMinCallback
+from fastmiseg.callback.copypaste import CopyPasteCallback
 from fastmiseg.callback.mireg import MIRegCallback
 from fastmiseg.callback.method import SemiSupCallback
 from fastmiseg.callback.paired import PairedBatchCallback
@@ -255,6 +256,15 @@ def test_networks_of_two_inputs(tmp_path):
         def forward(self, x, z): return self.net(torch.cat([x,z], 1))
     with pytest.raises(ValueError, match='the batches have 2 inputs for the network, and a method knows of one'):
         bad(tmp_path, ConsistencyCallback(unlabeled=DataLoader([x]*4, bs=2)), dls, net=Two)
+
+@pytest.mark.parametrize('make', [ConsistencyCallback, EntropyMinCallback, EMATeacherCallback, CopyPasteCallback,
+                                  PseudoLabelCallback])
+def test_networks_of_one_channel(tmp_path, make):
+    "The softmax of a single channel is 1 everywhere: terms were 0, and the methods did nothing, without a word"
+    class Binary(nn.Module):
+        def forward(self, p, y): return nn.functional.binary_cross_entropy_with_logits(p[:,0], y.float())
+    with pytest.raises(ValueError, match='model: returns one channel, and methods take the softmax of one for each'):
+        bad(tmp_path, make(), net=UNet(1,1,width=2), loss_func=Binary())
 
 def test_networks_that_no_stage_is_asked_of(tmp_path):
     class Fixed(nn.Module):

@@ -19,6 +19,14 @@ from ..processes import processes
 from ..transforms import Transformation
 
 # %% ../../nbs/48_callback.step.ipynb #4fdfdbba
+def _class_probs(logits):
+    "Of which a single one would be 1 everywhere, whatever the network says"
+    if logits.shape[1]==1:
+        raise ValueError("model: returns one channel, and methods take the softmax of one for each class, the "
+                         "background included; give it two, and a loss that chooses between them, as "
+                         "CrossEntropyLossFlat(axis=1)")
+    return logits.float().softmax(1)
+
 class Step:
     "One training batch: its images by name, and after the forward pass the network's answers by name"
     def __init__(self,
@@ -116,13 +124,13 @@ class Step:
         if name not in self.logits:
             raise ValueError(f"step: the network has not answered for {name!r}; ask for it in `views` with "
                              f"step.see({name!r}) and read the answer in `penalty`")
-        if name not in self._probs: self._probs[name] = self.logits[name].float().softmax(1)
+        if name not in self._probs: self._probs[name] = _class_probs(self.logits[name])
         return self._probs[name]
 
     @cached_property
     def _teacher_said(self):
         logits,maps = self.teacher(self.x_u)
-        return logits.float().softmax(1),maps
+        return _class_probs(logits),maps
 
     @property
     def target(self)->Tensor: # (N,classes,H,W) float32

@@ -1598,6 +1598,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fastmiseg/scans/readers.py'),
                                          'fastmiseg.scans.readers._has_dicom': ( 'scans.readers.html#_has_dicom',
                                                                                  'fastmiseg/scans/readers.py'),
+                                         'fastmiseg.scans.readers._holding': ('scans.readers.html#_holding', 'fastmiseg/scans/readers.py'),
                                          'fastmiseg.scans.readers._is_dicom': ( 'scans.readers.html#_is_dicom',
                                                                                 'fastmiseg/scans/readers.py'),
                                          'fastmiseg.scans.readers._is_folder': ( 'scans.readers.html#_is_folder',

@@ -238,6 +238,17 @@ def test_several_folders_that_may_hold_the_masks(tmp_path):
         df = load_cohort(tmp_path, 'folder', masks='segmentations')
     assert df['mask'].tolist()==[str(tmp_path/'segmentations/p0.nii.gz')]
 
+def test_several_folders_that_may_hold_the_images(tmp_path):
+    (tmp_path/'images').mkdir() # holds none
+    for o in ('scans','imagesTr'): put(tmp_path, f'{o}/p0.nii.gz', 'masks/p0.nii.gz')
+    said = 'several folders may hold the images: scans, imagesTr; those in scans were taken. Name the right one with im'
+    with pytest.warns(UserWarning, match=said): df = load_cohort(tmp_path)
+    assert df.image.tolist()==[str(tmp_path/'scans/p0.nii.gz')] and df['mask'].notna().all()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        df = load_cohort(tmp_path, 'folder', images='imagesTr')
+    assert df.image.tolist()==[str(tmp_path/'imagesTr/p0.nii.gz')]
+
 def test_a_folder_of_images_inside_that_of_masks(tmp_path):
     for i in range(2): put(tmp_path, f'images/p{i}.nii.gz', f'p{i}_seg.nii.gz', seed=i)
     with warnings.catch_warnings():

@@ -49,6 +49,14 @@ def _one(root, names):
     "The first of these folders that is there"
     return next((root/o for o in names if (root/o).is_dir()), None)
 
+def _holding(root, names, what):
+    "The first of these folders that holds scans; a warning where several do"
+    if not (found := [o for o in names if scans_in(root/o)]): return
+    if found[1:]:
+        warnings.warn(f'{root}: several folders may hold the {what}: {", ".join(found)}; those in {found[0]} were '
+                      f'taken. Name the right one with {what}=', stacklevel=4)
+    return root/found[0]
+
 def _scans_outside(folder, other):
     "Scans below a folder, but not below another one in it"
     return [f for f in scans_in(folder) if folder not in other.parents or other not in f.parents]
@@ -71,8 +79,7 @@ def _has_dicom(files):
 def _is_dicom(root): return any(_has_dicom(files) for _,files in walk(root))
 
 def _is_folder(root):
-    folder = _one(root, _image_dirs)
-    if folder and scans_in(folder, 3): return True
+    if any(scans_in(root/o, 3) for o in _image_dirs): return True
     return any(stem(f).endswith(mask_endings) for f in scans_in(root)) and not _is_dicom(root)
 
 # %% ../../nbs/18_scans.readers.ipynb #2e69322f
@@ -93,12 +100,8 @@ def read_folder(
         if o and not (root/o).is_dir():
             raise CohortError(f'{root/o}: is not a folder; expected the one with the '
                               f'{"images" if o==images else "masks"}')
-    idir = root/images if images else _one(root, _image_dirs)
-    usual = [masks] if masks else [o for o in _mask_dirs if scans_in(root/o)]
-    mdir = _one(root, usual)
-    if usual[1:]:
-        warnings.warn(f'{root}: several folders may hold the masks: {", ".join(usual)}; those in {usual[0]} were '
-                      'taken. Name the right one with masks=', stacklevel=3)
+    idir = root/images if images else _holding(root, _image_dirs, 'images') or _one(root, _image_dirs)
+    mdir = root/masks if masks else _holding(root, _mask_dirs, 'masks')
     if not idir and mdir and (masks or _are_images(root, mdir, mends)): idir = root
     def name(f, base):
         folders = [unicodedata.normalize('NFC', o) for o in f.parent.relative_to(base).parts]

@@ -116,6 +116,9 @@ def write_volume(
     if extension(path) is None:
         raise VolumeError(f'{path}: cannot be written, its name must end in one of '
                           f'{", ".join(extensions)}')
+    if vol.array.dtype.kind not in 'biuf':
+        raise VolumeError(f'{path}: cannot be written, its voxels are of type {vol.array.dtype}; expected one real '
+                          'number each (of complex ones their magnitude: abs(array))')
     im = vol.to_sitk()
     if vol.array.ndim==4: im = _with_axis(im, vol)
     try:

@@ -153,7 +153,7 @@ def _about_scores(model, df, split, options):
     if split not in (None,'all'): rows = rows[rows.split.isin(L(split))]
     found = [[r.subject, r.scan, getattr(r, 'split', None), _contents(r.image), _contents(r.mask)]
              for r in rows.itertuples()]
-    scans = json.dumps([found, df.attrs.get('labels')]).encode('utf-8', 'surrogateescape')
+    scans = json.dumps([found, *map(df.attrs.get, ('labels','straddle'))]).encode('utf-8', 'surrogateescape')
     rest = {k:str(o) for k,o in sorted(options.items()) if o and k not in ('progress','bs','skip_bad')}
     models = [digest(o) for o in _files(model)]
     return dict(models=models, scans=hashlib.sha256(scans).hexdigest()[:32], split=split, options=rest)

@@ -388,6 +388,19 @@ def test_repeated_evaluation_shows_the_table_again(run, capsys, tmp_path, monkey
     with pytest.raises(FileExistsError, match='exists, with other scores'):
         evaluate_run(run, split='valid', overwrite=False)
 
+def test_scores_of_before_are_of_the_same_rule_for_copies(run, tmp_path):
+    "Copies of training scans are left out, unless people may be in several parts"
+    df = load_cohort(run/'split.csv', 'csv').dropna(subset='mask')
+    mine = df[df.split.isin(['labeled','test'])].assign(split='test', scan=lambda d: 'my_'+d.scan)
+    mine.to_csv(tmp_path/'mine.csv', index=False)
+    def scans(straddle):
+        return evaluate_run(run, tmp_path/'mine.csv', tmp_path/'out', overwrite=False, straddle=straddle,
+                            progress=False).scan.nunique()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        assert scans(False)==(df.split=='test').sum()
+        with pytest.raises(FileExistsError, match='exists, with other scores'): scans(True)
+
 def test_scores_of_before_are_of_the_same_choice_of_volume(run, hearts, tmp_path):
     "A file is read in two ways, and a folder of slices has contents too"
     for k in ('image','mask'):

@@ -1,4 +1,4 @@
-"The methods that nbs/91_own_methods.ipynb shows: its own cells, not a copy"
+"The methods that nbs/own_methods.ipynb shows: its own cells, not a copy"
 import json
 from pathlib import Path
 import torch, torch.nn.functional as F
@@ -6,7 +6,7 @@ from fastmiseg.callback.method import SemiSupCallback
 from fastmiseg.mutual_info import consistency_loss
 from fastmiseg.transforms import boxes
 
-notebook = Path(__file__).parents[1]/'nbs'/'91_own_methods.ipynb'
+notebook = Path(__file__).parents[1]/'nbs'/'own_methods.ipynb'
 sources = [''.join(c['source']) for c in json.loads(notebook.read_text(encoding='utf-8'))['cells']
            if c['cell_type']=='code']
 shown = [s for s in sources if s.startswith('class') and '(SemiSupCallback)' in s]

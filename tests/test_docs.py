@@ -80,7 +80,7 @@ def test_the_site_is_whole(built):
 def test_readers_see_what_is_for_them(built):
     "Formulas are drawn, names lead to the reference; directives and hidden cells stay in the notebooks"
     lesson = next(built[0].glob('*_mutual_info.html')).read_text(encoding='utf-8')
-    first = (built[0]/'93_first.html').read_text(encoding='utf-8')
+    first = (built[0]/'first.html').read_text(encoding='utf-8')
     assert '<math' in lesson and '\\frac' not in re.sub(r'<pre.*?</pre>', '', lesson, flags=re.S)
     assert 'href="api/learner.html#miseg_learner"' in first
     for o in built[0].glob('*.html'):

@@ -10,7 +10,7 @@ root = Path(__file__).parents[1]
 
 def room_of(path): return '.'.join(path.relative_to(root/'fastmiseg').with_suffix('').parts)
 files = {room_of(o): o for o in sorted((root/'fastmiseg').rglob('*.py')) if o.stem not in ('__init__','_modidx')}
-notebooks = [o for o in sorted((root/'nbs').glob('*.ipynb')) if o.stem!='index']
+notebooks = sorted((root/'nbs').glob('[0-9]*.ipynb')) # the guides have no number
 # a room imports only from rooms above it
 order = [o for o in (nb.stem.split('_', 1)[1] for nb in notebooks) if o in files]
 trees = {room: ast.parse(o.read_text(encoding='utf-8')) for room,o in files.items()}

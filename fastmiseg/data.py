@@ -194,12 +194,12 @@ def test_dl(self:MISegDataLoaders,
     **kwargs # what fastai's loaders take else: of no use here
 )->ScanDL:   # batches `(x,)`, or `(x, y)`, in order
     "Slices of other scans, prepared in the same store"
-    if 'rm_type_tfms' in kwargs:
-        raise ValueError("learn.predict is for one image, and a scan is many slices: use predict_volume(learn, scan)")
     if self.recipe is None:
         given = {} if bs is None else dict(bs=bs)
         given.update(shuffle=shuffle, drop_last=drop_last, with_labels=with_labels)
         return DataLoaders.test_dl(self, scans, **kwargs, **given)
+    if 'rm_type_tfms' in kwargs:
+        raise ValueError("learn.predict is for one image, and a scan is many slices: use predict_volume(learn, scan)")
     if self.store is None:
         raise ValueError("test_dl: this learner was exported and has no folder for slices; segment scans with "
                          "predict_volume or predict_cohort, or set dls.store")
@@ -226,6 +226,7 @@ def _slices_of(self:MISegDataLoaders, scans, masks):
 @patch
 def new_empty(self:MISegDataLoaders):
     "The same loaders without the data: what an exported `Learner` carries; of the batch transforms, `Normalize`"
+    if self.recipe is None: return DataLoaders.new_empty(self)
     store = SliceStore(self.store.path, self.recipe) if self.store else None
     def dataset(dl):
         if not store: return dl.dataset.new_empty()

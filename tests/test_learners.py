@@ -7,12 +7,14 @@ from fastai.callback.schedule import minimum, slide, steep, valley
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.optimizer import ranger
+from fastmiseg.callback.baselines import ConsistencyCallback
 from fastmiseg.callback.mireg import MIRegCallback
 from fastmiseg.callback.method import SemiSupCallback
 from fastmiseg.callback.paired import PairedBatchCallback
 from fastmiseg.callback.pseudo import PseudoLabelCallback
 from fastmiseg.callback.step import Step
 from fastmiseg.callback.teacher import EMATeacherCallback
+from fastmiseg.data import SemiSupDataBlock
 from fastmiseg.models import create_unet, find_stages, stages
 from fastmiseg.transforms import Pool, Transformation
 from toy import UNet, hooks, learner, loaders, quiet, small_mireg
@@ -100,6 +102,27 @@ def test_unlabelled_files_are_augmented(rgb):
     learn.fit(2, 1e-3, cbs=Sees(unlabeled=files(rgb), sees=1.))
     assert seen==[[.5]]*4
     for dl in (learn.dls.test_dl(files(rgb)), learn.dls.valid): assert len(dl.one_batch()[0].unique())>9
+
+def mask_of(image): return image.parents[1]/'masks'/image.name
+def all_three(items):
+    own = [i for i,o in enumerate(items) if o.parent.name=='images']
+    return own[2:],own[:2],[i for i in range(len(items)) if i not in own]
+
+def test_paired_batches_of_files(rgb, tmp_path):
+    """A learner on a `SemiSupDataBlock` of images predicts, and so does what it exports: that had lost the transforms
+    that make a batch of an image"""
+    from fastai.vision.all import ImageBlock, MaskBlock, Normalize, Resize, imagenet_stats, load_learner
+    block = SemiSupDataBlock(blocks=(ImageBlock,MaskBlock(codes=['background','square'])), get_y=mask_of,
+        splitter=all_three, item_tfms=Resize(32), batch_tfms=Normalize.from_stats(*imagenet_stats))
+    dls = block.dataloaders([*files(rgb, 'images'),*files(rgb)], bs=2, unlabeled_bs=3, n_iters=2, path=tmp_path)
+    learn = quiet(learner(tmp_path, net=UNet(3,2,width=2), dls=dls))
+    learn.fit(1, 1e-3, cbs=ConsistencyCallback())
+    mask,_,probs = learn.predict(files(rgb)[0])
+    assert mask.shape==(32,32)
+    torch.testing.assert_close(probs, learn.get_preds(dl=dls.test_dl(files(rgb)[:1]))[0][0])
+    learn.export('all.pkl')
+    other = load_learner(tmp_path/'all.pkl')
+    assert torch.equal(other.predict(files(rgb)[0])[2], probs) and not len(other.dls.train_ds)
 
 def test_unlabelled_of_another_size(rgb):
     with pytest.raises(ValueError, match=r'unlabelled images are \(3, 48, 32\) .*labelled ones \(3, 32, 32\)'):

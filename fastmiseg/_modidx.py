@@ -715,6 +715,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastmiseg.inference._as_stored': ('inference.html#_as_stored', 'fastmiseg/inference.py'),
                                      'fastmiseg.inference._blend': ('inference.html#_blend', 'fastmiseg/inference.py'),
                                      'fastmiseg.inference._check_answer': ('inference.html#_check_answer', 'fastmiseg/inference.py'),
+                                     'fastmiseg.inference._check_batch_transforms': ( 'inference.html#_check_batch_transforms',
+                                                                                      'fastmiseg/inference.py'),
                                      'fastmiseg.inference._check_room': ('inference.html#_check_room', 'fastmiseg/inference.py'),
                                      'fastmiseg.inference._check_slices': ('inference.html#_check_slices', 'fastmiseg/inference.py'),
                                      'fastmiseg.inference._entropy': ('inference.html#_entropy', 'fastmiseg/inference.py'),

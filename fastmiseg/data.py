@@ -21,7 +21,7 @@ from .scans.recipe import Recipe
 from .scans.store import SliceStore
 from .loaders import PairedDL, ScanDL
 from .slices import ReadImage, ReadMask, SliceBlock, SliceMaskBlock, SliceRef
-from .transforms import normalize_of
+
 
 # %% ../nbs/36_data.ipynb #554a7c27
 class SemiSupDataBlock(DataBlock):
@@ -225,13 +225,13 @@ def _slices_of(self:MISegDataLoaders, scans, masks):
 
 @patch
 def new_empty(self:MISegDataLoaders):
-    "The same loaders without the data: what an exported `Learner` carries; of the batch transforms, `Normalize`"
+    "The same loaders without the data: what an exported `Learner` carries; of the batch transforms those of validation"
     if self.recipe is None: return DataLoaders.new_empty(self)
     store = SliceStore(self.store.path, self.recipe) if self.store else None
     def dataset(dl):
         if not store: return dl.dataset.new_empty()
         return Datasets(tls=[TfmdLists([], t(store), do_setup=False) for t in (ReadImage,ReadMask)], n_inp=1)
-    kept = dict(after_item=self.train.after_item, after_batch=L(normalize_of(self)))
+    kept = dict(after_item=self.train.after_item, after_batch=[o for o in self.after_batch.fs if o.split_idx!=0])
     loaders = [ScanDL(dataset(dl), bs=dl.bs, num_workers=0, device=dl.device, do_setup=False, **kept)
                for dl in self.loaders]
     res = type(self)(*loaders, path=self.path, device=self.device)

@@ -6,7 +6,7 @@
 __all__ = ['mean_opinion', 'recipe_of', 'training_scans', 'ScanAnswer', 'ask_network', 'check_free', 'predict_volume']
 
 # %% ../nbs/70_inference.ipynb #8261bc1d
-import warnings
+import math, warnings
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Iterable
 
 import numpy as np, torch
+from fastai.data.transforms import IntToFloatTensor, Pipeline
 from scipy.ndimage import label
 
 from .models import evaluating
@@ -23,6 +24,7 @@ from .scans.profile import how_far, scan_profile
 from .scans.recipe import Recipe
 from .scans.messages import VolumeError, VolumeWarning
 from .scans.volume import Volume, read_volume, split_choice, write_volume
+from .slices import SliceImage
 from .transforms import normalize_of
 
 # %% ../nbs/70_inference.ipynb #2b2f309f
@@ -92,15 +94,30 @@ def mean_opinion(
     return mean, np.maximum(_entropy(mean)-own/n, 0) if doubt else None
 
 # %% ../nbs/70_inference.ipynb #c484c64f
+def _check_batch_transforms(learn, recipe):
+    "An error where more than `Normalize` happened to the slices of the validation"
+    dls = getattr(learn, 'dls', None)
+    steps = [o for o in getattr(getattr(dls, 'after_batch', None), 'fs', ()) if not isinstance(o, IntToFloatTensor)]
+    if not steps: return
+    size,n = (recipe.channels, *(recipe.size or (64,64))),normalize_of(dls)
+    x = torch.linspace(0, 1, math.prod(size), device=next(learn.model.parameters()).device).view(1, *size)
+    seen = Pipeline(steps, split_idx=1)((SliceImage(x),))[0].as_subclass(torch.Tensor)
+    want = x if n is None else (x-n.mean.to(x.device))/n.std.to(x.device)
+    if seen.shape==want.shape and torch.allclose(seen, want, atol=1e-3): return
+    raise ValueError(f"dls: a batch transform (of {', '.join(type(o).__name__ for o in steps)}) changes validation "
+                     "slices, and slices of whole scans go through `Normalize` only, so that the network would see "
+                     "what it does not know; let it act on training alone (split_idx = 0), or change the scans")
+
 def recipe_of(
     learn,             # a `Learner`, or a `Segmenter`
     recipe:Recipe=None # instead of its own
 )->Recipe:
-    "The recipe that a network was trained with"
+    "The recipe that a network was trained with; an error where that is not all that its slices went through"
     recipe = recipe or getattr(learn, 'recipe', None) or getattr(getattr(learn, 'dls', None), 'recipe', None)
     if recipe is None:
         raise ValueError("recipe: the learner's loaders were not made from a cohort, so pass the Recipe "
                          "that its training slices came from")
+    _check_batch_transforms(learn, recipe)
     return recipe
 
 def training_scans(

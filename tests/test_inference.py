@@ -6,10 +6,13 @@ from types import SimpleNamespace
 import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 import SimpleITK as sitk
 
-from fastai.data.transforms import Normalize
+from fastai.data.transforms import Normalize, Transform
 from fastai.learner import load_learner
+from fastai.vision.augment import aug_transforms
+from fastai.vision.core import TensorImage
 
 import fastmiseg.scan_by_scan as E, fastmiseg.scans.volume as V
+from fastmiseg.augment import Augment
 from fastmiseg.data import MISegDataLoaders
 from fastmiseg.evaluation import evaluate_cohort, predict_cohort
 from fastmiseg.inference import ask_network, predict_volume
@@ -179,6 +182,29 @@ def test_an_exported_learner_normalises_as_it_did(heart, scan, tmp_path):
     back = load_learner(tmp_path/'a.pkl')
     a,b = (ask_network(o, heart.recipe, read_volume(scan)).p for o in (learn, back))
     assert np.array_equal(a, b)
+
+class Stretched(Transform):
+    "As a user has it: in training and in validation"
+    order = 50
+    def encodes(self, x:TensorImage): return (x-x.mean())/x.std()
+
+class Mixed(Stretched): split_idx = 0
+
+def test_other_batch_transforms_of_the_validation(heart, scan, tmp_path):
+    "Scans came to the network without them, and its masks were not what was validated"
+    def learner(*augment):
+        dls = MISegDataLoaders.from_cohort(heart.df, heart.recipe, tmp_path/'slices', bs=2, workers=0,
+                                           augment=[Augment.from_recipe(heart.recipe), *augment])
+        return miseg_learner(dls, width=2, path=tmp_path)
+    learn = learner(Stretched())
+    learn.export(tmp_path/'a.pkl')
+    rows = heart.df[heart.df.split=='test']
+    for o in (learn, load_learner(tmp_path/'a.pkl')):
+        for ask in (lambda: predict_volume(o, scan), lambda: evaluate_cohort(o, rows, progress=False),
+                    lambda: export_segmenter(o, tmp_path/'a.safetensors')):
+            with pytest.raises(ValueError, match='dls: a batch transform .*Stretched.* changes'): ask()
+    predict_volume(other := learner(*aug_transforms(), Mixed()), scan)
+    export_segmenter(other, tmp_path/'a.safetensors')
 
 def test_a_scan_with_a_choice_is_not_replaced(heart, scan, tmp_path):
     file = write_volume(read_volume(scan), tmp_path/'a.nii.gz')

@@ -6,6 +6,7 @@ from copy import deepcopy
 import pytest, torch
 from torch import nn
 from fastai.basics import Callback, DataLoader, DataLoaders, Transform
+from fastai.callback.tracker import SaveModelCallback
 from fastai.data.transforms import Normalize
 from fastai.losses import CrossEntropyLossFlat
 from fastai.vision.core import TensorImage
@@ -178,6 +179,29 @@ def test_what_a_search_or_a_resumed_fit_loads_belongs_to_its_own_network(tmp_pat
     with pytest.raises(KeyboardInterrupt): fit(EMATeacherCallback(.9), Stop(2))
     fit(resumed)
     for cb in (searched, resumed): assert all(map(torch.equal, result(cb), new))
+
+def test_fits_from_one_start_do_not_know_of_each_other(tmp_path):
+    "Heads and teacher of the fits before went into those after `learn.load`: a teacher that had seen their masks"
+    def results(rates):
+        learn = quiet(learner(tmp_path, cbs=[balanced_mireg(), EMATeacherCallback(.9)]))
+        learn.save('start')
+        for lr in rates:
+            learn.load('start', with_opt=False)
+            learn.opt = None
+            learn.dls.train.epoch,learn.paired_batch.generator = 0,torch.Generator().manual_seed(0)
+            torch.manual_seed(0)
+            learn.fit(1, lr)
+        return [*learn.model.state_dict().values(), *learn.ema_teacher.average.tensors.values()]
+    assert all(map(torch.equal, results([1e-2,1e-3]), results([1e-3])))
+
+def test_weights_that_a_fit_loads_are_its_own(tmp_path):
+    cbs = [small_mireg(), EMATeacherCallback(.9)]
+    learn = quiet(learner(tmp_path, cbs=cbs))
+    for i in (1,2):
+        learn.fit(1, 1e-3, cbs=SaveModelCallback())
+        assert cbs[1].average.steps==4*i
+    with learn.no_bar(): learn.lr_find(num_it=6, show_plot=False)
+    assert cbs[1].average.steps==8
 
 def test_a_fit_that_is_refused_costs_nothing(tmp_path):
     cb = EMATeacherCallback(.9)

@@ -16,7 +16,7 @@ from fastai.basics import *
 from fastai.callback.mixup import MixHandler
 from fastai.callback.progress import ShowGraphCallback
 
-from .method import SemiSupCallback
+from .method import SemiSupCallback, begin_anew_with
 from .paired import PairedBatchCallback
 from ..loaders import PairedDL
 
@@ -77,6 +77,14 @@ def _without_ours(export, learn, *args, **kwargs):
     finally:
         learn.add_cbs(cbs)
         learn.metrics = metrics
+
+# %% ../../nbs/53_callback.install.ipynb #409de69c
+@_instead_of('load')
+def _begin_anew_with_what_was_loaded(load, learn, *args, **kwargs):
+    "Methods know nothing of the weights that were loaded"
+    res = load(learn, *args, **kwargs)
+    if not hasattr(learn, '_in_fit'): begin_anew_with(get_model(learn.model))
+    return res
 
 # %% ../../nbs/53_callback.install.ipynb #f575faa3
 @_instead_of('validate')

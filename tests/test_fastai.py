@@ -135,6 +135,11 @@ def test_learning_rates(tiny):
     found = learn.lr_find(num_it=6, show_plot=False)
     assert found.valley>0 and all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
 
+def test_a_folder_of_unlabelled_scans(tiny):
+    learn = new(tiny)
+    learn.fit(1, cbs=ConsistencyCallback(unlabeled=tiny.root/'scans'))
+    assert np.isfinite(learn.recorder.values[-1]).all()
+
 class Planned(VolumeDice):
     "A Dice that is what the test says, epoch after epoch"
     def __init__(self, values):
@@ -178,6 +183,12 @@ def test_a_validation_leaves_the_record_of_the_fit(tmp_path):
     learn.get_preds(with_loss=True)
     assert training_log(learn).equals(log) and len(log)==2 and list(learn.recorder.losses)==losses
     assert log.iloc[-1].tolist()[1:]==pytest.approx(list(found))
+
+def test_the_record_of_a_fit_that_begins_later(tmp_path):
+    learn = quiet(learner(tmp_path))
+    learn.fit(3, start_epoch=2, cbs=ConsistencyCallback())
+    log = training_log(learn)
+    assert len(log)==3 and log[:2].isna().all(None) and log[2:].notna().all(None) and 'consistency' in log
 
 def test_a_validation_leaves_the_names_of_the_record(tmp_path):
     "After a fit with methods the columns of their terms had no names left, and no table and no curves could be made"

@@ -281,6 +281,30 @@ def test_networks_of_two_inputs(tmp_path):
     with pytest.raises(ValueError, match='the batches have 2 inputs for the network, and a method knows of one'):
         bad(tmp_path, ConsistencyCallback(unlabeled=DataLoader([x]*4, bs=2)), dls, net=Two)
 
+def test_unlabelled_images_that_are_none(tmp_path):
+    x,y = torch.randn(1,16,16),torch.zeros(16,16).long()
+    dls = DataLoaders(*(DataLoader([(x,y)]*4, bs=2) for _ in range(2)))
+    for given,said in ((tmp_path, 'is one path; give the files themselves, as get_image_files'),
+                       (str(tmp_path), 'is one path'), (dls, 'got DataLoaders, expected one loader'),
+                       ([], 'the list of unlabelled images is empty')):
+        with pytest.raises(ValueError, match=f'unlabeled: .*{said}'):
+            bad(tmp_path, ConsistencyCallback(unlabeled=given), dls)
+    with pytest.raises(ValueError, match='there are no unlabelled images. Either'):
+        bad(tmp_path, ConsistencyCallback(), loaders(unlabeled_bs=0))
+
+def test_the_mask_is_the_first_target(tmp_path):
+    "Beside a map of weights for the loss: methods took the last target for the mask"
+    x,y,weights = torch.randn(1,16,16),torch.ones(16,16).long(),torch.zeros(16,16)
+    dls = DataLoaders(*(DataLoader([(x,y,weights)]*4, bs=2) for _ in range(2)))
+    for dl in dls.loaders: dl.n_inp = 1
+    class Sees(Nothing):
+        def penalty(self, step):
+            masks.append(step.y_l)
+            return super().penalty(step)
+    masks,loss = [],lambda p, y, w: nn.functional.cross_entropy(p, y)
+    bad(tmp_path, Sees(unlabeled=DataLoader([x]*4, bs=2)), dls, loss_func=loss)
+    assert masks and all(torch.equal(o, torch.ones(2,16,16).long()) for o in masks)
+
 @pytest.mark.parametrize('make', [ConsistencyCallback, EntropyMinCallback, EMATeacherCallback, CopyPasteCallback,
                                   PseudoLabelCallback])
 def test_networks_of_one_channel(tmp_path, make):

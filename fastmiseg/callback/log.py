@@ -23,8 +23,8 @@ def training_log(
 )->pd.DataFrame:  # a row per epoch
     "What the recorder wrote down: losses, terms and metrics"
     names = [o for o in learn.recorder.metric_names if o not in ('epoch','time')]
-    values = learn.recorder.values
-    return pd.DataFrame([list(map(float, o)) for o in values], columns=names[:len(values[0])] if values else names)
+    rows = [list(map(float, o)) for o in learn.recorder.values] # empty for epochs that `start_epoch` passed over
+    return pd.DataFrame(rows, columns=names[:max(map(len, rows))] if rows else names, dtype=float)
 
 # %% ../../nbs/59_callback.log.ipynb #65a17713
 Meaning = namedtuple('Meaning', 'words better sign unit', defaults=('', 1, ''))

@@ -37,19 +37,26 @@ def _unlabeled_stream(learn, methods):
     wrap = learn.distributed_trainer._wrap_dl if hasattr(learn, 'distributed_trainer') else noop
     dl = _only_one('unlabeled', methods, 'images')
     if dl is not None:
+        if isinstance(dl, DataLoaders):
+            raise ValueError("unlabeled: got DataLoaders, expected one loader; give the one for training, as dls.train")
         if not hasattr(dl, 'dataset'): dl = _loader_of(learn.dls, dl)
         return UnlabeledStream(dl, wrap)
-    if getattr(learn.dls.train, 'unlabeled', None) is None:
+    train = learn.dls.train
+    if getattr(train, 'unlabeled', None) is None or not train.unlabeled_bs:
         raise ValueError(f"{', '.join(type(r).__name__ for r in methods)}: there are no unlabelled images. "
                          "Either train on paired batches (MISegDataLoaders.from_cohort with scans whose split is "
-                         "'unlabeled', or SemiSupDataBlock with a splitter that returns a third list), "
+                         "'unlabeled', or SemiSupDataBlock with a splitter that returns a third list; unlabeled_bs>0), "
                          "or pass them: unlabeled=files or unlabeled=DataLoader")
 
 def _loader_of(dls, items):
     "Unlabelled items as a loader that augments them as the labelled ones are"
-    if not len(items): raise ValueError("unlabeled: the list of unlabelled images is empty")
+    if isinstance(items, (str,Path)) and getattr(dls, 'recipe', None) is None:
+        raise ValueError(f"unlabeled: {items} is one path; give the files themselves, as get_image_files(path)")
+    if not isinstance(items, (str,Path)) and not len(items):
+        raise ValueError("unlabeled: the list of unlabelled images is empty")
     n = getattr(dls.train, 'unlabeled_bs', dls.bs)
-    dl = dls.test_dl(items, bs=n, shuffle=True, drop_last=len(items)>=n)
+    dl = dls.test_dl(items, bs=n, shuffle=True)
+    dl.drop_last = len(dl.dataset)>=n
     for tl in dl.dataset.tls: tl.tfms.split_idx = 0
     return dl
 
@@ -146,10 +153,10 @@ def draw(self:PairedBatchCallback,
 @patch
 def before_batch(self:PairedBatchCallback):
     self._x_l = self.step = None
-    self._note_mask()
     x_u = None
     if len(self.yb)==2 and getattr(self.dl, 'unlabeled', None) is not None:
         x_u,self.learn.yb = self.yb[0],self.yb[1:]
+    self._note_mask()
     if not self.training or not self.methods: return
     if len(self.xb)!=1:
         raise ValueError(f"the batches have {len(self.xb)} inputs for the network, and a method knows of one, the "
@@ -157,7 +164,7 @@ def before_batch(self:PairedBatchCallback):
     if self.stream is not None: x_u = to_device(next(self.stream), self.x.device)
     x_l,x_u = (o.as_subclass(Tensor) for o in (self.x, x_u))
     _check_sizes(x_l, x_u)
-    y = self.yb[-1]
+    y = self.yb[0]
     y_l = y.as_subclass(Tensor) if isinstance(y, Tensor) else y
     self.step = Step(x_l, y_l, x_u, self.draw(len(x_u), x_u.device), self.pct_train,
                      self._ask_teacher(), self.normalization, self.generator)
@@ -182,7 +189,7 @@ def _intensities(self:PairedBatchCallback):
 @patch
 def _note_mask(self:PairedBatchCallback):
     "Remember what the mask knows of its scans: `CastToTensor` drops it"
-    y = self.yb[-1] if len(self.yb) else None
+    y = self.yb[0] if len(self.yb) else None
     self._mask_notes = {} if y is None else {k: vars(y)[k] for k in ('scan','index') if k in vars(y)}
 
 @patch
@@ -203,7 +210,7 @@ def _mixed_precision(self:PairedBatchCallback):
 
 @patch
 def after_pred(self:PairedBatchCallback):
-    for k,o in self._mask_notes.items(): setattr(self.learn.yb[-1], k, o)
+    for k,o in self._mask_notes.items(): setattr(self.learn.yb[0], k, o)
     if self.step is None: return
     step,names = self.step,list(self.step.images)
     if self.passes==1: step.receive(['l',*names], self.pred, self.maps.take())

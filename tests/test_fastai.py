@@ -3,13 +3,14 @@ import math
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
+from fastai.basics import DataLoaders
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.interpret import ClassificationInterpretation, Interpretation, SegmentationInterpretation
 
 from fastmiseg.callback.baselines import ConsistencyCallback
-from fastmiseg.callback.log import training_log
+from fastmiseg.callback.log import TrainingLogCallback, training_log
 from fastmiseg.data import MISegDataLoaders
 from fastmiseg.learner import miseg_learner
 from fastmiseg.metrics import VolumeDice
@@ -17,7 +18,7 @@ from fastmiseg.scans.split import split_cohort
 from fastmiseg.scans.phantom import make_phantom
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.surface import VolumeHD95
-from toy import learner, quiet
+from toy import learner, loaders, quiet
 
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory):
@@ -189,6 +190,13 @@ def test_the_record_of_a_fit_that_begins_later(tmp_path):
     learn.fit(3, start_epoch=2, cbs=ConsistencyCallback())
     log = training_log(learn)
     assert len(log)==3 and log[:2].isna().all(None) and log[2:].notna().all(None) and 'consistency' in log
+
+def test_the_record_of_a_fit_without_validation(tmp_path):
+    dls = loaders()
+    learn = quiet(learner(tmp_path, dls=DataLoaders(dls.train, dls.valid.new(dls.valid_ds.new_empty()))))
+    learn.fit(1, cbs=[ConsistencyCallback(), TrainingLogCallback(tmp_path/'log.csv')])
+    log = pd.read_csv(tmp_path/'log.csv')
+    assert log.valid_loss.isna().all() and log[['train_loss','consistency']].notna().all(None)
 
 def test_a_validation_leaves_the_names_of_the_record(tmp_path):
     "After a fit with methods the columns of their terms had no names left, and no table and no curves could be made"

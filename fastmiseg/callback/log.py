@@ -23,7 +23,8 @@ def training_log(
 )->pd.DataFrame:  # a row per epoch
     "What the recorder wrote down: losses, terms and metrics"
     names = [o for o in learn.recorder.metric_names if o not in ('epoch','time')]
-    rows = [list(map(float, o)) for o in learn.recorder.values] # empty for epochs that `start_epoch` passed over
+    number = lambda o: float('nan' if o is None else o) # a loss of no batch is None
+    rows = [list(map(number, o)) for o in learn.recorder.values] # empty for epochs that `start_epoch` passed over
     return pd.DataFrame(rows, columns=names[:max(map(len, rows))] if rows else names, dtype=float)
 
 # %% ../../nbs/59_callback.log.ipynb #65a17713

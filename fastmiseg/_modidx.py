@@ -826,6 +826,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fastmiseg.losses': { 'fastmiseg.losses.CrossEntropyDiceLoss': ('losses.html#crossentropydiceloss', 'fastmiseg/losses.py'),
                                   'fastmiseg.losses.CrossEntropyDiceLoss.__init__': ( 'losses.html#crossentropydiceloss.__init__',
                                                                                       'fastmiseg/losses.py'),
+                                  'fastmiseg.losses.CrossEntropyDiceLoss._loss': ( 'losses.html#crossentropydiceloss._loss',
+                                                                                   'fastmiseg/losses.py'),
                                   'fastmiseg.losses.CrossEntropyDiceLoss.activation': ( 'losses.html#crossentropydiceloss.activation',
                                                                                         'fastmiseg/losses.py'),
                                   'fastmiseg.losses.CrossEntropyDiceLoss.decodes': ( 'losses.html#crossentropydiceloss.decodes',

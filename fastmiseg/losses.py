@@ -32,16 +32,21 @@ def soft_dice_loss(
 class CrossEntropyDiceLoss(nn.Module):
     "Cross-entropy plus soft Dice of logits and masks"
     def __init__(self,
-        dice:float=1. # weight of the Dice loss
+        dice:float=1., # weight of the Dice loss
+        reduction:str='mean' # 'mean' of the batch, or 'none': of each image, as fastai's interpretations ask for
     ):
         super().__init__()
-        self.dice = dice
+        self.dice,self.reduction = dice,reduction
 
     def forward(self,
         logits:Tensor, # (N,C,*map)
         y:Tensor       # (N,*map) class indices
-    )->Tensor:         # scalar
+    )->Tensor:         # scalar, or (N,)
         logits,y = (o.as_subclass(Tensor) for o in (logits, y))
+        if self.reduction=='none': return torch.stack([self._loss(*o) for o in zip(logits.split(1), y.split(1))])
+        return self._loss(logits, y)
+
+    def _loss(self, logits, y):
         return F.cross_entropy(logits.float(), y) + self.dice*soft_dice_loss(logits.float().softmax(1), y)
 
     def activation(self, x:Tensor)->Tensor: return x.softmax(1)

@@ -13,6 +13,7 @@ from fastmiseg.callback.baselines import ConsistencyCallback
 from fastmiseg.callback.log import TrainingLogCallback, training_log
 from fastmiseg.data import MISegDataLoaders
 from fastmiseg.learner import miseg_learner
+from fastmiseg.losses import CrossEntropyDiceLoss
 from fastmiseg.metrics import VolumeDice
 from fastmiseg.scans.split import split_cohort
 from fastmiseg.scans.phantom import make_phantom
@@ -101,6 +102,15 @@ def test_slices_with_the_largest_losses(trained, tiny, kind):
     assert [o.get_title() for o in fig.axes]==['mask']*3+[f'prediction\nloss {float(o):.3g}' for o in losses]
     assert [o.get_text() for o in fig.legends[0].get_texts()]==list(tiny.dls.vocab)[1:]
     np.testing.assert_array_equal(fig.axes[1].images[0].get_array(), inputs[1][0].cpu())
+
+def test_images_with_the_largest_losses_of_the_recommended_loss(tiny):
+    learn = new(tiny, loss_func=CrossEntropyDiceLoss())
+    found = Interpretation.from_learner(learn)
+    worst,i = found.top_losses(1)
+    x,y = tiny.dls.valid.dataset[int(i[0])]
+    with torch.no_grad(): logits = learn.model.eval()(x[None].as_subclass(torch.Tensor))
+    torch.testing.assert_close(worst[0].as_subclass(torch.Tensor), learn.loss_func(logits, y[None]))
+    assert len(learn.get_preds(with_loss=True)[2])==len(tiny.dls.valid.dataset) and learn.loss_func.reduction=='mean'
 
 def test_confusion_of_pixels(trained, tiny):
     found = ClassificationInterpretation.from_learner(trained)

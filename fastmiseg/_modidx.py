@@ -323,6 +323,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fastmiseg/callback/paired.py'),
                                            'fastmiseg.callback.paired._only_one': ( 'callback.paired.html#_only_one',
                                                                                     'fastmiseg/callback/paired.py'),
+                                           'fastmiseg.callback.paired._only_teacher': ( 'callback.paired.html#_only_teacher',
+                                                                                        'fastmiseg/callback/paired.py'),
                                            'fastmiseg.callback.paired._projectors': ( 'callback.paired.html#_projectors',
                                                                                       'fastmiseg/callback/paired.py'),
                                            'fastmiseg.callback.paired._unlabeled_stream': ( 'callback.paired.html#_unlabeled_stream',

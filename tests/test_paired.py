@@ -236,6 +236,11 @@ def test_two_terms_of_one_name(tmp_path):
     with pytest.raises(ValueError, match='mean_teacher: EMATeacherCallback and EMATeacherCallback both'):
         bad(tmp_path, [EMATeacherCallback(), EMATeacherCallback(.5)])
 
+def test_two_teachers(tmp_path):
+    "Each took the network's place in the validation, and the network was left with the weights of one of them"
+    with pytest.raises(ValueError, match='EMATeacherCallback and EMATeacherCallback: both would answer'):
+        bad(tmp_path, [EMATeacherCallback(weight=1.), EMATeacherCallback(decay=.5, weight=0.)])
+
 def test_a_stage_is_clustered_in_one_way():
     with pytest.raises(ValueError, match="MIRegCallback: 'Conv5' is in global_layers and in local_layers"):
         MIRegCallback(local_layers=('Conv5','Upconv2'))

@@ -60,6 +60,14 @@ def _loader_of(dls, items):
     for tl in dl.dataset.tls: tl.tfms.split_idx = 0
     return dl
 
+def _only_teacher(methods):
+    "The one that answers for the unlabelled images, or None"
+    teachers = [r for r in methods if isinstance(r, Teacher)]
+    if len(teachers)>1:
+        raise ValueError(f"{' and '.join(type(r).__name__ for r in teachers)}: both would answer for the unlabelled "
+                         "images, and be validated in the network's place; leave one of them out")
+    return teachers[0] if teachers else None
+
 def _check_terms(methods):
     names = [(k, type(m).__name__) for m in methods for k in m.weights]
     for i,(k,first) in enumerate(names):
@@ -124,7 +132,7 @@ def _prepare(self:PairedBatchCallback):
     if self.passes not in (1,2,3): raise ValueError(f"passes: {self.passes!r} is not 1, 2 or 3")
     for r in self.methods: r.join(self.methods)
     _check_terms(self.methods)
-    self.teacher = next((r for r in self.methods if isinstance(r, Teacher)), None)
+    self.teacher = _only_teacher(self.methods)
     self.stream = _unlabeled_stream(self.learn, self.methods)
     pool = _only_one('T', self.methods, 'a T') or usual_pool()
     if not isinstance(pool, Pool):

@@ -82,6 +82,13 @@ def test_validation_of_the_training_slices(trained, tiny):
     dl = tiny.dls.train.new(shuffle=False, drop_last=False)
     assert trained.validate(ds_idx=0)[1]==pytest.approx(by_hand(trained, dl))
 
+def test_predictions_of_the_training_slices(trained, tiny):
+    preds,masks = trained.get_preds(dl=tiny.dls.train)
+    assert torch.equal(masks, torch.stack([y for _,y in tiny.dls.train.dataset]))
+    assert torch.equal(preds, trained.get_preds(ds_idx=0)[0])
+    trained.show_results(dl=tiny.dls.train, max_n=2)
+    assert len(Interpretation.from_learner(trained, dl=tiny.dls.train).losses)==len(masks)
+
 @pytest.mark.parametrize('ds_idx', [0,1])
 def test_show_results(trained, ds_idx):
     trained.show_results(ds_idx=ds_idx, max_n=3)

@@ -87,12 +87,21 @@ def _begin_anew_with_what_was_loaded(load, learn, *args, **kwargs):
     return res
 
 # %% ../../nbs/53_callback.install.ipynb #f575faa3
-@_instead_of('validate')
-def _slices_in_order(validate, learn, ds_idx=1, dl=None, cbs=None):
+def _in_order(dl):
     "A `PairedDL` is its labelled slices, each once"
-    if dl is None: dl = learn.dls[ds_idx]
-    if isinstance(dl, PairedDL): dl = dl.new(shuffle=False, drop_last=False)
-    return validate(learn, dl=dl, cbs=cbs)
+    return dl.new(shuffle=False, drop_last=False) if isinstance(dl, PairedDL) else dl
+
+@_instead_of('validate')
+def _validate_in_order(validate, learn, ds_idx=1, dl=None, cbs=None):
+    return validate(learn, dl=_in_order(learn.dls[ds_idx] if dl is None else dl), cbs=cbs)
+
+@_instead_of('get_preds')
+def _predict_in_order(get_preds, learn, ds_idx=1, dl=None, *args, **kwargs):
+    return get_preds(learn, ds_idx, _in_order(dl), *args, **kwargs)
+
+@_instead_of('show_results')
+def _show_in_order(show_results, learn, ds_idx=1, dl=None, *args, **kwargs):
+    return show_results(learn, ds_idx, _in_order(dl), *args, **kwargs)
 
 @contextmanager
 def _kept_record(learn):

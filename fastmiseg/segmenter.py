@@ -157,8 +157,8 @@ def export_segmenter(
     if hasattr(learn.model, 'members'):
         raise SegmenterError('learn: is several models, each of which has a file of its own; load_segmenter([...]) '
                              'puts them together again')
-    arch = learn.about['arch'] if seg else dict(getattr(learn, 'arch', {}))
-    if not (arch and _to_name(arch['arch'])):
+    arch = learn.about['arch'] if seg else getattr(learn, 'arch', None) # `unet_learner` leaves a function there
+    if not (isinstance(arch, dict) and _to_name(arch['arch'])):
         raise SegmenterError('learn: was not made by miseg_learner with an architecture that has a name, so nobody '
                              'else could build its network from a file; use learn.export, for people who trust you')
     _check_plain(learn)

@@ -216,6 +216,9 @@ def test_what_cannot_be_exported(tmp_path):
     with pytest.raises(SegmenterError, match='would not come back from it: lacks'):
         export_segmenter(foreign, tmp_path/'a.safetensors')
     assert not os.listdir(tmp_path)
+    foreign.arch = lambda: None # as `unet_learner` leaves it
+    with pytest.raises(SegmenterError, match='was not made by miseg_learner'):
+        export_segmenter(foreign, tmp_path/'a.safetensors')
 
 # -- ONNX --------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('arch,kw', [('unet',dict(width=4)), ('dynamic_unet',dict(width=4)), ('resnet10t',{})])

@@ -1914,6 +1914,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastmiseg.segmenter._build': ('segmenter.html#_build', 'fastmiseg/segmenter.py'),
                                      'fastmiseg.segmenter._check_alike': ('segmenter.html#_check_alike', 'fastmiseg/segmenter.py'),
                                      'fastmiseg.segmenter._check_plain': ('segmenter.html#_check_plain', 'fastmiseg/segmenter.py'),
+                                     'fastmiseg.segmenter._check_same': ('segmenter.html#_check_same', 'fastmiseg/segmenter.py'),
                                      'fastmiseg.segmenter._compare': ('segmenter.html#_compare', 'fastmiseg/segmenter.py'),
                                      'fastmiseg.segmenter._fill': ('segmenter.html#_fill', 'fastmiseg/segmenter.py'),
                                      'fastmiseg.segmenter._flesh_out': ('segmenter.html#_flesh_out', 'fastmiseg/segmenter.py'),

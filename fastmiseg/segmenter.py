@@ -142,6 +142,15 @@ def _check_plain(learn):
     raise SegmenterError('learn: its loaders have a `Normalize`, which the file cannot hold; use learn.export, for '
                          'people who trust you, or train without it')
 
+def _check_same(model, back, recipe, path):
+    "A layer that was replaced by one with the same weights is in no file"
+    device = next(model.parameters()).device
+    x = torch.linspace(0, 1, recipe.channels*64*64, device=device).view(1, recipe.channels, 64, 64)
+    with torch.no_grad(),evaluating(model): was,now = (o(x).as_subclass(torch.Tensor) for o in (model, back.to(device)))
+    if (was-now).abs().max() > 1e-3*(was.max()-was.min()):
+        raise SegmenterError(f'{path}: this learner would not come back from it: the network was changed after '
+                             'miseg_learner had made it; use learn.export, for people who trust you')
+
 def export_segmenter(
     learn:Learner|Segmenter, # a learner made by `miseg_learner`; or a `Segmenter`, to write it again
     path:str|Path,           # file to write, NAME.safetensors
@@ -173,7 +182,8 @@ def export_segmenter(
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as tmp:
             _save(tmp, about, tensors)
-            load_segmenter(tmp, 'cpu', f'{path}: this learner would not come back from it')
+            back = load_segmenter(tmp, 'cpu', f'{path}: this learner would not come back from it')
+            _check_same(learn.model, back.model, recipe, path)
     except (OSError, SafetensorError) as e:
         said = f'{path}: cannot be written ({getattr(e, "strerror", None) or e})'
         why = str(e) if isinstance(e, WriteError) else said

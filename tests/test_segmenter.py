@@ -215,6 +215,12 @@ def test_what_cannot_be_exported(tmp_path):
     foreign = Untrained(width=2); foreign.model = nn.Conv2d(1, 3, 1)
     with pytest.raises(SegmenterError, match='would not come back from it: lacks'):
         export_segmenter(foreign, tmp_path/'a.safetensors')
+    changed = Untrained(width=2)
+    for m in changed.model.modules(): # as if trained: signals that arrive
+        if isinstance(m, nn.BatchNorm2d): m.running_var.fill_(.01)
+    changed.model.Conv5[2] = nn.Tanh()
+    with pytest.raises(SegmenterError, match='would not come back from it: the network was changed after'):
+        export_segmenter(changed, tmp_path/'a.safetensors')
     assert not os.listdir(tmp_path)
     foreign.arch = lambda: None # as `unet_learner` leaves it
     with pytest.raises(SegmenterError, match='was not made by miseg_learner'):

@@ -236,6 +236,15 @@ def test_two_terms_of_one_name(tmp_path):
     with pytest.raises(ValueError, match='mean_teacher: EMATeacherCallback and EMATeacherCallback both'):
         bad(tmp_path, [EMATeacherCallback(), EMATeacherCallback(.5)])
 
+def test_two_views_of_one_name(tmp_path):
+    "The second method was given the images of the first"
+    class Mine(Nothing):
+        def views(self, step):
+            step.see('tx')
+            step.see('strong', lambda: -step.x_u)
+    with pytest.raises(ValueError, match="see: images called 'strong' are there already"):
+        bad(tmp_path, [PseudoLabelCallback(), Mine()])
+
 def test_two_teachers(tmp_path):
     "Each took the network's place in the validation, and the network was left with the weights of one of them"
     with pytest.raises(ValueError, match='EMATeacherCallback and EMATeacherCallback: both would answer'):

@@ -49,11 +49,13 @@ class Step:
 
     def see(self,
         name:str,           # 'x': the unlabelled images, 'tx': T(x); or a name of your own
-        make:Callable=None, # makes the images of another name; called once, however many ask
+        make:Callable=None, # makes the images of another name, which nobody else has taken
         move:Callable=None  # moves what was said of x (maps (N,...,h,w)) as the images of another name were moved
     )->Tensor:              # the images
         "Have the network see images in this step's forward pass"
         known = dict(x=(lambda: self.x_u, None), tx=(lambda: self.T.images(self.x_u, self.normalize), self.T))
+        if make is not None and (name in known or name in self.images):
+            raise ValueError(f"see: images called {name!r} are there already, and may be others; take another name")
         if name not in self.images:
             make,move = known.get(name, (None,None)) if make is None else (make,move)
             if make is None:

@@ -159,6 +159,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'fastmiseg/callback/method.py'),
                                            'fastmiseg.callback.method.SemiSupCallback.__init__': ( 'callback.method.html#semisupcallback.__init__',
                                                                                                    'fastmiseg/callback/method.py'),
+                                           'fastmiseg.callback.method.SemiSupCallback._named': ( 'callback.method.html#semisupcallback._named',
+                                                                                                 'fastmiseg/callback/method.py'),
                                            'fastmiseg.callback.method.SemiSupCallback.after_fit': ( 'callback.method.html#semisupcallback.after_fit',
                                                                                                     'fastmiseg/callback/method.py'),
                                            'fastmiseg.callback.method.SemiSupCallback.after_validate': ( 'callback.method.html#semisupcallback.after_validate',

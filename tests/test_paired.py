@@ -236,6 +236,17 @@ def test_two_terms_of_one_name(tmp_path):
     with pytest.raises(ValueError, match='mean_teacher: EMATeacherCallback and EMATeacherCallback both'):
         bad(tmp_path, [EMATeacherCallback(), EMATeacherCallback(.5)])
 
+@pytest.mark.parametrize('weights,penalty,said', [
+    (dict(a=1., b=5.), lambda x: x.mean(), r'penalty returned one term, and there are 2 weights \(a, b\)'),
+    (dict(a=1.), lambda x: dict(a=x.mean(), b=x.mean()), "the term 'b' has no weight; there are a"),
+    (dict(a=1.), lambda x: x.mean((1,2,3)), r"the term 'a' is a tensor of shape \(3,\), expected"),
+    (dict(a=1.), lambda x: 0., "the term 'a' is 0.0, expected")])
+def test_penalties_that_do_not_fit_their_weights(tmp_path, weights, penalty, said):
+    "Of two weights the second was passed over"
+    class Mine(SemiSupCallback):
+        def penalty(self, step): return penalty(step.logits['tx'])
+    with pytest.raises(ValueError, match=f'Mine: {said}'): bad(tmp_path, Mine(**weights))
+
 def test_two_views_of_one_name(tmp_path):
     "The second method was given the images of the first"
     class Mine(Nothing):

@@ -122,12 +122,26 @@ class SemiSupCallback(Callback):
         step:Step # after the forward pass
     )->Tensor: # what is added to the loss
         "The weighted sum of the terms of a step; each is noted for the log"
-        vals = self.penalty(step)
-        if not isinstance(vals, dict): vals = {next(iter(self.weights)): vals}
+        vals = self._named(self.penalty(step))
         self.terms = {k:o.detach() for k,o in vals.items()}
         for k,o in self.terms.items(): self._sums[k] = self._sums.get(k, 0) + o
         self._count += 1
         return sum(self.weight_of(k, step)*o for k,o in vals.items())
+
+    def _named(self, vals):
+        "The terms of a penalty by name, checked"
+        who,names = type(self).__name__,', '.join(self.weights)
+        if not isinstance(vals, dict):
+            if len(self.weights)!=1:
+                raise ValueError(f"{who}: penalty returned one term, and there are {len(self.weights)} weights "
+                                 f"({names}); return a dictionary with a term for each")
+            vals = {names: vals}
+        for k,o in vals.items():
+            if k not in self.weights: raise ValueError(f"{who}: the term {k!r} has no weight; there are {names}")
+            if not torch.is_tensor(o) or o.ndim:
+                what = f'a tensor of shape {tuple(o.shape)}' if torch.is_tensor(o) else repr(o)
+                raise ValueError(f"{who}: the term {k!r} is {what}, expected a tensor that is one number, as a mean is")
+        return vals
 
     def weight_of(self,
         term:str,

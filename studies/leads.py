@@ -101,6 +101,7 @@ rows = {
     'recommended, marginal=1': recommended(mireg=dict(marginal=1.)),
     'recommended, memory=0': recommended(mireg=dict(memory=0.)),
     'recommended, balance=False': recommended(mireg=dict(balance=False)),
+    'recommended, unlabeled_bs=16': recommended(unlabeled_bs=16),
     'recommended, valid area': dict(strong, method='valid area'),
     'recommended, clusters of patches across scans': recommended(
         global_mi=0., mireg=dict(local_layers=['Upconv5','Upconv3','Upconv2'])),

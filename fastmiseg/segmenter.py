@@ -142,10 +142,10 @@ def _check_plain(learn):
     raise SegmenterError('learn: its loaders have a `Normalize`, which the file cannot hold; use learn.export, for '
                          'people who trust you, or train without it')
 
-def _check_same(model, back, recipe, path):
+def _check_same(model, back, arch, path):
     "A layer that was replaced by one with the same weights is in no file"
-    device = next(model.parameters()).device
-    x = torch.linspace(0, 1, recipe.channels*64*64, device=device).view(1, recipe.channels, 64, 64)
+    device,shape = next(model.parameters()).device,(arch['n_in'], *arch['size'])
+    x = torch.linspace(0, 1, math.prod(shape), device=device).view(1, *shape)
     with torch.no_grad(),evaluating(model): was,now = (o(x).as_subclass(torch.Tensor) for o in (model, back.to(device)))
     if (was-now).abs().max() > 1e-3*(was.max()-was.min()):
         raise SegmenterError(f'{path}: this learner would not come back from it: the network was changed after '
@@ -183,7 +183,7 @@ def export_segmenter(
         with whole_file(path) as tmp:
             _save(tmp, about, tensors)
             back = load_segmenter(tmp, 'cpu', f'{path}: this learner would not come back from it')
-            _check_same(learn.model, back.model, recipe, path)
+            _check_same(learn.model, back.model, arch, path)
     except (OSError, SafetensorError) as e:
         said = f'{path}: cannot be written ({getattr(e, "strerror", None) or e})'
         why = str(e) if isinstance(e, WriteError) else said

@@ -223,3 +223,8 @@ def test_a_validation_leaves_the_names_of_the_record(tmp_path):
     learn.validate()
     learn.get_preds()
     assert learn.recorder.metric_names==names and training_log(learn).equals(log) and 'consistency' in log
+
+def test_a_validation_before_any_fit_has_its_own_names(tmp_path):
+    learn = quiet(learner(tmp_path))
+    learn.validate()
+    assert learn.recorder.metric_names[:3]==['epoch','train_loss','valid_loss']

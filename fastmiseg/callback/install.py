@@ -105,8 +105,10 @@ def _show_in_order(show_results, learn, ds_idx=1, dl=None, *args, **kwargs):
 
 @contextmanager
 def _kept_record(learn):
-    names = (*Recorder._stateattrs, 'metric_names')
-    recorders = [(o, {k:v for k,v in vars(o).items() if k in names}) for o in learn._grab_cbs(Recorder)]
+    def record(o):
+        res = {k:getattr(o, k, []) for k in Recorder._stateattrs}
+        return res | dict(metric_names=o.metric_names) if 'metric_names' in vars(o) else res
+    recorders = [(o, record(o)) for o in learn._grab_cbs(Recorder)]
     try: yield
     finally:
         for o,kept in recorders: vars(o).update(kept)

@@ -1418,7 +1418,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fastmiseg.scans.layout._check_names_of_masks': ( 'scans.layout.html#_check_names_of_masks',
                                                                                           'fastmiseg/scans/layout.py'),
                                         'fastmiseg.scans.layout._is': ('scans.layout.html#_is', 'fastmiseg/scans/layout.py'),
-                                        'fastmiseg.scans.layout._is_odd': ('scans.layout.html#_is_odd', 'fastmiseg/scans/layout.py'),
                                         'fastmiseg.scans.layout.a_few': ('scans.layout.html#a_few', 'fastmiseg/scans/layout.py'),
                                         'fastmiseg.scans.layout.check_each_once': ( 'scans.layout.html#check_each_once',
                                                                                     'fastmiseg/scans/layout.py'),

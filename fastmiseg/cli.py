@@ -34,7 +34,7 @@ def as_typed(
 )->str:
     "A sentence about arguments, about options: `skip_bad=True` is --skip-bad"
     known = '|'.join(sorted(options, key=len, reverse=True))
-    start = rf'(?<![\w./=-])({known})='
+    start = rf'(?<![\w./=#&-])({known})='
     def option(m): return '--'+m[1].replace('_', '-')
     text = re.sub(rf'\w+\(\.\.\., ({known})=([^()]*)\)', r'\1=\2', text)
     text = re.sub(r'^df(?=: )', 'DATA', text)

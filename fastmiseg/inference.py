@@ -6,7 +6,7 @@
 __all__ = ['mean_opinion', 'recipe_of', 'training_scans', 'ScanAnswer', 'ask_network', 'check_free', 'predict_volume']
 
 # %% ../nbs/70_inference.ipynb #8261bc1d
-import math, warnings
+import math, os, warnings
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -265,9 +265,9 @@ def check_free(
     overwrite:bool # may others be replaced?
 ):
     "No file of `files` replaces one of `keep`, or any at all unless `overwrite`"
-    keep = {Path(split_choice(o)[0]).resolve() for o in keep if isinstance(o, (str,Path))}
+    keep = {os.path.realpath(split_choice(o)[0]) for o in keep if isinstance(o, (str,Path))}
     for o in files:
-        if Path(o).resolve() in keep:
+        if os.path.realpath(o) in keep:
             raise ValueError(f'out: {o} is a scan or mask that is read here; write to another folder')
     there = [o for o in files if Path(o).exists()]
     if there and not overwrite:

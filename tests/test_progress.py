@@ -72,6 +72,7 @@ def test_words_and_bytes():
     ('Expected a folder `images` (and `masks`) with scans', 'Expected a folder `images` (and `masks`) with scans'),
     ('give the argument `images`', 'give the argument --images'),
     ('df: no scan has a mask', 'DATA: no scan has a mask'),
+    ("/data/a#series=T1&phase=2: series='T1' fits", "/data/a#series=T1&phase=2: --series 'T1' fits"),
     ('/data/seed=1/test=2.nii: is bad', '/data/seed=1/test=2.nii: is bad'), ('test: is empty', '--test: is empty')])
 def test_errors_in_the_words_of_the_command(text, typed):
     assert cli.as_typed(text, cli.options_in(cli.train))==typed

@@ -13,7 +13,7 @@ from fastmiseg.scans.cohort import CohortError, check_cohort, find_duplicates, l
 from fastmiseg.scans.layout import check_each_once
 from fastmiseg.scans.split import split_cohort
 from fastmiseg.scans.masks import read_mask, read_scan
-from fastmiseg.scans.volume import Volume, read_volume, write_volume
+from fastmiseg.scans.volume import Volume, VolumeError, read_volume, write_volume
 
 def image(seed=0, shape=(4,10,12)):
     return Volume(np.random.default_rng(seed).integers(1, 900, shape).astype(np.int16), (5.,1.5,1.25))
@@ -351,11 +351,33 @@ def test_symlink_loop_and_dead_links(tmp_path):
     (tmp_path/'images/self.nii.gz').symlink_to(tmp_path/'images/self.nii.gz')
     (tmp_path/'images/dead.nii.gz').symlink_to('nowhere')
     df = load_cohort(tmp_path, 'folder')
-    assert 'a' in df.scan.tolist() and len(df)<=3
+    assert {'a','dead','self'}<={*df.scan} and len(df)<=4
     (tmp_path/'real').mkdir(); put(tmp_path/'real', 'images/b.nii.gz', 'masks/b.nii.gz'); (tmp_path/'linked').mkdir()
     (tmp_path/'linked/images').symlink_to(tmp_path/'real/images')
     (tmp_path/'linked/masks').symlink_to(tmp_path/'real/masks')
     assert load_cohort(tmp_path/'linked').scan.tolist()==['b']
+
+def test_a_link_that_leads_nowhere_is_listed_and_refused_when_it_is_read(tmp_path):
+    "As git-annex leaves them: an annotated scan must not become an unlabelled one, nor a scan vanish"
+    put(tmp_path, 'images/a.nii.gz', 'masks/a.nii.gz'); put(tmp_path, 'images/b.nii.gz')
+    (tmp_path/'masks/b.nii.gz').symlink_to('../.git/annex/b.nii.gz')
+    (tmp_path/'images/c.nii.gz').symlink_to('../.git/annex/c.nii.gz')
+    (tmp_path/'images/d.nii.gz').symlink_to('d.nii.gz')
+    df = load_cohort(tmp_path, 'folder').set_index('scan')
+    assert df.index.tolist()==list('abcd') and df['mask'].notna().tolist()==[True,True,False,False]
+    for o in (df['mask']['b'], df.image['c']):
+        with pytest.raises(VolumeError, match=f'{o}: does not exist; .* where a link leads'): read_volume(o)
+    with pytest.raises(VolumeError, match='d.nii.gz: cannot be opened'): read_volume(df.image['d'])
+
+def test_a_folder_that_cannot_be_opened_is_said(tmp_path, monkeypatch):
+    for o in ('a','b'): put(tmp_path, f'images/{o}/x.nii.gz')
+    scandir = os.scandir
+    def refuse(d):
+        if Path(d).name=='b': raise PermissionError(13, 'Permission denied')
+        return scandir(d)
+    monkeypatch.setattr(os, 'scandir', refuse)
+    with pytest.warns(UserWarning, match='images/b: cannot be opened .Permission denied., so that what is in it is'):
+        assert load_cohort(tmp_path, 'folder').scan.tolist()==['a_x']
 
 def test_lost_masks(tmp_path):
     put(tmp_path, 'images/a.nii.gz', 'masks/a.nii.gz'); put(tmp_path, 'masks/z.nii.gz')

@@ -136,19 +136,19 @@ def walk(
         try:
             key = os.path.realpath(d)
             entries = sorted((o for o in os.scandir(d) if not o.name.startswith('.')), key=lambda o: o.name)
-        except OSError: continue
+        except (FileNotFoundError, NotADirectoryError): continue
+        except OSError as e:
+            warnings.warn(f'{d}: cannot be opened ({e.strerror}), so that what is in it is left out', stacklevel=4)
+            continue
         if key in seen: continue
         seen.add(key)
-        yield d,[d/o.name for o in entries if _is(o.is_file) or extension(o.name) and _is_odd(o)]
+        # a dead link, a named pipe, a device: called like a scan, it is listed, for whoever reads it to refuse
+        yield d,[d/o.name for o in entries if _is(o.is_file) or extension(o.name) and not _is(o.is_dir)]
         if level<depth: todo += [(d/o.name,level+1) for o in entries if _is(o.is_dir)]
 
 def _is(f):
     try: return f()
     except OSError: return False # a link that leads nowhere or in circles
-
-def _is_odd(entry):
-    "A named pipe or a device that is called like a scan is listed, for whoever reads it to refuse"
-    return _is(lambda: entry.stat() and not entry.is_dir())
 
 def scans_in(
     root:str|Path, # folder

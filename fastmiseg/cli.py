@@ -28,11 +28,14 @@ _phrases = {'replace with overwrite':'replace with --overwrite', 'or overwrite i
             'resume it, ':'go on with --resume, ', 'resume it':'go on with --resume',
             'call load_cohort with the `layout`':'give the --layout', ' (`labeled` of split_cohort)':' (--labeled)'}
 
+_recipe = re.compile(r'Recipe\((?:[^()]|\([^()]*\))*\)')
+
 def as_typed(
     text:str, # as a function's error says it
     options   # names of the command's options, as Python has them
 )->str:
     "A sentence about arguments, about options: `skip_bad=True` is --skip-bad"
+    recipes,text = _recipe.findall(text),_recipe.sub('\0', text) # their arguments are no options
     known = '|'.join(sorted(options, key=len, reverse=True))
     start = rf'(?<![\w./=#&-])({known})='
     def option(m): return '--'+m[1].replace('_', '-')
@@ -41,8 +44,12 @@ def as_typed(
     for k,o in _phrases.items(): text = text.replace(k, o)
     text = re.sub(start+r'True\b', option, text)
     text = re.sub(start+r'(?=\S)', lambda m: option(m)+' ', text)
-    text = re.sub(rf'(?<!column )(?<!folder )(?<!\(and )`({known})`(?! of)', option, text)
-    return re.sub(rf'^({known})(?=: )', option, text)
+    text = re.sub(rf'(?<!column )(?<!folder )(?<!\(and )`({known})`(?! \(?of)', option, text)
+    text = re.sub(rf'^({known})(?=: )', option, text)
+    for o in recipes: text = text.replace('\0', o, 1)
+    if not recipes or 'recipe' not in options: return text
+    return (f'{text}. A command takes a Recipe as a JSON file, --recipe FILE, with entries like those of "recipe" in '
+            'the config.json of a run')
 
 def _bars_or_lines():
     "Bars in a terminal, lines in a file"

@@ -73,6 +73,10 @@ def test_words_and_bytes():
     ('give the argument `images`', 'give the argument --images'),
     ('df: no scan has a mask', 'DATA: no scan has a mask'),
     ("/data/a#series=T1&phase=2: series='T1' fits", "/data/a#series=T1&phase=2: --series 'T1' fits"),
+    ("one: Recipe(classes=('a', 'b'), labels={1: 1}) or Recipe(labels=...)",
+     "one: Recipe(classes=('a', 'b'), labels={1: 1}) or Recipe(labels=...). A command takes a Recipe as a JSON file, "
+     '--recipe FILE, with entries like those of "recipe" in the config.json of a run'),
+    ('say with `labels` (of load_cohort or Recipe)', 'say with `labels` (of load_cohort or Recipe)'),
     ('/data/seed=1/test=2.nii: is bad', '/data/seed=1/test=2.nii: is bad'), ('test: is empty', '--test: is empty')])
 def test_errors_in_the_words_of_the_command(text, typed):
     assert cli.as_typed(text, cli.options_in(cli.train))==typed

@@ -241,13 +241,14 @@ def predict(
     **options           # How DATA is read
 ):
     """Segment scans. One that cannot be used does not stop the others: it is reported at the end.
+    Called again, when more scans have come or after an interruption, it segments those that are missing in OUT.
     Exit codes: 0 done; 1 done, but some scans could not be used; 2 not done, for the reason given; 130 interrupted."""
     with polite('fastmiseg-predict', '; what is segmented is kept, call it again', options_in(predict)):
         from fastmiseg.run_model import predict_scans
         done = predict_scans(model, data, out, probabilities=probabilities, flips=flips, largest=largest,
                              bs=bs, overwrite=overwrite, **options)
-        n = int(done.out.notna().sum())
-        print(f'\n{n} segmentation{"s"*(n!=1)} in {out}')
+        n,kept = int(done.out.notna().sum()),done.attrs['kept']
+        print(f'\n{n} segmentation{"s"*(n!=1)} in {out}' + (f', of which {kept} were there' if kept else ''))
         if seen := done.attrs['trained_on']:
             print(f'{len(seen)} of {len(done)} scans were in the training of the model ({", ".join(map(str, seen[:3]))}'
                   f'{", ..." if seen[3:] else ""}): how well these came out says little about others')

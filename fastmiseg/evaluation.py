@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from .inference import recipe_of
-from .scan_by_scan import ScanByScan, alone_in, as_cohort, out_files, trained_on, unfinished
+from .scan_by_scan import ScanByScan, alone_in, as_cohort, notes_name, out_files, trained_on
 from .scans.cohort import find_images
 from .scans.layout import check_each_once
 from .scans.recipe import Recipe
@@ -31,30 +31,33 @@ def predict_cohort(
     flips:bool|str=False,     # as for `predict_volume`
     largest:bool=False,       # as for `predict_volume`
     bs:int=16,                # slices to a batch
-    overwrite:bool=False,     # replace files that exist; they are an error otherwise, before any work
+    # replace files that exist; those that the same call did not write are an error otherwise, before any work
+    overwrite:bool=False,
     progress:bool=True,       # show a bar
     uncertainty:bool=False    # write how much several models disagree, as SCAN_uncertainty.nii.gz
 )->pd.DataFrame: # subject, scan, image, out, problem: of the last two one is None
-    "Segment scans in their own geometries; bad ones are listed; a call that was killed goes on when it is repeated"
+    "Segment scans in their own geometries; bad ones are listed; repeated, a call does what is new or was not finished"
     recipe,df = recipe_of(learn, recipe),as_cohort(scans)
     more = dict(probabilities=probabilities, uncertainty=uncertainty)
     names = ['out', *(k for k,o in more.items() if o)]
     files = out_files(df, out, ['.nii.gz', *(f'_{k}.nii.gz' for k in names[1:])])
-    problems,notes = {},Path(out)/unfinished
+    problems,notes = {},Path(out)/notes_name
     with alone_in(notes):
         run = ScanByScan(learn, df, df, recipe, files, notes, overwrite, bs, progress, what='predict', flips=flips,
                    largest=largest, **more)
+        kept = sum(s in run.done for s in df.scan)
         for r,answer,problem in run:
             problems[r.scan] = problem
             if problem: continue
             answer.save(**dict(zip(names, files[r.scan])), largest=largest)
             run.note(r)
-        run.notes.close()
+        run.notes.finish()
     run.tell()
     problems = [problems.get(s) for s in df.scan]
     outs = [None if p else str(files[s][0]) for s,p in zip(df.scan, problems)]
     res = dict(subject=df.subject.values, scan=df.scan.values, image=df.image.values, out=outs, problem=problems)
     res = pd.DataFrame(res, dtype=object)
+    res.attrs['kept'] = kept # how many were there from an earlier call
     res.attrs['trained_on'] = list(run.copies) # scans with the voxels of some that the network was trained on
     return res
 
@@ -178,7 +181,7 @@ def evaluate_cohort(
     masked = masked.assign(split=_parts(learn, masked))
     chosen = _choose(masked, split)
     files = out_files(chosen, out, ['.nii.gz'])
-    path = Path(notes) if notes else out and Path(out)/unfinished
+    path = Path(notes) if notes else out and Path(out)/notes_name
     new_only = split!='all' and not df.attrs.get('straddle')
     with alone_in(path):
         run = ScanByScan(learn, chosen, df, recipe, files, path, overwrite, bs, progress, what='evaluate', flips=flips,
@@ -188,7 +191,7 @@ def evaluate_cohort(
         copies = {s:o for s,o in run.copies.items() if s not in res and s not in bad}
         _say_copies(copies, len(chosen), _scans_of(learn) if trained is None else trained)
         if bad and not (skip_bad and res): raise _cannot_score(bad, len(chosen))
-        run.notes.close()
+        run.notes.remove()
     rows = [r for r in chosen.itertuples() if r.scan in res]
     res = pd.concat([res[r.scan].assign(subject=r.subject, scan=r.scan, split=r.split) for r in rows],
                     ignore_index=True)

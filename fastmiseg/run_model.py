@@ -49,6 +49,13 @@ def _load(model):
                       f'fastmiseg-train --out {quote(str(model))} --resume', stacklevel=3)
     return load_segmenter(files)
 
+def _check_beside(out, data):
+    "An error for a folder of segmentations in the folder of the scans"
+    folder,out_folder = (Path(os.path.realpath(os.path.expanduser(o))) for o in (data, out))
+    if folder.is_dir() and out_folder.is_relative_to(folder):
+        raise ValueError(f'out: {out} lies in the folder of the scans ({data}), where the segmentations would be taken '
+                         'for masks or scans the next time; choose a folder elsewhere')
+
 def predict_scans(
     model:str|Path, # run folder, or a file from `export_segmenter`
     data:str|Path,  # a scan, or a folder or CSV of scans
@@ -57,7 +64,9 @@ def predict_scans(
 )->pd.DataFrame:    # subject, scan, image, out, problem
     "Segment scans; one that cannot be used is listed, and does not stop the others"
     reading,kwargs = divide_options(Reading, kwargs)
-    return predict_cohort(_load(model), Reading(**reading).load_any(data), out, **kwargs)
+    seg = _load(model)
+    _check_beside(out, data)
+    return predict_cohort(seg, Reading(**reading).load_any(data), out, **kwargs)
 
 # %% ../nbs/78_run_model.ipynb #7a4a2c4b
 def evaluate_run(
@@ -97,7 +106,11 @@ def write_scores(
         why = ': each scan with a mask trained some of the folds' if data is None and split=='valid' else ''
         raise RunError(f'split: no scan of {data or run} is in {split!r}{why}')
     about = _about_scores(model, df, split, kwargs)
-    if (out/'metrics.csv').exists() and not overwrite: return _scores_of_before(out, about)
+    if (out/'metrics.csv').exists() and not overwrite:
+        try: return _scores_of_before(out, about)
+        except FileExistsError:
+            for o in () if kwargs.get('skip_bad') else _files_of(df, split): scan_files(o) # are they there?
+            raise
     trained = load_cohort(run/'split.csv', 'csv') if (run/'split.csv').exists() else None
     shown = {k:o for k,o in kwargs.items() if k in ('flips','largest')}
     with _made(out),held():
@@ -141,6 +154,12 @@ def _with_known_parts(run, df):
     found = [where.get(os.path.realpath(o), 'unknown') for o in df.image]
     return df.assign(split=found) if set(found)!={'unknown'} else df
 
+def _scored(df, split):
+    rows = df[df['mask'].notna()]
+    return rows if split in (None,'all') else rows[rows.split.isin(L(split))]
+
+def _files_of(df, split): return [o for r in _scored(df, split).itertuples() for o in (r.image, r.mask)]
+
 def _contents(path):
     "Checksums of a scan's or mask's files, and what is chosen of them; None where they cannot be read"
     chosen = split_choice(path)[1]
@@ -149,8 +168,7 @@ def _contents(path):
 
 def _about_scores(model, df, split, options):
     "What scores depend on, in a few words"
-    rows = df[df['mask'].notna()]
-    if split not in (None,'all'): rows = rows[rows.split.isin(L(split))]
+    rows = _scored(df, split)
     found = [[r.subject, r.scan, getattr(r, 'split', None), _contents(r.image), _contents(r.mask)]
              for r in rows.itertuples()]
     scans = json.dumps([found, *map(df.attrs.get, ('labels','straddle'))]).encode('utf-8', 'surrogateescape')

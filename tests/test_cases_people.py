@@ -505,17 +505,21 @@ def test_going_on_after_a_kill(tmp_path, monkeypatch, what):
     got = go()
     assert n[0]==12 and len(seg.model.seen)==before+2 # only the two that were left
     pd.testing.assert_frame_equal(got, whole)
-    assert not list(tmp_path.rglob('*.jsonl'))
+    assert [o.name for o in tmp_path.rglob('*.jsonl')]==(['.segmented.jsonl'] if what=='predict' else [])
 
 def test_a_scan_that_changed_is_segmented_again(tmp_path):
+    "Where a call was killed. What is finished may have been corrected by hand, and is not replaced unasked"
     df,seg,out = cohort(tmp_path, 'ab', ['valid']*2),bright(recipe),tmp_path/'out'
     predict_cohort(seg, df, out, progress=False)
     options = dict(what='predict', flips=False, largest=False, probabilities=False, uncertainty=False)
-    notes = E._Notes(out/E.unfinished, E.identity_of(seg, recipe, **options), True)
+    notes = E._Notes(out/E.notes_name, E.identity_of(seg, recipe, **options), True)
+    notes.begin()
     for r in df.itertuples(): notes.add(r.scan, looks=E._looks(r.image))
     put(df.image[1], square(7, at=(2,2))[0])
     assert predict_cohort(seg, df, out, progress=False).problem.isna().all()
     assert (read_volume(out/'b.nii.gz').array>0)[:,3:9,3:9].all()
+    put(df.image[1], square(5, at=(2,2))[0])
+    with pytest.raises(FileExistsError, match='b.nii.gz exists; choose'): predict_cohort(seg, df, out, progress=False)
 
 @pytest.mark.parametrize('where', ['read','network','room'])
 def test_a_scan_too_large_for_memory_does_not_end_the_others(tmp_path, monkeypatch, where):

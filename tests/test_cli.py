@@ -79,7 +79,7 @@ def test_predict_goes_on_after_a_bad_scan(run, hearts, tmp_path):
     r = command('predict', run, tmp_path/'scans', '--out', tmp_path/'segs', '--largest')
     assert (r.returncode==1 and '2 segmentations in' in r.stdout and 'a_broken.nii.gz' in r.stderr
             and '1 of 3 scans could not be used' in r.stderr)
-    assert sorted(os.listdir(tmp_path/'segs'))==['heart000.nii.gz','heart001.nii.gz']
+    assert sorted(os.listdir(tmp_path/'segs'))==['.segmented.jsonl','heart000.nii.gz','heart001.nii.gz']
     r = command('predict', run, tmp_path/'scans', '--out', tmp_path/'segs')
     assert (r.returncode==2
             and 'heart000.nii.gz exists, and 1 more; choose another place, or replace with --overwrite' in r.stderr

@@ -128,14 +128,43 @@ def test_subject_pattern(hearts, tmp_path):
     assert read_config(tmp_path/'out')['recipe'].size==(32,32)
 
 def test_prediction_of_a_folder_in_no_order_says_what_is_wrong_with_one_in_order(run, hearts, tmp_path):
-    os.link(hearts.df.image[0], tmp_path/'a.nii.gz')
-    assert predict_scans(run, tmp_path, tmp_path/'segs', progress=False).problem.isna().all()
-    (tmp_path/'b').mkdir()
-    (tmp_path/'b'/'sub-1').mkdir()
+    for o in ('a','b/sub-1'): (tmp_path/o).mkdir(parents=True)
+    os.link(hearts.df.image[0], tmp_path/'a'/'a.nii.gz')
+    assert predict_scans(run, tmp_path/'a', tmp_path/'segs', progress=False).problem.isna().all()
     for o in ('T1w','T2w'): os.link(hearts.df.image[0], tmp_path/'b'/'sub-1'/f'sub-1_{o}.nii.gz')
     with pytest.raises(CohortError, match='several kinds'):
         predict_scans(run, tmp_path/'b', tmp_path/'segs', progress=False)
     assert len(predict_scans(run, tmp_path/'b', tmp_path/'segs2', suffix='T2w', progress=False))==1
+
+def test_segmentations_do_not_lie_among_the_scans(run, hearts, tmp_path):
+    "The next command would take them for masks of the scans, or for scans"
+    os.link(hearts.df.image[0], tmp_path/'a.nii.gz')
+    for o in (tmp_path/'segs', tmp_path, tmp_path/'none'/'..'/'b'):
+        with pytest.raises(ValueError, match='lies in the folder of the scans .*; choose a folder elsewhere'):
+            predict_scans(run, tmp_path, o, progress=False)
+    assert os.listdir(tmp_path)==['a.nii.gz']
+
+def test_new_scans_are_added_to_a_folder_of_segmentations(run, hearts, tmp_path, capsys, monkeypatch):
+    scans,segs = tmp_path/'scans',tmp_path/'segs'
+    scans.mkdir()
+    for r in hearts.df[:2].itertuples(): os.link(r.image, scans/Path(r.image).name)
+    cli.predict(str(run), str(scans), str(segs))
+    corrected = (segs/'heart000.nii.gz')
+    corrected.write_bytes(b'corrected by hand')
+    os.link(hearts.df.image[2], scans/'heart002.nii.gz')
+    capsys.readouterr()
+    cli.predict(str(run), str(scans), str(segs))
+    assert f'3 segmentations in {segs}, of which 2 were there\n' in capsys.readouterr().out
+    assert corrected.read_bytes()==b'corrected by hand'
+    os.link(hearts.df.image[3], scans/'heart003.nii.gz')
+    (segs/'heart003.nii.gz').write_bytes(b'of somebody else')
+    with pytest.raises(FileExistsError, match='heart003.nii.gz exists; choose'):
+        predict_scans(run, scans, segs, progress=False)
+    with pytest.raises(FileExistsError, match='heart000.nii.gz exists, and 3 more'):
+        predict_scans(run, scans, segs, flips=True, progress=False)
+    assert (segs/'heart003.nii.gz').read_bytes()==b'of somebody else'
+    (segs/'heart003.nii.gz').unlink()
+    assert predict_scans(run, scans, segs, progress=False).attrs['kept']==3
 
 def test_prediction_of_one_scan_is_read_as_the_options_say(run, hearts, tmp_path, monkeypatch, capsys):
     "Under its plain name; a series that it does not have is refused, a form is for NIfTI files as in a folder"
@@ -387,6 +416,18 @@ def test_repeated_evaluation_shows_the_table_again(run, capsys, tmp_path, monkey
         evaluate_run(run, overwrite=False, flips=True)
     with pytest.raises(FileExistsError, match='exists, with other scores'):
         evaluate_run(run, split='valid', overwrite=False)
+
+def test_scores_whose_scans_have_gone_are_no_other_scores(run, hearts, tmp_path):
+    rows = [dict(image=shutil.copy(r.image, tmp_path/f'{r.scan}.nii.gz'), mask=r.mask)
+            for r in hearts.df[:2].itertuples()]
+    pd.DataFrame(rows).to_csv(tmp_path/'scans.csv')
+    out = tmp_path/'out'
+    def again(): return evaluate_run(run, tmp_path/'scans.csv', out, split='all', overwrite=False, progress=False)
+    first = again()
+    os.rename(rows[1]['image'], tmp_path/'elsewhere.nii.gz')
+    with pytest.raises(VolumeError, match='heart001.nii.gz: does not exist'): again()
+    os.rename(tmp_path/'elsewhere.nii.gz', rows[1]['image'])
+    pd.testing.assert_frame_equal(again(), first, check_dtype=False)
 
 def test_scores_of_before_are_of_the_same_rule_for_copies(run, tmp_path):
     "Copies of training scans are left out, unless people may be in several parts"

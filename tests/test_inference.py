@@ -290,7 +290,7 @@ def test_full_disk(heart, tmp_path, monkeypatch):
     with pytest.raises(VolumeError, match=r'heart002.nii.gz: cannot be written \(No space left on device\)'):
         predict_cohort(heart.learn, heart.df, tmp_path/'out', progress=False)
     # the first is a note of what is done
-    assert sorted(os.listdir(tmp_path/'out'))==['.unfinished.jsonl','heart000.nii.gz','heart001.nii.gz']
+    assert sorted(os.listdir(tmp_path/'out'))==['.segmented.jsonl','heart000.nii.gz','heart001.nii.gz']
 
 def test_cut_while_writing(heart, scan, tmp_path, monkeypatch):
     write = sitk.WriteImage

@@ -86,7 +86,7 @@ class Reading:
     classes:names=None
     form:str=None         # qform or sform: which one to take of NIfTI files in which they differ
     straddle:bool=False   # Allow a column split that has one subject in several parts
-    # Which series, where a folder holds several: its number, or a part of its description (dicom)
+    # Which series: its number, or a part of its description; folders without such a one are left out (dicom)
     series:number_or_text=None
     phase:int=None        # Which volume, where a series holds several: a number from 0 (dicom)
     suffix:str=None       # Which images, where there are several kinds: T1w, FLAIR, ... (bids)

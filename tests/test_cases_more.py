@@ -201,6 +201,34 @@ def test_one_patient_in_several_folders(tmp_path, layout):
     df,said = told(lambda: load_cohort(tmp_path, 'dicom', subject=r'ACC\d'))
     assert df.subject.tolist()==['ACC1','ACC2','ACC3'] and not said
 
+def test_series_of_several_kinds_in_folders_of_their_own(tmp_path):
+    "A T2 and an ADC map of each person: both are scans until somebody says which; then the others stay out"
+    kinds = dict(T2='t2_tse_tra', ADC='ep2d_diff_ADC')
+    for i,p in enumerate(('anna','bert','carl')):
+        for j,(k,about) in enumerate(kinds.items()):
+            if (p,k)!=('carl','T2'):
+                series(tmp_path/p/k, 2, SeriesDescription=about, SeriesNumber=j+3, SeriesInstanceUID=f'1.2.{i+1}{j}')
+    df,said = told(lambda: load_cohort(tmp_path, 'dicom'))
+    assert len(df)==5 and ('2 people have series of several kinds, for example anna: ep2d_diff_ADC, t2_tse_tra; all '
+                           'are taken. If one kind is wanted, give series=') in said
+    for wanted in ('T2','t2_tse_tra',3):
+        df,said = told(lambda: load_cohort(tmp_path, 'dicom', series=wanted))
+        assert df.scan.tolist()==['anna_T2','bert_T2'] and all(read(o)[0].shape[0]==2 for o in df.image)
+        assert (f'series={wanted!r} fits no series of 3 of the 5 folders, for example anna/ADC (ep2d_diff_ADC); they '
+                'are left out') in said and 'several kinds' not in said
+    with pytest.raises(CohortError, match=r"series='T1' fits .* no series, for example that in anna/ADC \(ep2d_diff"):
+        load_cohort(tmp_path, 'dicom', series='T1')
+
+def test_series_where_some_folders_hold_several(tmp_path):
+    for i,p in enumerate(('anna','bert')):
+        series(tmp_path/p, 2, SeriesDescription='t2_tse', SeriesInstanceUID=f'1.2.{i}')
+    series(tmp_path/'bert', 3, prefix='adc', SeriesDescription='adc', SeriesInstanceUID='1.2.8')
+    (tmp_path/'carl').mkdir()
+    (tmp_path/'carl'/'a.dcm').write_bytes(b'no DICOM')
+    df,said = told(lambda: load_cohort(tmp_path, 'dicom', series='t2'))
+    assert df.scan.tolist()==['anna','bert','carl'] and not said # that of Carl is refused when it is read
+    assert [read(o)[0].shape[0] for o in df.image[:2]]==[2,2]
+
 def test_an_archive_in_which_everybody_has_one_patient_id(tmp_path):
     for k in ('a','b','c'): series(tmp_path/k, 2, PatientID='ANONYMOUS', SeriesInstanceUID=f'1.2.{ord(k)}')
     df,said = told(lambda: load_cohort(tmp_path, 'dicom'))

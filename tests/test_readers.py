@@ -316,6 +316,24 @@ def test_a_mask_that_no_series_is_called_after_is_not_left_out_in_silence(tmp_pa
     with pytest.warns(UserWarning, match=said): df = load_cohort(tmp_path)
     assert df['mask'].notna().tolist()==[True,False]
 
+def test_files_of_other_kinds_are_not_left_out_in_silence(tmp_path):
+    put(tmp_path/'images', 'a.nii.gz'); put(tmp_path/'images', 'b.nii.gz', seed=1)
+    nibabel.Nifti1Pair(np.zeros((4,4,4), np.int16), np.eye(4)).to_filename(tmp_path/'images'/'c.img')
+    with pytest.warns(UserWarning, match=r'holds 2 files of a kind that cannot be read, for example .*c.hdr: convert '
+                                         'them to .nii.gz, if they are scans or masks'): df = load_cohort(tmp_path)
+    assert df.scan.tolist()==['a','b']
+    for o in 'ab': (tmp_path/'images'/f'{o}.nii.gz').unlink()
+    with pytest.raises(CohortError, match=r'(?s)no known layout.*Found images/ \(2 files of a kind .*c.hdr.*\). Name'):
+        load_cohort(tmp_path)
+
+def test_deep_folders(tmp_path):
+    deep = tmp_path/'images'/'archive/arc001/anna/session/SCANS/1/NIFTI'
+    put(deep, 'a.nii.gz')
+    assert all_read(load_cohort(tmp_path)) and len(load_cohort(tmp_path))==1
+    put(deep/'b/c/d/e', 'e.nii.gz')
+    with pytest.warns(UserWarning, match='lies 10 folders below .*not looked into; start from one that is nearer'):
+        assert len(load_cohort(tmp_path))==1
+
 def test_csv_and_frame(tmp_path, monkeypatch):
     put(tmp_path/'sub', 'a.nii.gz', 'a_m.nii.gz'); put(tmp_path/'sub', 'b.nii.gz', seed=1)
     (tmp_path/'list.csv').write_text('image,mask,subject,age\n'

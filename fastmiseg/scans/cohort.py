@@ -22,7 +22,7 @@ from ..files import write_text
 from .formats import extension
 from .intact import check_regular
 from . import challenges, standards # noqa: F401 each adds its layouts
-from .layout import CohortError, layouts, plain_name, written_alike
+from .layout import CohortError, layouts, plain_name, walk, written_alike
 from .readers import subject_of
 from .table import note
 from .masks import read_scan
@@ -86,6 +86,17 @@ def _inside(root):
     if len(names)>6: names[6:] = [f'... ({len(names)} entries)']
     return ', '.join(names) or 'nothing'
 
+# endings of scans that cannot be read
+_other_kinds = ('.hdr','.img','.img.gz','.mgh','.mgz','.mnc','.par','.rec','.nii.bz2','.nii.xz','.nii.zip','.nii.zst')
+
+def _of_other_kinds(root):
+    "Files in a folder that may be scans, but are of kinds that cannot be read, in words; '' where there are none"
+    if not root.is_dir(): return ''
+    found = [f for _,files in walk(root) for f in files if f.name.lower().endswith(_other_kinds)]
+    if not found: return ''
+    return (f'{len(found)} file{"s"*(len(found)>1)} of a kind that cannot be read, for example {min(found)}: convert '
+            f'{"them" if found[1:] else "it"} to .nii.gz, if {"they are scans or masks" if found[1:] else "it is one"}')
+
 def _whole(o):
     "A value of a mask as JSON can hold it, whatever NumPy calls its type"
     return int(o) if isinstance(o, (int,float,np.number)) and o==round(o) else o
@@ -128,14 +139,17 @@ def load_cohort(
             layout = next((o.name for o in layouts.values() if o.matches(root)), None)
         if layout is None:
             known = '\n'.join(f'- {o.name}: {o.expects}' for o in layouts.values())
-            raise CohortError(f'{root}: no known layout; looked for\n{known}\nFound '
-                              f'{_inside(root)}. Name the layout, or list the scans in a .csv file')
+            odd = f' ({o})' if (o := _of_other_kinds(root)) else ''
+            raise CohortError(f'{root}: no known layout; looked for\n{known}\nFound {_inside(root)}{odd}. '
+                              'Name the layout, or list the scans in a .csv file')
     if layout=='dicom' and subject is not None: options['subject'] = subject # instead of the folders' PatientID
     try: df = layouts[layout].read(root, **options)
     except TypeError as e:
         if 'argument' not in str(e): raise
         raise CohortError(f'{", ".join(options)}: the reader for {layout!r} does not take this '
                           f'({e})') from None
+    if not isinstance(root, pd.DataFrame) and (odd := _of_other_kinds(root)):
+        warnings.warn(f'{root}: holds {odd}', stacklevel=2)
     df = _people(df, subject, straddle)
     if classes is not None: df.attrs.update(classes=tuple(classes), named=True)
     if labels is not None: df.attrs['labels'] = {_whole(k):_whole(v) for k,v in labels.items()}

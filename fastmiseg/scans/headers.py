@@ -17,7 +17,7 @@ from .intact import check_regular
 
 # %% auto #0
 __all__ = ['strong_tags', 'weak_tags', 'tag_name', 'text_of', 'reason', 'is_dicom', 'read_headers', 'has_images', 'about_folder',
-           'choose_series', 'DicomFrame', 'frames_of']
+           'has_series', 'choose_series', 'DicomFrame', 'frames_of']
 
 # %% ../../nbs/08_scans.headers.ipynb #fea7a5cd
 _groups = dict(  # functional group of an enhanced multi-frame object -> what it says of a frame
@@ -189,10 +189,13 @@ def _drawn_kind(path):
     name = pydicom.uid.UID(m[1].decode()).name if m else None
     return name if name in _drawn else None
 
+_about = ('PatientID','SeriesInstanceUID','SeriesDescription')
+
 def about_folder(
     folder:str|Path # that may hold DICOM files
-)->tuple: # `PatientID` and UID of the series of its first image, or ''; and (file, kind) of segmentations and contours
-    "Whose images they are, of which series; and what somebody drew on images, these or others"
+)->tuple:
+    """Of its first image `PatientID`, UID and description of the series, or ''; and (file, kind) of segmentations and
+    contours, what somebody drew on images, these or others"""
     drawn,found = [],None
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', module='pydicom')
@@ -202,9 +205,9 @@ def about_folder(
                 if kind := _drawn_kind(path): drawn.append((name, kind))
                 elif found is None:
                     ds,image = _header(path)
-                    if image: found = [str(ds.get(k) or '').strip() for k in ('PatientID','SeriesInstanceUID')]
-        except (OSError, ValueError): return '', '', [] # reading it says what is wrong
-    return *(found or ('','')), drawn
+                    if image: found = [str(ds.get(k) or '').strip() for k in _about]
+        except (OSError, ValueError): return '', '', '', [] # reading it says what is wrong
+    return *(found or ('','','')), drawn
 
 # %% ../../nbs/08_scans.headers.ipynb #2f391b10
 def _list_series(found):
@@ -234,25 +237,44 @@ def _check_one_patient(files):
         raise ValueError(f'{b}: {tag_name(keyword)} is another one than in {a}, though both say that they '
                          'are of one series: move the files of each into a folder of their own')
 
-def choose_series(
-    headers:dict,            # name -> header
-    series:int|str|None=None # Which, if there are several: its UID, its number, or a part of its description
-)->dict:                     # As `headers`
-    "The files of one series"
+def _by_series(headers):
     found = {}
     for name,ds in headers.items(): found.setdefault(_series_of(ds), {})[name] = ds
-    for files in found.values(): _check_one_patient(files)
-    if series is None:
-        if len(found)==1: return headers
-        raise ValueError(f'holds {len(found)} DICOM series, expected one; move each into a folder '
-                         f'of its own, or choose one with series=: {_list_series(found)}')
+    return found
+
+def _that_fit(found, series):
+    "UIDs of the series that are meant"
     wanted = str(series).lower()
     def about(uid):
         "Its number and its description"
         ds = next(iter(found[uid].values()))
         return str(ds.get('SeriesNumber','')), str(ds.get('SeriesDescription','')).lower()
     hits = [u for u in found if str(series)==u] or [u for u in found if wanted in about(u)]
-    if not (hits or wanted.isdigit()): hits = [u for u in found if wanted in about(u)[1]] # 3 is not '3 mm'
+    if hits or wanted.isdigit(): return hits # 3 is not '3 mm'
+    return [u for u in found if wanted in about(u)[1]]
+
+def has_series(
+    folder:str|Path, # with DICOM images
+    series:int|str   # as for `choose_series`
+)->bool:
+    "Does one of its series fit?"
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', module='pydicom')
+        try: return bool(_that_fit(_by_series(read_headers(folder)[0]), series))
+        except (OSError, ValueError): return True # reading it says what is wrong
+
+def choose_series(
+    headers:dict,            # name -> header
+    series:int|str|None=None # Which, if there are several: its UID, its number, or a part of its description
+)->dict:                     # As `headers`
+    "The files of one series"
+    found = _by_series(headers)
+    for files in found.values(): _check_one_patient(files)
+    if series is None:
+        if len(found)==1: return headers
+        raise ValueError(f'holds {len(found)} DICOM series, expected one; move each into a folder '
+                         f'of its own, or choose one with series=: {_list_series(found)}')
+    hits = _that_fit(found, series)
     if len(hits)!=1:
         raise ValueError(f'series={series!r} fits {len(hits)} of its {len(found)} DICOM series, '
                          'expected one; give the UID, the number or a part of the description: '

@@ -125,9 +125,11 @@ def cohort_frame(
     return df
 
 # %% ../../nbs/16_scans.layout.ipynb #816fcdc9
+_deepest = 10 # folders down; archives have 3 to 7
+
 def walk(
-    root:str|Path, # folder
-    depth:int=5    # how many folders down
+    root:str|Path,      # folder
+    depth:int=_deepest  # how many folders down
 )->Iterator[tuple]:
     "(folder, files in it) for `root` and the folders below it, sorted; hidden ones are left out"
     todo,seen = [(Path(root),0)],set()
@@ -144,15 +146,19 @@ def walk(
         seen.add(key)
         # a dead link, a named pipe, a device: called like a scan, it is listed, for whoever reads it to refuse
         yield d,[d/o.name for o in entries if _is(o.is_file) or extension(o.name) and not _is(o.is_dir)]
-        if level<depth: todo += [(d/o.name,level+1) for o in entries if _is(o.is_dir)]
+        below = [(d/o.name,level+1) for o in entries if _is(o.is_dir)]
+        if level<depth: todo += below
+        elif below and depth==_deepest:
+            warnings.warn(f'{d}: lies {depth} folders below {root}, and folders in it are not looked into; start from '
+                          'one that is nearer to the scans', stacklevel=4)
 
 def _is(f):
     try: return f()
     except OSError: return False # a link that leads nowhere or in circles
 
 def scans_in(
-    root:str|Path, # folder
-    depth:int=5    # how many folders down
+    root:str|Path,      # folder
+    depth:int=_deepest  # how many folders down
 )->list[Path]:
     "Files that hold scans below `root`, sorted"
     return [f for _,files in walk(root,depth) for f in files if extension(f)]

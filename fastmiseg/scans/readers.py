@@ -17,7 +17,7 @@ from typing import Callable
 import pandas as pd
 
 from .formats import extension
-from .headers import about_folder, has_images, is_dicom
+from .headers import about_folder, has_images, has_series, is_dicom
 from .layout import CohortError, a_few, cohort_frame, layout, layouts, pair_scans, plain_name
 from .layout import image_endings, mask_endings, scans_in, stem, walk, without_ending
 from .table import find_file, read_table
@@ -79,7 +79,7 @@ def _has_dicom(files):
 def _is_dicom(root): return any(_has_dicom(files) for _,files in walk(root))
 
 def _is_folder(root):
-    if any(scans_in(root/o, 3) for o in _image_dirs): return True
+    if any(scans_in(root/o) for o in _image_dirs): return True
     return any(stem(f).endswith(mask_endings) for f in scans_in(root)) and not _is_dicom(root)
 
 # %% ../../nbs/18_scans.readers.ipynb #2e69322f
@@ -159,18 +159,44 @@ def _join_people(rows, ids, root):
                   f'folder, for example {" and ".join(some)}; each of these people is one subject, called '
                   'after the first folder. Give subject= if that is not so', stacklevel=4)
 
+def _those_that_fit(root, folders, series, owner):
+    "Folders with a series that is meant; of the others it is said that they are left out"
+    kept = [d for d in folders if has_series(d, series)]
+    if len(kept)==len(folders): return kept
+    left = sorted(set(folders)-set(kept))
+    example = f'{left[0].relative_to(root)} ({owner[left[0]][2] or "without a description"})'
+    if not kept:
+        raise CohortError(f'{root}: series={series!r} fits the number or the description of no series, for example '
+                          f'that in {example}; give a part of the description that is in all that are wanted')
+    warnings.warn(f'{root}: series={series!r} fits no series of {len(left)} of the {len(folders)} folders, for example '
+                  f'{example}; they are left out', stacklevel=4)
+    return kept
+
+def _say_several_kinds(root, folders, owner, subjects):
+    "People with series that are described differently, each in a folder of its own"
+    kinds = {}
+    for d,s in zip(folders, subjects): kinds.setdefault(s, {}).setdefault(owner[d][2], d)
+    several = {s:o for s,o in kinds.items() if len(o)>1}
+    if not several: return
+    s,o = next(iter(several.items()))
+    warnings.warn(f'{root}: {len(several)} people have series of several kinds, for example {s}: '
+                  f'{a_few(k or "without a description" for k in o)}; all are taken. If one kind is wanted, give '
+                  'series= (a part of its description)', stacklevel=4)
+
 @layout('dicom', 'folders of DICOM files, one series each', _is_dicom)
 def read_dicom(
     root:Path,                # folder of the scans
     # Regular expression or function: whose scan, by its folders, joined by `_`; else the first
     subject:str|Callable|None=None,
-    series:int|str|None=None, # Which series, where a folder holds several: its number, or a part of its description
+    # Which series: its number, or a part of its description; folders without such a one are left out
+    series:int|str|None=None,
     phase:int|None=None       # Which volume, where a series holds several (phases, echoes): a number from 0
 )->pd.DataFrame:
     "Folders of DICOM series, with masks as NIfTI files"
     found = list(walk(root))
     owner = {d:about_folder(d) for d,files in found if _has_dicom(files)}
     folders = [d for d in owner if has_images(d)]
+    if series is not None: folders = _those_that_fit(root, folders, series, owner)
     masks = [f for _,files in found for f in files if extension(f)]
     def parts(d):
         folders = d.relative_to(root).parts
@@ -190,6 +216,7 @@ def read_dicom(
     _say_drawn(root, {d:o for d,(*_,o) in owner.items() if o})
     _say_parted(root, [(d, *owner[d][:2]) for d in folders])
     if subject is None: _join_people(rows, {str(d):p for d,(p,*_) in owner.items()}, root)
+    if series is None: _say_several_kinds(root, folders, owner, [o['subject'] for o in rows])
     used = {o['mask'] for o in rows}
     if masks and used=={None}:
         raise CohortError(f'{root}: no mask belongs to a series; series are called '

@@ -48,8 +48,8 @@ def as_typed(
     text = re.sub(rf'^({known})(?=: )', option, text)
     for o in recipes: text = text.replace('\0', o, 1)
     if not recipes or 'recipe' not in options: return text
-    return (f'{text}. A command takes a Recipe as a JSON file, --recipe FILE, with entries like those of "recipe" in '
-            'the config.json of a run')
+    return (f'{text}. For a command a Recipe is a JSON file of what it is to say, --recipe FILE: '
+            '{"labels": {"255": 1}}')
 
 def _bars_or_lines():
     "Bars in a terminal, lines in a file"

@@ -135,8 +135,8 @@ class Preparation(Reading):
     valid:share=None
     # Subjects to test on: a number or a fraction; by default as many as validate, none where fewer than 10 have masks
     test:share=None
-    # How a scan becomes slices: auto (from the scans), a preset (acdc, promise12, spleen, mmwhs, hippocampus),
-    # or a JSON file as in config.json
+    # How a scan becomes slices: auto (from the scans), a preset (acdc, promise12, spleen, mmwhs, hippocampus), or a
+    # JSON file of what is to be otherwise than with auto, as in config.json: {"labels": {"255": 1}}
     recipe:str='auto'
     size:pair=None    # Pixels of a slice, one number or two (128 or 128,96), instead of the recipe's: smaller is faster
     spacing:pair=None # Millimetres of a pixel, one number or two, instead of the recipe's
@@ -200,8 +200,7 @@ class Preparation(Reading):
         one = lambda o: o[0] if isinstance(o, list) and len(o)==1 else o
         given = dict(size=one(self.size), spacing=one(self.spacing), classes=self.classes)
         given = {k:o for k,o in given.items() if o is not None}
-        if self.recipe=='auto': return Recipe.auto(df, **given)
-        recipe = Recipe.named(self.recipe, df)
+        recipe = Recipe.named(self.recipe, df, **given)
         if 'size' in given and recipe.crop: given['crop'] = None
         return replace(recipe, **given) if given else recipe
 

@@ -74,8 +74,8 @@ def test_words_and_bytes():
     ('df: no scan has a mask', 'DATA: no scan has a mask'),
     ("/data/a#series=T1&phase=2: series='T1' fits", "/data/a#series=T1&phase=2: --series 'T1' fits"),
     ("one: Recipe(classes=('a', 'b'), labels={1: 1}) or Recipe(labels=...)",
-     "one: Recipe(classes=('a', 'b'), labels={1: 1}) or Recipe(labels=...). A command takes a Recipe as a JSON file, "
-     '--recipe FILE, with entries like those of "recipe" in the config.json of a run'),
+     "one: Recipe(classes=('a', 'b'), labels={1: 1}) or Recipe(labels=...). For a command a Recipe is a JSON file of "
+     'what it is to say, --recipe FILE: {"labels": {"255": 1}}'),
     ('say with `labels` (of load_cohort or Recipe)', 'say with `labels` (of load_cohort or Recipe)'),
     ('/data/seed=1/test=2.nii: is bad', '/data/seed=1/test=2.nii: is bad'), ('test: is empty', '--test: is empty')])
 def test_errors_in_the_words_of_the_command(text, typed):

@@ -10,6 +10,7 @@ from scipy.ndimage import map_coordinates
 
 from fastmiseg.data import MISegDataLoaders
 from fastmiseg.packed import PackedSlices, pack_slices
+from fastmiseg.preparing import Preparation
 from fastmiseg.scans.cohort import load_cohort, save_cohort
 from fastmiseg.scans.layout import CohortError
 from fastmiseg.scans.placement import Placement, _warp, orient
@@ -341,6 +342,26 @@ def test_a_recipe_without_classes_takes_the_cohorts(tmp_path):
         assert (r.classes, r.labels, r.size)==(('background','ball','shell'), {205:1, 420:2}, (32,32))
     for kw in (dict(classes=('background','a','b')), dict(labels={205:1, 420:1})):
         assert Recipe.named(Recipe(**kw), df)==Recipe(**kw)
+
+def test_a_recipe_file_says_what_is_otherwise_than_with_auto(tmp_path):
+    df,file = cohort(tmp_path, values=(0,100,300)),tmp_path/'r.json'
+    def of(asked=None, **said):
+        file.write_text(json.dumps(said))
+        return Preparation(recipe=str(file), size=asked).recipe_for(df)
+    auto = Recipe.auto(df)
+    assert of()==auto and of(jitter=0.)==replace(auto, jitter=0.)
+    whole = Recipe(classes=('background','a','b'), labels={100:1, 300:2}, size=32)
+    assert of(**whole.to_dict())==whole # nothing is left to propose
+    for said in (dict(classes=('background','ball'), labels={100:1, 300:1}), dict(labels={100:1, 300:1})):
+        r = of(**said)
+        assert (r.labels, r.size, r.spacing, r.flip)==({100:1, 300:1}, auto.size, auto.spacing, auto.flip)
+        assert r.classes==said.get('classes', ('background','foreground'))
+    r = of(classes=('background','ball','shell'))
+    assert (r.classes, r.labels)==(('background','ball','shell'), auto.labels)
+    assert of([16], crop=8)==replace(Recipe.auto(df, size=16), crop=None)
+    r = of(fit='resize', size=16, percentiles=(0,100), orientation='RAS')
+    assert (r.fit, r.size, r.spacing, r.window, r.axis)==('resize', (16,16), None, None, 'auto')
+    with pytest.raises(ValueError, match="labels={1: 2}, expected"): of(labels={1:2})
 
 def test_labels_of_a_cohort_without_classes_are_taken(tmp_path, capsys):
     table = cohort(tmp_path, values=(0,1,2))

@@ -272,19 +272,22 @@ def auto(cls:Recipe,
     spacing:tuple|float|None=None,
     classes:list|tuple|None=None, # Names, instead of the cohort's
     augment:str='light',          # Or 'strong'; see `Recipe`
-    max_scans:int=64              # How many training scans to look at, spread over the cohort
+    max_scans:int=64,             # How many training scans to look at, spread over the cohort
+    labels:dict|None=None         # {value in the mask files: class}, instead of the cohort's or a class for each value
 )->Recipe:
     "A recipe that fits a cohort"
     train = df[~df['split'].isin(['valid','test'])] if 'split' in df else df
     if not len(train):
         raise ValueError('Recipe.auto: the cohort holds no training scans; expected rows whose `split` is not valid '
                          'or test')
-    given = cls(size=size, spacing=spacing) # checked before anything is read
+    classes = _unnamed if labels and classes is None else classes
+    given = cls(size=size, spacing=spacing, labels=labels, **({} if classes is None else dict(classes=classes)))
     seen = look_at(train, max_scans)
     spacing,size = common_grid(seen, given.spacing, given.size)
     axes = {o['axis'] for o in seen}
     axis = axes.pop() if len(axes)==1 else 'auto'
-    classes,labels = propose_classes(df, seen, classes)
+    if labels: classes,labels = given.classes,given.labels
+    else: classes,labels = propose_classes(df, seen, classes)
     # along the columns of any but sagittal slices runs left to right
     flip = '' if axis==2 or has_sides(classes) else 'h'
     return cls(spacing=spacing, size=size, window=ct_window(seen), axis=axis, channels=max(o['channels'] for o in seen),
@@ -295,20 +298,32 @@ _presets = ('acdc','promise12','spleen','mmwhs','hippocampus')
 
 @patch(cls_method=True)
 def named(cls:Recipe,
-    recipe:Recipe|str|Path, # a `Recipe`, 'auto', the name of a preset, or a JSON file with the arguments of `Recipe`
-    df:pd.DataFrame=None,   # cohort, for 'auto' and for the classes of a recipe that names none
-    **kwargs                # for `auto`
+    # a `Recipe`, 'auto', the name of a preset, or a JSON file with arguments of `Recipe`; where there is a cohort, what
+    # `auto` finds out is proposed for those that the file leaves out
+    recipe:Recipe|str|Path,
+    df:pd.DataFrame=None, # cohort, for 'auto' and for the classes of a recipe that names none
+    **kwargs              # for `auto`
 )->Recipe:
     "A recipe from itself, by name, from a file, or from the scans"
     if isinstance(recipe, str) and recipe=='auto': return cls.auto(df, **kwargs)
     if isinstance(recipe, str) and recipe in _presets: return getattr(cls, recipe)()
-    if not isinstance(recipe, Recipe): recipe = _from_file(cls, recipe)
+    if not isinstance(recipe, Recipe): recipe = _from_file(cls, recipe, df, kwargs)
     return recipe if df is None else recipe.for_cohort(df)
 
-def _from_file(cls, path):
+# what `auto` finds out from the scans
+_proposed = ('spacing','size','window','axis','channels','classes','labels','rotate','flip','jitter')
+
+def _from_file(cls, path, df, given):
     try: d = read_json(path)
     except (OSError, TypeError):
         raise ValueError(f"recipe: {path!r} is neither 'auto', one of {', '.join(_presets)}, nor a file") from None
     except ValueError as e: raise ValueError(f'recipe: {e}') from None
-    try: return cls.from_dict(d.get('recipe', d) if isinstance(d, dict) else d)
+    d = d.get('recipe', d) if isinstance(d, dict) else d
+    try: recipe = cls.from_dict(d)
     except ValueError as e: raise ValueError(f'recipe: {path} cannot be used ({e})') from None
+    contrary = dict(spacing=recipe.fit=='resize', window='percentiles' in d, axis='orientation' in d)
+    open_ = [k for k in _proposed if k not in d and not contrary.get(k)]
+    if df is None or not open_: return recipe
+    asked = {k:v for k in ('size','spacing','classes','labels') if (v := {**d, **given}.get(k)) is not None}
+    found = cls.auto(df, **asked)
+    return replace(recipe, **{k:getattr(found, k) for k in open_})

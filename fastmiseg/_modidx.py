@@ -435,8 +435,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'fastmiseg/callback/resume.py'),
                                            'fastmiseg.callback.resume.ResumeCallback._foreign': ( 'callback.resume.html#resumecallback._foreign',
                                                                                                   'fastmiseg/callback/resume.py'),
-                                           'fastmiseg.callback.resume.ResumeCallback._go_beyond': ( 'callback.resume.html#resumecallback._go_beyond',
-                                                                                                    'fastmiseg/callback/resume.py'),
                                            'fastmiseg.callback.resume.ResumeCallback._go_on': ( 'callback.resume.html#resumecallback._go_on',
                                                                                                 'fastmiseg/callback/resume.py'),
                                            'fastmiseg.callback.resume.ResumeCallback._gradients': ( 'callback.resume.html#resumecallback._gradients',

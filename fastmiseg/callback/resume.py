@@ -77,7 +77,7 @@ def before_fit(self:ResumeCallback):
     if state['fit']>self._fit: self._pass_over(file)
     self._load(state, changed)
     self._place(state, changed)
-    if state['over']: self._go_beyond(state, changed, file)
+    if state['over'] and not changed: self._pass_over(file)
 
 @patch(as_prop=True)
 def _fit(self:ResumeCallback): return len(self._plans)-1
@@ -158,15 +158,10 @@ def _check_change(self:ResumeCallback, state, file, changed):
     if state['fit']==self._fit and self.n_epoch<behind:
         raise ValueError(f"ResumeCallback: {self.n_epoch} epochs are fewer than the {behind} that {file} has "
                          f"begun; ask for {behind} or more")
-
-@patch
-def _go_beyond(self:ResumeCallback, state, changed, file):
-    "A finished fit only goes on for more epochs"
-    if not changed: self._pass_over(file)
-    if self.n_epoch>state['done']: return
-    raise ValueError(f"ResumeCallback: {file} holds the result of a finished training, which other settings "
-                     f"({', '.join(changed)}) do not change; ask for more than its {state['done']} epochs, or begin "
-                     "another training in another folder")
+    if state['fit']==self._fit and state['over'] and self.n_epoch==state['done']:
+        raise ValueError(f"ResumeCallback: {file} holds the result of a finished training, which other settings "
+                         f"({', '.join(changed)}) do not change; ask for more than its {state['done']} epochs, or "
+                         "begin another training in another folder")
 
 @patch
 def _pass_over(self:ResumeCallback, file):

@@ -137,6 +137,12 @@ def test_names(name, ext, tmp_path):
     f = write_volume(vol, tmp_path/name/(name+ext))
     assert np.array_equal(read_volume(f).array, vol.array)
 
+def test_a_prediction_of_a_scan_in_capitals(tmp_path):
+    of = odd_sform(tmp_path/'p1.nii.gz')
+    sform,capitals = nibabel.load(of).get_sform(),of.rename(tmp_path/'P1.NII.GZ')
+    write_volume(read_volume(capitals), tmp_path/'mask.nii.gz', of=capitals)
+    assert np.array_equal(nibabel.load(tmp_path/'mask.nii.gz').get_sform(), sform)
+
 def test_long_paths(tmp_path):
     d = tmp_path.joinpath(*['deep'*30]*8)
     f = write_volume(scan(), d/'a.nii.gz')

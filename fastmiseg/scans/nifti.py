@@ -180,7 +180,7 @@ def take_placement(
     form:str|None=None  # 'qform' or 'sform', with which `other` was read
 )->bool: # Was it changed? Not if its grid is another one
     "Give a file the qform, the sform and the unit of another, where both are the same grid in the same place"
-    opened = lambda p: gzip.open if Path(p).suffix=='.gz' else open
+    opened = lambda p: gzip.open if Path(p).suffix.lower()=='.gz' else open
     with opened(other)(other, 'rb') as f: theirs = _header(f.read(348))
     with opened(path)(path, 'rb') as f: data = f.read()
     ours = _header(data)

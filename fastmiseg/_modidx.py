@@ -2190,6 +2190,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fastmiseg.training.callbacks_of': ('training.html#callbacks_of', 'fastmiseg/training.py'),
                                     'fastmiseg.training.check_network': ('training.html#check_network', 'fastmiseg/training.py'),
                                     'fastmiseg.training.check_processes': ('training.html#check_processes', 'fastmiseg/training.py'),
+                                    'fastmiseg.training.check_recipe': ('training.html#check_recipe', 'fastmiseg/training.py'),
                                     'fastmiseg.training.check_scans': ('training.html#check_scans', 'fastmiseg/training.py'),
                                     'fastmiseg.training.fit': ('training.html#fit', 'fastmiseg/training.py'),
                                     'fastmiseg.training.pretrain': ('training.html#pretrain', 'fastmiseg/training.py'),

@@ -6,7 +6,7 @@
 __all__ = ['prepare_run', 'train_run', 'settings_from', 'resume_run']
 
 # %% ../nbs/79_commands.ipynb #760d2ee4
-import json, sys
+import json, sys, warnings
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from .scans.cohort import load_cohort, save_cohort
 from .scans.store import SliceStore
 from .segmenter import export_segmenter, method_of
 from .settings import Settings
-from .training import check_network, check_processes, check_scans, fit, say_unused
+from .training import check_network, check_processes, check_recipe, check_scans, fit, say_unused
 
 # %% ../nbs/79_commands.ipynb #6513607f
 def prepare_run(
@@ -55,7 +55,10 @@ def _prepare(held, data, out, seed, workers, skip_bad, overwrite, settings, say,
     df = choice.split(data, seed)
     if settings: check_scans(settings, df)
     recipe = choice.recipe_for(df)
-    if settings: settings.check_T(recipe)
+    try: check_recipe(settings or Settings(), recipe)
+    except ValueError as e:
+        if settings: raise
+        warnings.warn(str(e), stacklevel=4)
     out = new_run(out, overwrite, held)
     if say: _tell_preparation(say, df, recipe, out/'slices')
     def announce(df):
@@ -150,7 +153,7 @@ def _begin_from(held, prepared, out, settings, overwrite, say):
     "A run folder with the recipe, split and slices of another one"
     c,df = _prepared(prepared)
     check_scans(settings, df)
-    settings.check_T(c['recipe'])
+    check_recipe(settings, c['recipe'])
     out = new_run(out, overwrite, held)
     clear_run(out)
     if say: _tell_preparation(say, df, c['recipe'], c['store'])
@@ -166,7 +169,7 @@ def _begin_folds(held, data, out, settings, overwrite, workers, prepared, folds,
     trained = parts[0].assign(split=parts[0].split.replace('valid', 'labeled'))
     trained.attrs.update(df.attrs)
     recipe = c['recipe'] if prepared else choice.recipe_for(trained)
-    settings.check_T(recipe)
+    check_recipe(settings, recipe)
     out = new_run(out, overwrite, held)
     store,name = (c['store'].resolve(),)*2 if prepared else (out/'slices','slices')
     if say: _tell_preparation(say, parts[0], recipe, store)

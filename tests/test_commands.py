@@ -296,6 +296,18 @@ def test_a_run_stays_where_the_next_one_has_no_such_network(run, hearts, tmp_pat
         cli.train(str(Path(hearts.df.image[0]).parent), str(out), overwrite=True, workers=0, **{**tiny, **wrong})
     assert said in capsys.readouterr().err and (out/'model.safetensors').exists()
 
+@pytest.mark.parametrize('folds', [None,2])
+def test_a_size_that_the_network_cannot_halve_is_said_before_anything_is_prepared(run, hearts, tmp_path, capsys, folds):
+    shutil.copytree(run, out := tmp_path/'run')
+    data = str(Path(hearts.df.image[0]).parent.parent)
+    with pytest.raises(SystemExit, match='2'):
+        cli.train(data, str(out), overwrite=True, folds=folds, size=[40,48], method='partial',
+                  workers=0, **{k:o for k,o in tiny.items() if k!='unlabeled_bs'})
+    assert "--size: the network 'unet' halves slices four times, and those of 40×48" in capsys.readouterr().err
+    assert (out/'model.safetensors').exists()
+    with pytest.warns(UserWarning, match='take multiples of 16, for instance 48,48, or another arch'):
+        prepare_run(data, tmp_path/'prepared', workers=0, size=[40,48], spacing=4)
+
 def test_what_a_resumed_run_does_not_take(monkeypatch, capsys):
     monkeypatch.setattr(C, 'resume_run', lambda run, workers, say, cbs, **changes: print(changes))
     words = ['--out','r','--resume','--epochs','20','--seed','0','--one-cycle','no','--workers','2']

@@ -24,6 +24,7 @@ from .preset import Preset, presets, recipe_of_row, settings_of
 from .protocol import protocol
 from .report import legend, pages_text, plot_study, study_curves, study_scores, study_table
 from .work import make_runs, part_of
+from ..training import check_recipe
 
 # %% ../../nbs/86_study.run.ipynb #08989e01
 def _split_key(
@@ -112,7 +113,7 @@ def missing_runs(
     parts = _splits(data, layout, preset, study, seeds, score)
     df,there = next(iter(parts.values())),Evidence(out)
     recipe = Recipe.named(preset.recipe, df)
-    for row in study.rows.values(): settings_of(preset, row).check_T(recipe_of_row(recipe, row))
+    for row in study.rows.values(): check_recipe(settings_of(preset, row), recipe_of_row(recipe, row))
     names = there.keep_cohort(parts)
     wanted = wanted_runs(study, preset, seeds, score, recipe, names)
     missing = [o for o,found in zip(wanted, there.find([run for _,run in wanted])) if found is None]

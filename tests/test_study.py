@@ -340,9 +340,13 @@ def test_an_interrupted_run_goes_on(one_cycle, scans, tmp_path, monkeypatch):
         m.setattr(study_work, 'callbacks_of', lambda s: [*callbacks_of(s), PowerCut()])
         with pytest.raises(KeyboardInterrupt): go('cut')
     assert not Evidence(tmp_path/'cut').runs() and list((tmp_path/'cut'/'work').glob('*/checkpoints/*.pt'))
+    clock, = (tmp_path/'cut'/'work').glob('*/seconds')
+    assert 0<float(clock.read_text())<1000
+    clock.write_text('1000')
     go('cut')
     whole,cut = (Evidence(tmp_path/o) for o in ('whole','cut'))
     assert cut.scores().equals(whole.scores()) and cut.runs()[0]['curve']==whole.runs()[0]['curve']
+    assert whole.runs()[0]['seconds']<1000<cut.runs()[0]['seconds']
     assert not [o for o in cut.work.iterdir() if o.is_dir()] # no weights
 
 def test_settings_of_rows_are_told(scans, out):

@@ -20,8 +20,10 @@ from fastcore.xtras import modified_env
 from fastprogress.fastprogress import progress_bar
 
 import fastmiseg
+from ..callback.resume import ResumeCallback
 from ..data import MISegDataLoaders
 from ..evaluation import evaluate_cohort
+from ..files import write_text
 from ..packed import is_packed
 from ..scans.recipe import Recipe
 from .evidence import Evidence, name_of
@@ -76,6 +78,15 @@ class _Student(Callback):
     order,weights = 100,None
     def after_fit(self): self.weights = {k:o.clone() for k,o in self.model.state_dict().items()}
 
+class _Clock(Callback):
+    "Seconds that a run has taken, in its folder, for the call that goes on where this one is killed"
+    order = ResumeCallback.order+1
+    def __init__(self, file):
+        begun,before = time.perf_counter(),float(file.read_text()) if file.exists() else 0.
+        # a function, for numbers would be those of the checkpoint again
+        self.file,self.seconds = file,lambda: before + time.perf_counter()-begun
+    def after_epoch(self): write_text(self.file, str(self.seconds()))
+
 def make_run(
     run:dict,        # complete, as from `describe_run`
     df:pd.DataFrame, # cohort with a column `split`
@@ -85,19 +96,19 @@ def make_run(
 )->int: # seconds that it took; None if it is there
     "Train, score, and add the run to the evidence, if it is not there"
     torch.set_num_threads(threads)
-    begun,there,name = time.perf_counter(),Evidence(out),name_of(run)
+    there,name = Evidence(out),name_of(run)
     with there.lock(name):
         if there.find([run])[0]: return
         s,work = Settings.from_dict(run['settings']),there.work/name
         work.mkdir(exist_ok=True)
-        cbs = [*callbacks_of(s), kept := _Student()]
+        cbs = [*callbacks_of(s), kept := _Student(), clock := _Clock(work/'seconds')]
         learn,_ = fit(s, df, Recipe.from_dict(run['recipe']), store, work, every=s.n_iters, quiet=True, cbs=cbs)
         scores,student = _score(learn, df, store, run['score']),None
         if any(getattr(o, 'evaluate', None)=='teacher' for o in cbs):
             learn.model.load_state_dict(kept.weights)
             student = _score(learn, df, store, run['score'])
         curves = {k:_curve(f) for k,o in _logs.items() if (f := work/o).exists()}
-        seconds = round(time.perf_counter()-begun)
+        seconds = round(clock.seconds())
         there.add(run, scores, student, versions=versions(), threads=threads, seconds=seconds, **curves)
         shutil.rmtree(work)
         return seconds

@@ -205,6 +205,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'fastmiseg/callback/method.py'),
                                            'fastmiseg.callback.method._Ramp.__name__': ( 'callback.method.html#_ramp.__name__',
                                                                                          'fastmiseg/callback/method.py'),
+                                           'fastmiseg.callback.method._Ramp.__post_init__': ( 'callback.method.html#_ramp.__post_init__',
+                                                                                              'fastmiseg/callback/method.py'),
                                            'fastmiseg.callback.method._Ramp.__repr__': ( 'callback.method.html#_ramp.__repr__',
                                                                                          'fastmiseg/callback/method.py'),
                                            'fastmiseg.callback.method._weight_at': ( 'callback.method.html#_weight_at',

@@ -9,7 +9,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.optimizer import ranger
 from fastmiseg.callback.baselines import ConsistencyCallback
 from fastmiseg.callback.mireg import MIRegCallback
-from fastmiseg.callback.method import SemiSupCallback
+from fastmiseg.callback.method import SemiSupCallback, sigmoid_rampdown, sigmoid_rampup
 from fastmiseg.callback.paired import PairedBatchCallback
 from fastmiseg.callback.pseudo import PseudoLabelCallback
 from fastmiseg.callback.step import Step
@@ -290,6 +290,13 @@ def test_schedules_of_weights(tmp_path):
     cb = small_mireg(global_weight=lambda t: seen.append(t) or t, local_weight=0, consistency_weight=0)
     quiet(learner(tmp_path)).fit(2, 1e-3, cbs=cb)
     np.testing.assert_allclose(seen, np.arange(8)/8)
+
+@pytest.mark.parametrize('until', [80,1.5,0.,-1.,float('nan')])
+@pytest.mark.parametrize('ramp', [sigmoid_rampup, sigmoid_rampdown])
+def test_ramps_end_within_the_training(ramp, until):
+    "A ramp up to 80, meant in epochs or per cent, held the weight below a hundredth to the end, in silence"
+    with pytest.raises(ValueError, match=rf'until: {until} is not a fraction of the training, above 0 and at most 1'):
+        ramp(5., until)
 
 def test_batch_of_one(tmp_path):
     "One labelled and one unlabelled image train; a single image with BatchNorm at a single pixel is explained"

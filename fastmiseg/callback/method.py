@@ -24,6 +24,11 @@ class _Ramp:
     until:float
     falls:bool=False
 
+    def __post_init__(self):
+        if not 0<self.until<=1:
+            raise ValueError(f'until: {self.until} is not a fraction of the training, above 0 and at most 1; .8 ends '
+                             'the ramp at 80 % of it')
+
     def __call__(self, pct):
         t = min(pct/self.until, 1.)
         return self.weight*math.exp(-5*(t if self.falls else 1-t)**2)

@@ -18,6 +18,7 @@ from fastmiseg.callback.paired import PairedBatchCallback
 from fastmiseg.callback.pseudo import PseudoLabelCallback
 from fastmiseg.callback.resume import ResumeCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
+from fastmiseg.metrics import VolumeDice
 from fastmiseg.models import Stage
 from fastmiseg.projectors import LocalProjector
 from fastmiseg.transforms import RandomFlips, RandomShifts
@@ -235,6 +236,21 @@ def test_two_terms_of_one_name(tmp_path):
     bad(tmp_path, [small_mireg(consistency_weight=0.), ConsistencyCallback()])
     with pytest.raises(ValueError, match='mean_teacher: EMATeacherCallback and EMATeacherCallback both'):
         bad(tmp_path, [EMATeacherCallback(), EMATeacherCallback(.5)])
+
+@pytest.mark.parametrize('name', ['dice','valid_loss'])
+def test_a_term_with_the_name_of_a_metric(tmp_path, name):
+    "A model file had the term's number as its Dice"
+    class Own(ConsistencyCallback):
+        def __init__(self):
+            super().__init__()
+            self.weights = {name: 1.}
+    learn = quiet(learner(tmp_path, metrics=VolumeDice(), cbs=(cb:=Own())))
+    for go in (learn.fit, learn.fit_one_cycle):
+        with pytest.raises(ValueError, match=f'{name}: Own has a term of this name, and the record of the training '
+                                             'already has such a column'): go(1)
+    cb.weights = {f'{name}_of_views': 1.}
+    for _ in range(2): learn.fit(1)
+    assert learn.recorder.metric_names==['epoch','train_loss','valid_loss','dice',f'{name}_of_views','time']
 
 @pytest.mark.parametrize('weights,penalty,said', [
     (dict(a=1., b=5.), lambda x: x.mean(), r'penalty returned one term, and there are 2 weights \(a, b\)'),

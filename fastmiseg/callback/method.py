@@ -180,6 +180,10 @@ class SemiSupCallback(Callback):
         if not self._fitting: return
         if hasattr(self.learn, 'recorder'):
             names = self.recorder.metric_names
+            if taken := [k for k in self.weights if k in names]:
+                raise ValueError(f"{taken[0]}: {type(self).__name__} has a term of this name, and the record of the "
+                                 "training already has such a column, so that logs and model files would take one "
+                                 "for the other; give the term another name")
             at = len(names) - int(self.recorder.add_time)
             self.recorder.metric_names = names[:at] + list(self.weights) + names[at:]
 

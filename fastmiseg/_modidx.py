@@ -273,6 +273,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'fastmiseg/callback/mireg.py'),
                                           'fastmiseg.callback.mireg._check_map': ( 'callback.mireg.html#_check_map',
                                                                                    'fastmiseg/callback/mireg.py'),
+                                          'fastmiseg.callback.mireg._check_windows': ( 'callback.mireg.html#_check_windows',
+                                                                                       'fastmiseg/callback/mireg.py'),
                                           'fastmiseg.callback.mireg._clusters': ( 'callback.mireg.html#_clusters',
                                                                                   'fastmiseg/callback/mireg.py')},
             'fastmiseg.callback.paired': { 'fastmiseg.callback.paired.PairedBatchCallback': ( 'callback.paired.html#pairedbatchcallback',

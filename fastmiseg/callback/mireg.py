@@ -32,6 +32,13 @@ def _clusters(n_clusters, n_heads, layers):
                              "the paper uses 10 clusters and 5 heads")
     return {n: k.get(n, 10) for n in layers}
 
+_windows = MappingProxyType({'Upconv3':3,'Upconv2':7}) # the paper's
+
+def _check_windows(neighborhood, layers):
+    "Whether each window belongs to a local stage; those of the paper may be left where its stages are not used"
+    if stray := [k for k in neighborhood if k not in (*layers, *_windows)]:
+        raise ValueError(f"neighborhood: {', '.join(stray)} is not among the local layers ({', '.join(layers)})")
+
 def _check_map(name, size, n_clusters, n_heads, window):
     "Whether a stage's map is large enough for what is asked of it"
     shape = '×'.join(map(str, size))
@@ -116,8 +123,7 @@ class MIRegCallback(SemiSupCallback):
         local_layers:tuple|str=('Upconv3','Upconv2'), # stages whose positions are clustered, or paths of modules
         n_clusters:int|dict=10, # K: a number, or one for each stage that differs from 10, as in {'Conv5':20}
         n_heads:int=5,       # independent projectors to a stage, averaged
-        # window of displacements of local stages; else 1
-        neighborhood:Mapping=MappingProxyType({'Upconv3':3,'Upconv2':7}),
+        neighborhood:Mapping=_windows, # window of displacements of local stages, as {'Upconv3':3,'Upconv2':7}; else 1
         pool:str='max',      # of the global projectors: 'max' (the paper) or 'avg' (the authors' code)
         symmetric:bool=True, # average the joint with its transpose, as the authors' code does
         subtract_min:bool=False, # the published code's local loss: the joint less its minimum (see `local_mi_loss`)
@@ -129,6 +135,7 @@ class MIRegCallback(SemiSupCallback):
         T:Pool=None          # what T is drawn from; default: `usual_pool()`
     ):
         self.global_layers,self.local_layers = layer_names(global_layers),layer_names(local_layers)
+        _check_windows(neighborhood, self.local_layers)
         terms = dict(global_mi=(global_weight, self.global_layers), local_mi=(local_weight, self.local_layers),
                      consistency=(consistency_weight, True))
         weights = {k:w for k,(w,on) in terms.items() if on and (callable(w) or w)}

@@ -2,8 +2,10 @@
 import json
 from pathlib import Path
 import torch, torch.nn.functional as F
+from torch import nn
 from fastmiseg.callback.method import SemiSupCallback
 from fastmiseg.mutual_info import consistency_loss
+from fastmiseg.processes import mean_of_all
 from fastmiseg.transforms import boxes
 
 notebook = Path(__file__).parents[1]/'nbs'/'own_methods.ipynb'
@@ -11,4 +13,4 @@ sources = [''.join(c['source']) for c in json.loads(notebook.read_text(encoding=
            if c['cell_type']=='code']
 shown = [s for s in sources if s.startswith('class') and '(SemiSupCallback)' in s]
 for source in shown: exec(source)
-METHODS = [SameSizeCallback, CutMixCallback, PasteCallback] # noqa: F821
+METHODS = [SameSizeCallback, CutMixCallback, PasteCallback, FollowingCallback] # noqa: F821

@@ -78,8 +78,8 @@ def test_folders_that_do_not_fit_are_refused(results):
 def test_methods_that_mix_images(results):
     "Random boxes, pairs of images, and what is remembered are those of one process with the double batch"
     a,b,one = (r['own'] for r in results)
-    assert set(a)=={'SameSizeCallback','CutMixCallback','PasteCallback','pseudo_labels','CopyPasteCallback',
-                    'balanced_mireg','all_together'}
+    assert set(a)=={'SameSizeCallback','CutMixCallback','PasteCallback','FollowingCallback','pseudo_labels',
+                    'CopyPasteCallback','balanced_mireg','all_together'}
     for name in a:
         close(a[name], b[name], atol=0)
         close(a[name], one[name])

@@ -8,7 +8,7 @@ from fastmiseg.callback.copypaste import CopyPasteCallback
 from fastmiseg.callback.pseudo import PseudoLabelCallback
 from fastmiseg.callback.resume import ResumeCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
-from own_methods import METHODS, shown
+from own_methods import METHODS, FollowingCallback, shown
 from test_no_trace import Bomb, state
 from toy import balanced_mireg, hooks, learner, loaders, quiet, small_mireg
 from two_processes import Stop, plain_loaders
@@ -25,7 +25,7 @@ def train(path, cbs, stops=()):
     return learn
 
 def test_twenty_lines():
-    assert len(shown)==3 and all(len([l for l in s.splitlines() if l.strip()])<=20 for s in shown)
+    assert len(shown)==4 and all(len([l for l in s.splitlines() if l.strip()])<=20 for s in shown)
 
 @pytest.mark.parametrize('method', [*METHODS, *OURS])
 @pytest.mark.parametrize('teacher', [False, True])
@@ -69,6 +69,21 @@ def test_lr_find_is_forgotten(tmp_path):
         learn.fit(1, 1e-2)
         return learn.model.state_dict()
     for p,q in zip(go(True).values(), go(False).values()): assert torch.equal(p, q)
+
+def test_what_is_remembered_in_buffers(tmp_path):
+    "It is as before after a search, and begins anew with another learner"
+    def go(cb, find=False):
+        learn = quiet(learner(tmp_path, dls=loaders(bs=2, unlabeled_bs=4), cbs=cb))
+        learn.fit(1, 1e-2)
+        before = cb.projectors.usual.clone()
+        if find:
+            with learn.no_bar(): learn.lr_find(num_it=6, show_plot=False)
+            assert torch.equal(cb.projectors.usual, before) and before>0
+        learn.fit(1, 1e-2)
+        return [*learn.model.state_dict().values(), cb.projectors.usual.clone()]
+    first = go(cb:=FollowingCallback())
+    for again in (go(cb), go(FollowingCallback(), find=True)):
+        for p,q in zip(first, again): assert torch.equal(p, q)
 
 def test_lr_find_draws_nothing_of_what_comes(tmp_path):
     "Loaders of unlabelled items draw when they are made"

@@ -110,7 +110,8 @@ class SemiSupCallback(Callback):
     def make_projectors(self,
         found:dict # the stages of `layers`: name -> `Stage`
     )->nn.Module|None: # module, or None
-        "Trainable parts of the penalty, made once, when the network is known; trained with the optimiser's last group"
+        """Trainable parts of the penalty, trained with the optimiser's last group, and as buffers what it remembers;
+        made once, when the network is known"""
 
     def step_aside(self):
         "Called before the network's weights are read: a method that put others in their place takes them back"

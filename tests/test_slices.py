@@ -343,6 +343,26 @@ def test_a_recipe_without_classes_takes_the_cohorts(tmp_path):
     for kw in (dict(classes=('background','a','b')), dict(labels={205:1, 420:1})):
         assert Recipe.named(Recipe(**kw), df)==Recipe(**kw)
 
+def test_auto_keeps_scans_as_they_lie_where_lps_would_turn_them_differently(tmp_path):
+    "Hearts across their axis lie near 45 degrees; scans that are stored differently lie alike in the world only"
+    def made(name, directions):
+        df = cohort(tmp_path/name)
+        for f,m,d in zip(df.image, df['mask'], directions):
+            for o in (f, m): write_volume(replace(read_volume(o), direction=tuple(np.ravel(d))), o)
+        return df,Recipe.auto(df.assign(split='labeled'))
+    def turned(degrees):
+        c,s = np.cos(np.radians(degrees)),np.sin(np.radians(degrees))
+        return np.array([[c,-s,0],[s,c,0],[0,0,1.]])
+    df,r = made('oblique', map(turned, (40,44,46,50)))
+    assert r.orientation is None and (r.axis, r.size, r.flip)==(0, (80,64), 'h')
+    assert len({r.place(read_volume(o)).order for o in df.image})==1
+    assert len({replace(r, orientation='LPS').place(read_volume(o)).order for o in df.image})==2
+    for name,degrees in dict(straight=(-5,0,5,9), stored=(0,90,180,0), apart=(0,30,50,90)).items():
+        assert made(name, map(turned, degrees))[1].orientation=='LPS', name
+    sagittal = np.array([[0,0,1.],[1,0,0],[0,1,0]])
+    _,r = made('sagittal', [sagittal@turned(o) for o in (40,44,46,50)])
+    assert (r.orientation, r.axis, r.flip)==(None, 0, '')
+
 def test_a_recipe_file_says_what_is_otherwise_than_with_auto(tmp_path):
     df,file = cohort(tmp_path, values=(0,100,300)),tmp_path/'r.json'
     def of(asked=None, **said):

@@ -107,21 +107,34 @@ def _far_levels(p, s, recipe):
 def _look(r, labelled):
     "What matters for the slices of one scan"
     v = read_volume(r.image, channels=True)
-    order,_ = orient(v.direction, 'LPS')
     m = read_labels(r.mask).array if labelled else np.zeros(v.shape, np.uint8)
     inside = v.array[0][m!=0] if m.shape==v.shape else m[:0]
-    shape,spacing = [v.shape[i] for i in order],[v.spacing[i] for i in order]
-    k = slice_axis(shape, spacing)
-    plane = lambda o: np.delete(np.array(o, float), k)
-    return dict(axis=k, spacing=plane(spacing), fov=plane(shape)*plane(spacing), channels=len(v.array),
+    return dict(shape=v.shape, voxel=v.spacing, direction=v.direction, channels=len(v.array),
                 low=float(v.array.min()), background=float((m==0).mean()), mask=r.mask if labelled else None,
                 values={0, *pd.unique(m.ravel()).tolist()},
                 inside=inside[::max(1, len(inside)//10000)])
 
+def _orientation(seen):
+    "LPS; None where scans lie alike in their files and LPS would turn them differently, as hearts near 45 degrees"
+    if len({orient(o['direction'], 'LPS') for o in seen})==1: return 'LPS'
+    axes = np.array([np.reshape(o['direction'], (3,3)).T for o in seen])
+    mean = axes.mean(0)
+    return None if _angle(axes, mean/np.linalg.norm(mean, axis=-1, keepdims=True)).max()<_turn else 'LPS'
+
+def _plane(o, orientation):
+    "Where the slices of a scan lie"
+    order = orient(o['direction'], orientation)[0] if orientation else (0,1,2)
+    shape,spacing = ([o[k][i] for i in order] for k in ('shape','voxel'))
+    k = slice_axis(shape, spacing)
+    across = np.abs(np.reshape(o['direction'], (3,3))[:,2-order[k]]) # in the world
+    plane = lambda o: np.delete(np.array(o, float), k)
+    return dict(axis=k, sagittal=k==2 if orientation else across.argmax()==0, spacing=plane(spacing),
+                fov=plane(shape)*plane(spacing), orientation=orientation)
+
 def look_at(
     df:pd.DataFrame, # some scans of a cohort
     max_scans:int=64 # how many to read, spread over them; those that cannot be read are left out
-)->list[dict]: # of each its slice `axis`, `spacing` and `fov` (mm) of rows and columns, values of its mask, ...
+)->list[dict]: # of each the `orientation` for all, its slice `axis`, `spacing` and `fov` (mm) of rows and columns, ...
     "What matters for the slices of some scans; the masks of unlabelled ones stay closed"
     seen,bad = [],None
     for r in df.iloc[np.unique(np.linspace(0, len(df)-1, max_scans).astype(int))].itertuples():
@@ -131,7 +144,8 @@ def look_at(
             try: seen.append(_look(r, labelled))
             except VolumeError as e: bad = e
     if not seen: raise bad
-    return seen
+    orientation = _orientation(seen)
+    return [{**o, **_plane(o, orientation)} for o in seen]
 
 def ct_window(
     seen:list # from `look_at`

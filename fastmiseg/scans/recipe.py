@@ -289,9 +289,10 @@ def auto(cls:Recipe,
     if labels: classes,labels = given.classes,given.labels
     else: classes,labels = propose_classes(df, seen, classes)
     # along the columns of any but sagittal slices runs left to right
-    flip = '' if axis==2 or has_sides(classes) else 'h'
-    return cls(spacing=spacing, size=size, window=ct_window(seen), axis=axis, channels=max(o['channels'] for o in seen),
-               classes=classes, labels=labels, rotate=10., flip=flip, jitter=.3, augment=augment)
+    flip = '' if all(o['sagittal'] for o in seen) or has_sides(classes) else 'h'
+    return cls(spacing=spacing, size=size, window=ct_window(seen), axis=axis, orientation=seen[0]['orientation'],
+               channels=max(o['channels'] for o in seen), classes=classes, labels=labels, rotate=10., flip=flip,
+               jitter=.3, augment=augment)
 
 # %% ../../nbs/26_scans.recipe.ipynb #2ee4c2fe
 _presets = ('acdc','promise12','spleen','mmwhs','hippocampus')
@@ -311,7 +312,7 @@ def named(cls:Recipe,
     return recipe if df is None else recipe.for_cohort(df)
 
 # what `auto` finds out from the scans
-_proposed = ('spacing','size','window','axis','channels','classes','labels','rotate','flip','jitter')
+_proposed = ('spacing','size','window','axis','orientation','channels','classes','labels','rotate','flip','jitter')
 
 def _from_file(cls, path, df, given):
     try: d = read_json(path)
@@ -321,7 +322,8 @@ def _from_file(cls, path, df, given):
     d = d.get('recipe', d) if isinstance(d, dict) else d
     try: recipe = cls.from_dict(d)
     except ValueError as e: raise ValueError(f'recipe: {path} cannot be used ({e})') from None
-    contrary = dict(spacing=recipe.fit=='resize', window='percentiles' in d, axis='orientation' in d)
+    contrary = dict(spacing=recipe.fit=='resize', window='percentiles' in d, axis='orientation' in d,
+                    orientation='axis' in d)
     open_ = [k for k in _proposed if k not in d and not contrary.get(k)]
     if df is None or not open_: return recipe
     asked = {k:v for k in ('size','spacing','classes','labels') if (v := {**d, **given}.get(k)) is not None}

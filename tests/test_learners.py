@@ -54,6 +54,12 @@ def files(rgb, d="more"):
     from fastai.vision.all import get_image_files
     return get_image_files(rgb/d)
 
+def test_unlabelled_images_of_the_validation(rgb):
+    learn = unet(rgb)
+    both = [*files(rgb), *learn.dls.valid_ds.items]
+    with pytest.warns(UserWarning, match=f'unlabeled: 2 of its {len(both)} images are of the validation'):
+        learn.fit(1, cbs=ConsistencyCallback(unlabeled=both))
+
 def test_unet_learner_with_files(rgb):
     "Discriminative rates, freeze, unfreeze and fine_tune; the projectors follow the last group"
     learn = unet(rgb)

@@ -40,6 +40,7 @@ def _unlabeled_stream(learn, methods):
         if isinstance(dl, DataLoaders):
             raise ValueError("unlabeled: got DataLoaders, expected one loader; give the one for training, as dls.train")
         if not hasattr(dl, 'dataset'): dl = _loader_of(learn.dls, dl)
+        _say_known(learn.dls, dl)
         return UnlabeledStream(dl, wrap)
     train = learn.dls.train
     if getattr(train, 'unlabeled', None) is None or not train.unlabeled_bs:
@@ -59,6 +60,22 @@ def _loader_of(dls, items):
     dl.drop_last = len(dl.dataset)>=n
     for tl in dl.dataset.tls: tl.tfms.split_idx = 0
     return dl
+
+def _images_of(dl):
+    "Files of the images of a loader, as far as they are known"
+    items,tls = getattr(dl.dataset, 'items', ()),getattr(dl.dataset, 'tls', ())
+    store = next((o.store for o in (tls[0].tfms if tls else ()) if hasattr(o, 'store')), None)
+    if store is not None:
+        image = dict(zip(store.scans.scan, store.scans.image))
+        items = {image.get(o.scan) for o in items}
+    return {os.path.realpath(o) for o in items if isinstance(o, (str,Path))}
+
+def _say_known(dls, dl):
+    "Warn of unlabelled images that are those of the validation, too"
+    images,valid = _images_of(dl),_images_of(dls.valid) if len(dls.loaders)>1 else set()
+    if n := len(images & valid):
+        warn(f"unlabeled: {n} of its {len(images)} images {'are' if n>1 else 'is one'} of the validation, whose scores "
+             "will look better than those of images that the network has not seen; leave them out")
 
 def _only_teacher(methods):
     "The one that answers for the unlabelled images, or None"

@@ -330,6 +330,8 @@ def test_unlabelled_images_that_are_none(tmp_path):
                        ([], 'the list of unlabelled images is empty')):
         with pytest.raises(ValueError, match=f'unlabeled: .*{said}'):
             bad(tmp_path, ConsistencyCallback(unlabeled=given), dls)
+    with pytest.raises(ValueError, match='unlabeled: a batch of the DataLoader is, or begins with, a dict; expected'):
+        bad(tmp_path, ConsistencyCallback(unlabeled=torch.utils.data.DataLoader([dict(image=x)]*2)), plain_loaders(2))
     with pytest.raises(ValueError, match='there are no unlabelled images. Either'):
         bad(tmp_path, ConsistencyCallback(), loaders(unlabeled_bs=0))
 

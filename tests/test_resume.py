@@ -2,7 +2,7 @@
 import itertools, json, os, re, shutil, signal, subprocess, sys
 from pathlib import Path
 import pandas as pd, pytest, torch
-from fastai.basics import Callback, CancelFitException, CrossEntropyLossFlat, SGD, set_seed, store_attr
+from fastai.basics import Callback, CancelFitException, CrossEntropyLossFlat, DataLoaders, SGD, set_seed, store_attr
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.callback.training import GradientAccumulation
@@ -14,7 +14,7 @@ from fastmiseg.callback.state import checkpoints, load_state, plain
 from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.lock import only_one
 from fastmiseg.transforms import RandomFlips, RandomShifts
-from toy import learner, loaders, quiet, small_mireg
+from toy import disc, learner, loaders, quiet, small_mireg
 from killing import EPOCHS, METHODS, Noise, plain_loaders, steps
 
 class Stop(Callback):
@@ -136,6 +136,27 @@ def test_interrupted_at_an_epochs_end_and_in_the_next(tmp_path):
                                 ResumeCallback(tmp_path/path, every=1), *cbs])
         return learn.model.state_dict()
     same(attempts(fit, 'a'), attempts(fit, 'b', Stop(1, 'epoch'), Stop(2), Stop(4), Stop(1), Stop(1, 'epoch')))
+
+def torch_loaders():
+    "PyTorch's, with generators of their own: labelled and validation, and unlabelled"
+    def of(ids, bs, shuffle, mask=True):
+        own = dict(shuffle=True, generator=torch.Generator().manual_seed(7)) if shuffle else {}
+        return torch.utils.data.DataLoader([disc(i) if mask else disc(i)[0] for i in ids], bs, **own)
+    return DataLoaders(of(range(8), 2, True), of(range(8,12), 2, False)), of(range(12,20), 4, True, mask=False)
+
+def test_loaders_that_draw_from_a_generator(tmp_path):
+    "After their first round they went on with other images than those that would have come"
+    def fit(seed, path, cbs, find=False):
+        dls,unlabelled = torch_loaders()
+        learn = quiet(learner(tmp_path, seed=seed, dls=dls))
+        learn.add_cb(ConsistencyCallback(unlabeled=unlabelled))
+        if find:
+            with learn.no_bar(): learn.lr_find(num_it=6, show_plot=False)
+        learn.fit(3, 1e-2, cbs=[ResumeCallback(tmp_path/path, every=1), *cbs])
+        return learn.model.state_dict()
+    whole = attempts(fit, 'a')
+    same(whole, attempts(fit, 'b', Stop(6), Stop(3)))
+    same(whole, fit(0, 'c', [], find=True))
 
 def test_finished_training_with_a_stream_of_its_own(tmp_path):
     def fit(seed, path, cbs):

@@ -16,7 +16,7 @@ from .guard import Guard, batch_items
 from .heads import Heads
 from .method import SemiSupCallback, Teacher
 from .step import StageMaps, Step
-from .stream import UnlabeledStream, random_states, restore_random_states, share_out
+from .stream import UnlabeledStream, loader_state, random_states, restore_loader, restore_random_states, share_out
 from ..loaders import PairedDL
 from ..models import find_stages, weights_sum
 from ..processes import processes
@@ -352,11 +352,11 @@ def _snapshot(self:PairedBatchCallback, randomness):
     "Keeps what `lr_find` must leave as it was, beyond the network and its optimiser; returns what restores it"
     methods,state = self.methods,deepcopy(self.state_dict()) if self.methods else None
     dl = self.dls.train
-    loaders = [(o, o.rng.getstate()) for o in (dl, self.stream and self.stream.dl) if hasattr(o, 'rng')]
+    loaders = [(o, loader_state(o)) for o in (dl, self.stream and self.stream.dl)]
     epoch = getattr(dl, 'epoch', None)
     def restore():
         if state: self.load_state_dict(state, methods)
         if epoch is not None: dl.epoch = epoch
-        for o,s in loaders: o.rng.setstate(s)
+        for o,s in loaders: restore_loader(o, s)
         restore_random_states(randomness)
     return restore

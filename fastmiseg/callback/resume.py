@@ -11,11 +11,11 @@ from fastai.callback.schedule import LRFinder
 
 from .method import SemiSupCallback
 from .paired import PairedBatchCallback
-from .place import RestOfEpoch, find_images, loader_state
+from .place import RestOfEpoch, find_images
 from .plan import differences, files_of_scans, plan_of, schedules
 from .state import (checkpoints, given_arguments, newest_state, notes_of, plain, save_state, set_notes,
                                       unchanged_arguments)
-from .stream import random_states, restore_random_states
+from .stream import loader_state, random_states, restore_random_states
 from ..loaders import PairedDL
 from ..files import is_temporary
 from ..lock import FolderInUse, only_one

@@ -98,6 +98,8 @@ def _no_supervision(pred, y): return (pred*0).sum()
 @contextmanager
 def _without_masks(learn, cbs):
     "Inside, only the terms of methods train the network; afterwards it gets a new optimiser"
+    if masked := [type(o).__name__ for o in cbs if getattr(o, 'uses_masks', False)]:
+        raise ValueError(f'{masked[0]}: learns from masks, and pretraining is without; leave it out')
     if any(getattr(o, 'balance', None) for o in cbs):
         raise ValueError('balance: measures mutual information by the gradient that the masks give, and without masks '
                          'there is none; for pretraining take MIRegCallback(balance=False)')

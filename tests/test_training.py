@@ -212,6 +212,7 @@ def test_recommended_callbacks():
 
 def test_pretraining_learns_from_mutual_information(tmp_path):
     "By itself it trains the encoder; held to the gradient of masks that are not there, it would train nothing"
+    from fastmiseg.callback.copypaste import CopyPasteCallback
     from toy import learner, loaders, quiet, small_mireg
     learn = quiet(learner(tmp_path, dls=loaders(bs=2, unlabeled_bs=4, n_iters=3)))
     seen = []
@@ -222,6 +223,8 @@ def test_pretraining_learns_from_mutual_information(tmp_path):
     assert len(seen)==3 and min(seen)>0
     with pytest.raises(ValueError, match=r'balance: measures .* MIRegCallback\(balance=False\)'):
         pretrain(learn, 1, cbs=[small_mireg(balance=True)])
+    with pytest.raises(ValueError, match='CopyPasteCallback: learns from masks, and pretraining is without'):
+        pretrain(learn, 1, cbs=[small_mireg(), CopyPasteCallback()])
     assert type(learn.loss_func).__name__=='CrossEntropyLossFlat'
 
 def test_pretraining_has_the_terms_of_the_command(tmp_path):

@@ -56,6 +56,7 @@ class CopyPasteCallback(SemiSupCallback):
         self.pseudo,self.dice,self.side,self.largest,self.start = pseudo,dice,side,largest,start
 
     matches_target = True
+    uses_masks = True # so that it cannot pretrain
 
     def _mix(self, labelled, other):
         inside = self._from_labelled if other.ndim==4 else self._from_labelled[:,0]

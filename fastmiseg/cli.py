@@ -26,6 +26,8 @@ from .settings import Settings
 # what functions say of their arguments without naming them
 _phrases = {'replace with overwrite':'replace with --overwrite', 'or overwrite it':'or replace it with --overwrite',
             'resume it, ':'go on with --resume, ', 'resume it':'go on with --resume',
+            ', or give another path, to begin anew':' to begin anew',
+            'ResumeCallback(..., change=True)':'name a setting beside --resume, as in --resume --epochs N',
             'call load_cohort with the `layout`':'give the --layout', ' (`labeled` of split_cohort)':' (--labeled)'}
 
 _recipe = re.compile(r'Recipe\((?:[^()]|\([^()]*\))*\)')

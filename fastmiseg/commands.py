@@ -6,7 +6,7 @@
 __all__ = ['prepare_run', 'train_run', 'settings_from', 'resume_run']
 
 # %% ../nbs/79_commands.ipynb #760d2ee4
-import json, sys, warnings
+import hashlib, json, sys, warnings
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -30,9 +30,9 @@ from .run_folder import (
 from .run_model import scores_of_training, write_scores
 from .scans.cohort import load_cohort, save_cohort
 from .scans.store import SliceStore
-from .segmenter import export_segmenter, method_of
+from .segmenter import export_segmenter, load_segmenter, method_of
 from .settings import Settings
-from .training import check_network, check_processes, check_recipe, check_scans, fit, say_unused
+from .training import check_network, check_processes, check_recipe, check_scans, fit, say_unused, scans_for
 
 # %% ../nbs/79_commands.ipynb #6513607f
 def prepare_run(
@@ -253,6 +253,17 @@ def _tell_training(say, s, run):
     say(f'{s.epochs} epoch{"s"*(s.epochs!=1)} of {s.n_iters} steps with {s.bs} labelled and {s.unlabeled_bs} '
         f'unlabelled slices, on {where}; checkpoints and log: {run}')
 
+def _sum_of(slices):
+    return hashlib.blake2b(json.dumps(sorted(slices.sums.values())).encode(), digest_size=8).hexdigest()
+
+def _made_of_these(fold, c, workers):
+    "Was the model of a finished fold made of its scans and masks as they are now?"
+    check_store(fold, c['store'])
+    s,df = c['train'],load_cohort(fold/'split.csv', 'csv')
+    used = scans_for(s.method, df[df.split.isin(['labeled','unlabeled','valid'])])
+    slices = SliceStore(c['store'], c['recipe']).prepare(used, workers, False, s.skip_bad)
+    return load_segmenter(fold/'model.safetensors', 'cpu').about['provenance'].get('slices')==_sum_of(slices)
+
 def _resume_folds(run, c, workers, say, cbs, changes):
     "All folds that are not finished; the scores of all"
     scores,problems = [],{}
@@ -262,23 +273,26 @@ def _resume_folds(run, c, workers, say, cbs, changes):
         own = read_config(fold)
         as_asked = not own['changed'] and own['train'].changed(**changes)==own['train']
         found = scores_of_training(fold) if as_asked else None
+        if found is not None and not _made_of_these(fold, own, workers): found = None
         if found is None: found = resume_run(fold, workers, say, cbs, **changes)
         elif say and not processes()[0]: say('is finished')
         if found is None: continue
         problems.update(found.attrs.get('problems', {}))
         scores.append(found.assign(fold=k))
     if processes()[0]: return None
-    scores = pd.concat(scores, ignore_index=True)
+    scores,df = pd.concat(scores, ignore_index=True),load_cohort(run/'split.csv', 'csv')
+    left = df.split[df['mask'].notna() & ~df.scan.isin(scores.scan)]
+    beside = dict(problems=problems, left_out=left.value_counts().to_dict())
     write_text(run/'metrics.csv', scores.to_csv(index=False))
-    write_text(run/'metrics.json', json.dumps(dict(problems=problems)))
+    write_text(run/'metrics.json', json.dumps(beside))
     if changes: change_config(run, train=settings_from(c['train'], **changes).to_dict(), changed=None)
-    scores.attrs['problems'] = problems
+    scores.attrs.update(beside)
     return scores
 
 def _finish(run, s, c, learn, cbs, df):
     "Model, figures and scores of a training"
     export_segmenter(learn, run/'model.safetensors', cohort=df.attrs.get('layout'), seed=s.seed, method=s.method,
-                     weights=method_of(cbs), training=s.to_dict())
+                     weights=method_of(cbs), training=s.to_dict(), slices=_sum_of(learn.dls.store))
     _draw_figures(learn, cbs, run/'figures')
     found = learn.dls.store.problems
     return write_scores(run, skip_bad=s.skip_bad, problems=dict(zip(found.scan, found.problem)))

@@ -588,6 +588,7 @@ def test_folds(ten, capsys, monkeypatch):
     assert (sorted(o.name for o in out.iterdir())==['config.json','fold0','fold1','metrics.csv','metrics.json','slices',
                                                        'split.csv'] and again.scan.nunique()==4)
     assert not read_scores(out/'metrics.csv').attrs['problems']
+    assert not again.attrs['left_out'] and not read_scores(out/'metrics.csv').attrs['left_out']
 
 def test_folds_of_what_is_prepared(prepared, tmp_path, monkeypatch):
     "Its test scans stay, masks that were put aside are not used"
@@ -720,3 +721,20 @@ def test_files_that_change_before_a_training_goes_on(files, tmp_path):
         with pytest.raises(ValueError, match=said): resume_run(tmp_path/'run', 0)
         Path(df[kind][i]).write_bytes(before)
     assert len(resume_run(tmp_path/'run', 0)) and len(pd.read_csv(tmp_path/'run'/'log.csv'))==2
+
+def test_files_that_change_after_a_fold_is_finished(files, tmp_path):
+    "Its model is not averaged with those of other masks: named; and without its checkpoints the fold begins anew"
+    df,kw = files
+    out = tmp_path/'run'
+    train_run(tmp_path/'prepared', out, folds=2, **{**kw, 'method':'partial'})
+    own = load_cohort(out/'fold0'/'split.csv', 'csv')
+    changed = own[own.split=='labeled'].iloc[0]
+    for k in ('model.safetensors','metrics.csv'): (out/'fold1'/k).unlink() # as if it were killed
+    other_image(changed['mask'])
+    said = rf"(?s)fold0.*mask of {changed.scan}: .*delete {out/'fold0'/'checkpoints'}, or give another path"
+    with pytest.raises(ValueError, match=said): resume_run(out, 0)
+    for k in range(2): shutil.rmtree(out/f'fold{k}'/'checkpoints')
+    resume_run(out, 0)
+    before = [(out/f'fold{k}'/'model.safetensors').stat().st_mtime_ns for k in range(2)]
+    resume_run(out, 0)
+    assert before==[(out/f'fold{k}'/'model.safetensors').stat().st_mtime_ns for k in range(2)]

@@ -142,7 +142,7 @@ def _check(self:ResumeCallback, state, file):
         other,todo = 'settings','Start it with the settings of before'
         if set(changed)<=set(files): other,todo = 'files of scans','Put the files of before back'
         raise ValueError(f"ResumeCallback: {file} was written by a training with other {other}:{said}\n"
-                         f"{todo}; give this one another path; or go on under the new "
+                         f"{todo}; delete {self.path}, or give another path, to begin anew; or go on under the new "
                          f"{other}: ResumeCallback(..., change=True)")
     self._check_change(state, file, changed)
     warn(f"ResumeCallback: goes on from {file} under other settings:{said}")

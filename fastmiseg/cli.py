@@ -90,9 +90,9 @@ def polite(
             traceback.print_exc()
             sys.exit(3)
 
-def _report(problems, of=''):
+def _report(problems, command, of=''):
     "Tell what could not be used, and leave with 1 if there is anything"
-    for p in problems: print(p, file=sys.stderr)
+    for p in problems: print(as_typed(p, options_in(command)), file=sys.stderr)
     if len(problems):
         print(f'{len(problems)}{of} scans could not be used', file=sys.stderr)
         sys.exit(1)
@@ -179,7 +179,7 @@ def prepare(
         from fastmiseg.commands import prepare_run
         bad = prepare_run(data, out, seed, workers, skip_bad, overwrite, say=print, **options)
         print(f'\nsplit: {out}/split.csv\nnext: fastmiseg-train {quote(out)} --out {quote(str(_beside(out)))}')
-        _report(list(bad.problem))
+        _report(list(bad.problem), prepare)
 
 def _check_resumed(given):
     "An error for options that a run which goes on cannot take"
@@ -227,7 +227,7 @@ def train(
         print(f'\nscores: {out}/metrics.csv')
         if 'fold' not in scores: print(f'model: {out}/model.safetensors; figures: {out}/figures')
         print(f'next: fastmiseg-predict {quote(out)} SCANS --out segmentations')
-        _report([f'{k}: {v}' for k,v in scores.attrs['problems'].items()])
+        _report([f'{k}: {v}' for k,v in scores.attrs['problems'].items()], train)
 
 @call_parse
 @with_options(Reading)
@@ -254,7 +254,7 @@ def predict(
         if seen := done.attrs['trained_on']:
             print(f'{len(seen)} of {len(done)} scans were in the training of the model ({", ".join(map(str, seen[:3]))}'
                   f'{", ..." if seen[3:] else ""}): how well these came out says little about others')
-        _report(list(done.problem.dropna()), f' of {len(done)}')
+        _report(list(done.problem.dropna()), predict, f' of {len(done)}')
 
 @call_parse
 @with_options(Reading)
@@ -280,7 +280,7 @@ def evaluate(
         _print_scores(scores)
         print(f'\nscores of every scan: {out or model}/metrics.csv; figures: {out or model}/figures')
         bad = scores.attrs['problems']
-        _report([f'{k}: {v}' for k,v in bad.items()], f' of {scores.scan.nunique()+len(bad)}')
+        _report([f'{k}: {v}' for k,v in bad.items()], evaluate, f' of {scores.scan.nunique()+len(bad)}')
 
 # %% ../nbs/88_cli.ipynb #b7998a56
 def _list(s): return [o.strip() for o in s.split(';')] if s else None

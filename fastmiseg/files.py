@@ -8,7 +8,7 @@ __all__ = ['WriteError', 'temporary_name', 'is_temporary', 'whole_file', 'write_
 
 # %% ../nbs/00_files.ipynb #3c188070
 import hashlib, json, os, re, shutil, stat, uuid, zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # %% ../nbs/00_files.ipynb #50925595
@@ -52,7 +52,8 @@ def whole_file(
             if sync and os.name=='posix': _sync_folder(path.parent)
         except WriteError: raise
         except OSError as e: raise _explain(path, e) from e
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError): tmp.unlink(missing_ok=True) # of a folder that can only be read it is an error
 
 def _sync_folder(folder):
     handle = os.open(folder, os.O_RDONLY)

@@ -81,7 +81,7 @@ def evaluate_run(
 )->pd.DataFrame: # scores, as from `evaluate_cohort`
     "Segment and score scans; write metrics.csv, box plots and the worst scans"
     folder = Path(model) if out is None else Path(out)
-    if not Path(model).is_dir() and (data is None or out is None):
+    if Path(model).is_file() and (data is None or out is None):
         raise RunError(f'{model}: is a model without its run, so say which scans (data) and where to write (out)')
     check_unused(folder)
     return write_scores(model, data, out, split, overwrite, held=lambda: only_one(folder, in_use), **kwargs)

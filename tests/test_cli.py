@@ -6,8 +6,8 @@ import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 import SimpleITK as sitk
 
 import fastmiseg.commands as C
-from fastmiseg import cli
-from fastmiseg.files import WriteError
+from fastmiseg import cli, run_model
+from fastmiseg.files import WriteError, write_text
 from fastmiseg.scans.cohort import load_cohort, save_cohort
 from fastmiseg.commands import prepare_run, resume_run, train_run
 from fastmiseg.run_folder import RunError
@@ -179,6 +179,25 @@ def test_full_disk(run, prepared, tmp_path, monkeypatch):
                 train_run(prepared, tmp_path/name, workers=0, **{**tiny, 'epochs':1, 'n_iters':2})
         left = [o.name for o in (tmp_path/name).iterdir()]
         assert name not in left and not [o for o in left if o.startswith('.')]
+
+def test_a_folder_that_can_only_be_read(tmp_path, monkeypatch):
+    "Where nothing can be removed either, the error still says what could not be written"
+    def refuse(self, *args, **kwargs): raise OSError(errno.EROFS, 'Read-only file system', str(self))
+    for o in ('write_text','unlink'): monkeypatch.setattr(Path, o, refuse)
+    with pytest.raises(WriteError, match=r'config.json: cannot be written \(Read-only file system; \d+ MB are free'):
+        write_text(tmp_path/'config.json', '{}')
+
+def test_what_is_wrong_with_a_scan_is_said_with_options(run, monkeypatch, capsys):
+    problem = 's: holds 2 volumes; choose one with phase=0 to phase=1'
+    said = pd.DataFrame(dict(out=[None], problem=[problem]), dtype=object)
+    said.attrs.update(trained_on=[], kept=0)
+    monkeypatch.setattr(run_model, 'predict_scans', lambda *args, **kwargs: said)
+    with pytest.raises(SystemExit, match='1'): cli.predict(str(run), 's', 'out')
+    assert 's: holds 2 volumes; choose one with --phase 0 to --phase 1\n' in capsys.readouterr().err
+
+def test_scores_of_a_run_that_is_not_there(tmp_path, capsys):
+    with pytest.raises(SystemExit, match='2'): cli.evaluate(str(tmp_path/'run'))
+    assert 'run: does not exist; expected a run folder' in capsys.readouterr().err
 
 def test_full_disk_for_a_checkpoint(prepared, tmp_path, monkeypatch):
     import shutil

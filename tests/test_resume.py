@@ -549,8 +549,9 @@ def test_lock_and_forks(tmp_path):
 WRITING = TRAIN.replace("class Wait(Callback):", """import fastmiseg.files as files
 def slow(f, n=itertools.count(1)):
     if next(n)==3:
-        print('ready', flush=True)
-        try: time.sleep(120)
+        try: # the signal may come before the next line
+            print('ready', flush=True)
+            time.sleep(120)
         finally:
             if sys.argv[4:]: print('cleaning', flush=True); time.sleep(120)
     return fsync(f)

@@ -1653,7 +1653,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'fastmiseg/scans/readers.py'),
                                          'fastmiseg.scans.readers._join_people': ( 'scans.readers.html#_join_people',
                                                                                    'fastmiseg/scans/readers.py'),
-                                         'fastmiseg.scans.readers._one': ('scans.readers.html#_one', 'fastmiseg/scans/readers.py'),
+                                         'fastmiseg.scans.readers._named': ('scans.readers.html#_named', 'fastmiseg/scans/readers.py'),
                                          'fastmiseg.scans.readers._say_drawn': ( 'scans.readers.html#_say_drawn',
                                                                                  'fastmiseg/scans/readers.py'),
                                          'fastmiseg.scans.readers._say_parted': ( 'scans.readers.html#_say_parted',

@@ -273,6 +273,12 @@ def test_folder_names(tmp_path):
     with pytest.raises(CohortError, match='wahrheit: is not a folder; expected the one with the masks'):
         load_cohort(tmp_path, 'folder', images='mr', masks='wahrheit')
 
+@pytest.mark.parametrize('images, masks', [('Images','Masks'), ('IMAGES','Labels'), ('ImagesTr','LabelsTr')])
+def test_folders_in_capitals(tmp_path, images, masks):
+    put(tmp_path, f'{images}/a.nii.gz', f'{masks}/a.nii.gz')
+    df = load_cohort(tmp_path)
+    assert (df.attrs['layout'], df.scan.tolist(), df['mask'].notna().tolist())==('folder', ['a'], [True])
+
 def test_dicom(tmp_path, capsys):
     vols = {p:image(i) for i,p in enumerate(['anna','bert','carl'])}
     write_series(tmp_path/'anna/study/T2', vols['anna'], '1.2.1')

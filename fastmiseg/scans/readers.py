@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ['subject_of', 'read_folder', 'read_dicom', 'read_csv']
 
 # %% ../../nbs/18_scans.readers.ipynb #baef2bba
-import re, unicodedata, warnings
+import os, re, unicodedata, warnings
 from collections import Counter
 from pathlib import Path
 from typing import Callable
@@ -42,20 +42,22 @@ def subject_of(
     return find
 
 # %% ../../nbs/18_scans.readers.ipynb #0fa0e07c
-_image_dirs = ('images','image','imgs','img','scans','imagesTr')
-_mask_dirs = ('masks','mask','labels','label','segmentations','seg','labelsTr')
+_image_dirs = ('images','image','imgs','img','scans','imagestr')
+_mask_dirs = ('masks','mask','labels','label','segmentations','seg','labelstr')
 
-def _one(root, names):
-    "The first of these folders that is there"
-    return next((root/o for o in names if (root/o).is_dir()), None)
+def _named(root, names):
+    "Folders that have one of these names, in whatever capitals, in the order of the names"
+    try: there = sorted(o.name for o in os.scandir(root) if o.is_dir())
+    except OSError: return []
+    return [root/o for name in names for o in there if o.lower()==name]
 
 def _holding(root, names, what):
     "The first of these folders that holds scans; a warning where several do"
-    if not (found := [o for o in names if scans_in(root/o)]): return
+    if not (found := [o for o in _named(root, names) if scans_in(o)]): return
     if found[1:]:
-        warnings.warn(f'{root}: several folders may hold the {what}: {", ".join(found)}; those in {found[0]} were '
-                      f'taken. Name the right one with {what}=', stacklevel=4)
-    return root/found[0]
+        warnings.warn(f'{root}: several folders may hold the {what}: {", ".join(o.name for o in found)}; those in '
+                      f'{found[0].name} were taken. Name the right one with {what}=', stacklevel=4)
+    return found[0]
 
 def _scans_outside(folder, other):
     "Scans below a folder, but not below another one in it"
@@ -79,7 +81,7 @@ def _has_dicom(files):
 def _is_dicom(root): return any(_has_dicom(files) for _,files in walk(root))
 
 def _is_folder(root):
-    if any(scans_in(root/o) for o in _image_dirs): return True
+    if any(scans_in(o) for o in _named(root, _image_dirs)): return True
     return any(stem(f).endswith(mask_endings) for f in scans_in(root)) and not _is_dicom(root)
 
 # %% ../../nbs/18_scans.readers.ipynb #2e69322f
@@ -100,7 +102,8 @@ def read_folder(
         if o and not (root/o).is_dir():
             raise CohortError(f'{root/o}: is not a folder; expected the one with the '
                               f'{"images" if o==images else "masks"}')
-    idir = root/images if images else _holding(root, _image_dirs, 'images') or _one(root, _image_dirs)
+    idir = root/images if images else _holding(root, _image_dirs, 'images')
+    if not idir: idir = next(iter(_named(root, _image_dirs)), None)
     mdir = root/masks if masks else _holding(root, _mask_dirs, 'masks')
     if not idir and mdir and (masks or _are_images(root, mdir, mends)): idir = root
     def name(f, base):

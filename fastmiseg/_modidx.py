@@ -1205,6 +1205,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fastmiseg.run_folder.clear_run': ('run_folder.html#clear_run', 'fastmiseg/run_folder.py'),
                                       'fastmiseg.run_folder.new_run': ('run_folder.html#new_run', 'fastmiseg/run_folder.py'),
                                       'fastmiseg.run_folder.read_config': ('run_folder.html#read_config', 'fastmiseg/run_folder.py'),
+                                      'fastmiseg.run_folder.scans_of': ('run_folder.html#scans_of', 'fastmiseg/run_folder.py'),
                                       'fastmiseg.run_folder.write_config': ('run_folder.html#write_config', 'fastmiseg/run_folder.py')},
             'fastmiseg.run_model': { 'fastmiseg.run_model._about_scores': ('run_model.html#_about_scores', 'fastmiseg/run_model.py'),
                                      'fastmiseg.run_model._check_beside': ('run_model.html#_check_beside', 'fastmiseg/run_model.py'),

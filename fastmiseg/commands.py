@@ -25,8 +25,9 @@ from .methods import methods
 from .plots import plot_clusters, plot_joints, plot_tsne
 from .preparing import Preparation, divide_options, parts_in_words
 from .processes import alone, gather, join_processes, processes
-from .run_folder import (
-    RunError, change_config, check_store, check_unused, clear_run, in_use, new_run, read_config, write_config)
+from fastmiseg.run_folder import (
+    RunError, change_config, check_store, check_unused, clear_run, in_use, new_run, read_config, scans_of,
+    write_config)
 from .run_model import scores_of_training, write_scores
 from .scans.cohort import load_cohort, save_cohort
 from .scans.store import SliceStore
@@ -72,6 +73,11 @@ def _prepare(held, data, out, seed, workers, skip_bad, overwrite, settings, say,
             for o in () if old else ('config.json','split.csv'): (out/o).unlink(missing_ok=True)
             raise
     if not early: announce(df if settings else df[~df.scan.isin(store.problems.scan)])
+    if recipe.orientation and (tilt := max(store.summary.get('tilt', [0])))>40: # of half of them a quarter turn: 45
+        warnings.warn('the training scans do not lie alike in their slices, whose axes run up to '
+                      f'{tilt:.0f} degrees from their mean: orientation {recipe.orientation!r} turns oblique scans to '
+                      'the nearest axes of the body. If they lie alike in their files, "orientation": null in the '
+                      'recipe file keeps them so', stacklevel=4)
     return store.problems
 
 @contextmanager
@@ -145,7 +151,7 @@ def _check_unchanged(prepared, out, choices):
 
 def _prepared(folder):
     "Config and cohort of a prepared folder"
-    c,df = read_config(folder),load_cohort(Path(folder)/'split.csv', 'csv')
+    c,df = read_config(folder),scans_of(folder)
     check_store(folder, c['store'])
     return c,df
 
@@ -233,7 +239,7 @@ def _resume(run, c, workers, say, cbs, changes):
     if 'train' not in c:
         raise RunError(f'{run}: is prepared, but no training was begun in it; train from it into another folder')
     check_store(run, c['store'])
-    s,df = settings_from(c['train'], **changes),load_cohort(run/'split.csv', 'csv')
+    s,df = settings_from(c['train'], **changes),scans_of(run)
     if say: _tell_training(say, s, run)
     learn,cbs = fit(s, df, c['recipe'], c['store'], run, workers=workers, change=bool(changes),
                     more=cbs)

@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['notes_file', 'in_use', 'RunError', 'check_unused', 'new_run', 'clear_run', 'write_config', 'change_config',
-           'read_config', 'check_store']
+           'read_config', 'scans_of', 'check_store']
 
 # %% ../nbs/77_run_folder.ipynb #e1995120
-import json, re, shutil
+import json, os, re, shutil
 from contextlib import ExitStack
 from pathlib import Path
+
+import pandas as pd
 
 import fastmiseg
 from .files import read_json, write_text
 from .lock import only_one
 from .methods import methods
+from .scans.cohort import load_cohort
 from .scans.recipe import Recipe
+from .scans.volume import split_choice
 from .settings import Settings
 
 # %% ../nbs/77_run_folder.ipynb #d8323d3f
@@ -124,6 +128,15 @@ def read_config(
     except KeyError as e: raise RunError(f'{file}: is damaged (there is no {e.args[0]!r} in it)') from None
     except (TypeError, ValueError) as e: raise RunError(f'{file}: is damaged ({e})') from None
     return c
+
+def scans_of(
+    run:str|Path # run folder
+)->pd.DataFrame:
+    "The cohort of a run, with its split; a `RunError` where none of the scans is where it was"
+    df = load_cohort(file := Path(run)/'split.csv', 'csv')
+    if any(os.path.lexists(split_choice(o)[0]) for o in df.image): return df
+    raise RunError(f'{file}: none of its {len(df)} scans is there, for example {df.image.iloc[0]}; put them back, or, '
+                   'if they have moved, write into that file where they are now')
 
 def check_store(
     run:str|Path, # run folder

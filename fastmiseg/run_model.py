@@ -20,7 +20,7 @@ from .files import digest, read_json, write_text
 from .lock import only_one
 from .plots import plot_scans, plot_scores
 from .preparing import Reading, divide_options
-from .run_folder import RunError, check_unused, in_use, notes_file, read_config
+from .run_folder import RunError, check_unused, in_use, notes_file, read_config, scans_of
 from .scans.cohort import load_cohort
 from .scans.messages import VolumeError
 from .scans.volume import scan_files, split_choice
@@ -100,7 +100,7 @@ def write_scores(
     seg,run = _load(model),Path(model)
     reading,kwargs = divide_options(Reading, kwargs)
     out = run if out is None else Path(out)
-    df = load_cohort(run/'split.csv', 'csv') if data is None else _with_known_parts(run, Reading(**reading).load(data))
+    df = scans_of(run) if data is None else _with_known_parts(run, Reading(**reading).load(data))
     if data is None and split is None: split = _usual_part(df)
     if split not in (None,'all') and ('split' not in df or not df.split.isin(L(split)).any()):
         why = ': each scan with a mask trained some of the folds' if data is None and split=='valid' else ''

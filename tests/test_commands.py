@@ -17,6 +17,7 @@ from fastmiseg.run_model import evaluate_run, predict_scans
 from fastmiseg.preparing import Preparation, Reading
 from fastmiseg.scans.cohort import load_cohort, save_cohort
 from fastmiseg.scans.messages import VolumeError
+from fastmiseg.scans.phantom import make_phantom
 from fastmiseg.scans.layout import CohortError, layouts
 from fastmiseg.scans.volume import read_volume, write_volume
 from fastmiseg.scores import read_scores
@@ -274,6 +275,26 @@ def test_what_training_could_not_use_is_remembered(hearts, tmp_path):
     df.attrs.update(hearts.df.attrs)
     train_run(save_cohort(df, csv), tmp_path/'run', recipe=hearts.recipe, skip_bad=True, workers=0, **tiny)
     assert list(read_scores(tmp_path/'run'/'metrics.csv').attrs['problems'])==[df.scan[4]]
+
+def test_a_run_whose_scans_have_moved_says_where_to_write_it(run, hearts, tmp_path):
+    shutil.copytree(run, out := tmp_path/'run')
+    df = load_cohort(out/'split.csv', 'csv')
+    save_cohort(df.assign(image=[f'{tmp_path}/gone/{Path(o).name}' for o in df.image], mask=None), out/'split.csv')
+    said = rf'split.csv: none of its {len(df)} scans is there, for example {tmp_path}/gone/.*; put them back, or, if'
+    for f in (lambda: resume_run(out, 0, epochs=2), lambda: evaluate_run(out), lambda: train_run(out, tmp_path/'next')):
+        with pytest.raises(RunError, match=said): f()
+    save_cohort(df, out/'split.csv')
+    assert evaluate_run(out, progress=False).scan.nunique()==2
+
+def test_oblique_scans_that_a_recipe_turns_differently(tmp_path):
+    make_phantom(tmp_path/'scans', n_subjects=8, seed=0, size=(32,40))
+    (tmp_path/'r.json').write_text('{"size": 32, "orientation": "LPS"}')
+    for name,recipe in dict(auto='auto', lps=str(tmp_path/'r.json')).items():
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            prepare_run(tmp_path/'scans', tmp_path/name, recipe=recipe, workers=0)
+        turned = ["orientation 'LPS' turns oblique scans to the nearest" in str(o.message) for o in said]
+        assert sum(turned)==(name=='lps')
 
 def test_a_finished_run_keeps_its_settings(run, tmp_path):
     shutil.copytree(run, out := tmp_path/'run')

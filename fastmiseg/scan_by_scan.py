@@ -88,7 +88,7 @@ def _looks(*paths):
     try: files = [f for o in paths for f in scan_files(o)]
     except VolumeError: return None
     chosen = [split_choice(o)[1] for o in paths]
-    return [chosen, *([str(o), os.stat(o).st_size, os.stat(o).st_mtime_ns] for o in files)]
+    return [chosen, *([os.path.abspath(o), os.stat(o).st_size, os.stat(o).st_mtime_ns] for o in files)]
 
 def _lines(path):
     "The lines of a note; without the last one, if it was cut"
@@ -115,12 +115,14 @@ class _Notes:
     "What is finished: a line of JSON for each scan, in a file that may not exist"
     def __init__(self, path, of, fresh):
         self.path,self.of,self.done = path,{'of':of},{}
-        lines = [] if fresh or path is None or not path.exists() else _lines(path)
+        lines = [] if path is None or not path.exists() else _lines(path)
         self.killed = bool(lines) and {'finished':True} not in lines
         if lines[:1]==[self.of]: self.done = {o['scan']:o for o in lines if 'scan' in o}
-        elif self.killed:
+        elif self.killed and not fresh:
             raise FileExistsError(f'{path.parent}: holds an unfinished run with another network or other settings; '
                                   'choose another folder, or overwrite it')
+        if not self.killed: # the next call may be
+            for o in self.done.values(): o['finished'] = True
 
     def begin(self):
         if self.path is None: return
@@ -180,9 +182,11 @@ class ScanByScan:
         mine = path is not None and path.exists() and not overwrite
         check_free(every, [*df.image, *df.get('mask', ())], overwrite or mine)
         self.notes = _Notes(path, identity_of(learn, recipe, **options), overwrite)
+        if overwrite:
+            for s in files: self.done.pop(s, None)
         self._forget_what_changed()
-        for s,o in self.done.items():
-            if 'copy' in o: self.copies[s] = o['copy'][0],tuple(o['copy'][1])
+        for s in files:
+            if copy := self.done.get(s, {}).get('copy'): self.copies[s] = copy[0],tuple(copy[1])
         if mine and not self.notes.killed: # what was being written when it was killed may be replaced
             check_free([o for s,f in files.items() if s not in self.done for o in f], [], False)
         self.notes.begin()
@@ -199,10 +203,21 @@ class ScanByScan:
         return _looks(row.image, *mask, *(o for o in others if o!=row.image))
 
     def _forget_what_changed(self):
+        "Scans that are to be segmented again; an error for finished ones, which may have been corrected since"
+        kept = []
         for r in self.df.itertuples():
             if r.scan not in self.done: continue
-            there = all(o.exists() for o in self.files[r.scan])
-            if not there or self.done[r.scan].get('looks')!=self.looks(r): del self.done[r.scan]
+            there = [o for o in self.files[r.scan] if o.exists()]
+            same = self.done[r.scan].get('looks')==self.looks(r)
+            if same and there==self.files[r.scan]: continue
+            if self.done.pop(r.scan).get('finished') and there: kept.append((there[0], same))
+        if not kept: return
+        (file,same),more = kept[0],f' (and {len(kept)-1} more)' if kept[1:] else ''
+        why = 'its scan has changed since'
+        if self.recipe.per=='subject': why = 'a scan of its subject has come or changed since'
+        if same: why = 'what was written beside it is not'
+        raise FileExistsError(f'out: {file} exists, but {why}{more}; move it away to have it made anew, or replace '
+                              'with overwrite')
 
     def _limits(self, subject):
         if self._known[0]!=subject: self._known = subject,limits_of(self.every_scan, subject, self.recipe)

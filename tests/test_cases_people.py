@@ -15,7 +15,8 @@ from fastmiseg.evaluation import evaluate_cohort, predict_cohort
 from fastmiseg.inference import predict_volume
 from fastmiseg.models import create_unet
 from fastmiseg.segmenter import Segmenter, SegmenterError, export_segmenter, load_segmenter
-from fastmiseg.scans.cohort import CohortError, CohortWarning, load_cohort, related, save_cohort
+from fastmiseg.scans.cohort import (CohortError, CohortWarning, load_cohort, related, save_cohort, short_digest,
+                                    voxel_digest)
 from fastmiseg.scans.split import advice
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.store import SliceStore
@@ -519,7 +520,49 @@ def test_a_scan_that_changed_is_segmented_again(tmp_path):
     assert predict_cohort(seg, df, out, progress=False).problem.isna().all()
     assert (read_volume(out/'b.nii.gz').array>0)[:,3:9,3:9].all()
     put(df.image[1], square(5, at=(2,2))[0])
-    with pytest.raises(FileExistsError, match='b.nii.gz exists; choose'): predict_cohort(seg, df, out, progress=False)
+    with pytest.raises(FileExistsError, match='b.nii.gz exists, but its scan has changed since; move it away'):
+        predict_cohort(seg, df, out, progress=False)
+    (out/'b.nii.gz').unlink()
+    assert predict_cohort(seg, df, out, progress=False).attrs['kept']==1
+
+def test_what_was_corrected_by_hand_outlives_a_killed_call(tmp_path, monkeypatch):
+    "A finished prediction is called again for a new scan and killed, and then another scan changes"
+    df,seg,out = cohort(tmp_path, 'abc', ['valid']*3),bright(recipe),tmp_path/'out'
+    def go(rows=df, **kw): return predict_cohort(seg, rows, out, progress=False, **kw)
+    go(df[:2])
+    (out/'b.nii.gz').write_bytes(b'corrected')
+    def killed(*args, **kw): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(E.ScanByScan, 'note', killed)
+        with pytest.raises(KeyboardInterrupt): go()
+    assert (out/'c.nii.gz').exists()
+    put(df.image[1], square(7)[0])
+    with pytest.raises(FileExistsError, match='b.nii.gz exists, but its scan has changed since; move it away'): go()
+    assert (out/'b.nii.gz').read_bytes()==b'corrected'
+    (out/'b.nii.gz').unlink()
+    assert go().attrs['kept']==1 and go().attrs['kept']==3
+
+def test_scans_of_other_calls_stay_with_theirs(tmp_path, monkeypatch):
+    "Another part of the cohort, in the same folder, by a path from elsewhere"
+    df,seg,out = cohort(tmp_path, 'ab', ['valid']*2),bright(recipe),tmp_path/'out'
+    monkeypatch.setattr(I, 'how_far', lambda *args: [])
+    seg.about['training'] = dict(voxels=[short_digest(voxel_digest(read_volume(df.image[0])))])
+    def go(*files, **kw): return predict_cohort(seg, files, out, progress=False, **kw).attrs
+    assert go(df.image[0])['trained_on']==['a'] and go(df.image[1])['trained_on']==[]
+    assert go(df.image[1], overwrite=True)['kept']==0
+    monkeypatch.chdir(tmp_path)
+    assert go('a.nii.gz', 'b.nii.gz')==dict(kept=2, trained_on=['a'])
+
+def test_a_new_scan_of_a_known_subject(tmp_path):
+    "It changes the limits of the others, whose segmentations are there"
+    r = replace(recipe, per='subject')
+    df,out = cohort(tmp_path, 'abc', ['valid']*3).assign(subject=list('xxy')),tmp_path/'out'
+    def go(rows): return predict_cohort(bright(r), df.iloc[rows], out, progress=False)
+    go([0,2])
+    with pytest.raises(FileExistsError, match='a.nii.gz exists, but a scan of its subject has come or changed since'):
+        go([0,1,2])
+    (out/'a.nii.gz').unlink()
+    assert go([0,1,2]).attrs['kept']==1
 
 @pytest.mark.parametrize('where', ['read','network','room'])
 def test_a_scan_too_large_for_memory_does_not_end_the_others(tmp_path, monkeypatch, where):

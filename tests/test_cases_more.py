@@ -1,6 +1,7 @@
 """Further inputs of the kinds in test_cases_scans and test_cases_people, as archives, spreadsheets and other programs
 write them"""
 import gzip, json, shutil, unicodedata, warnings
+from pathlib import Path
 
 import nibabel, numpy as np, pandas as pd, pytest, SimpleITK as sitk
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
@@ -228,6 +229,24 @@ def test_series_where_some_folders_hold_several(tmp_path):
     df,said = told(lambda: load_cohort(tmp_path, 'dicom', series='t2'))
     assert df.scan.tolist()==['anna','bert','carl'] and not said # that of Carl is refused when it is read
     assert [read(o)[0].shape[0] for o in df.image[:2]]==[2,2]
+
+def test_masks_of_series_that_are_left_out(tmp_path):
+    "That of an ADC map became that of the T2, the only series that was left beside it"
+    for i,p in enumerate(('anna','bert')):
+        for j,k in enumerate(('T2','ADC')):
+            series(tmp_path/p/k, 2, SeriesDescription=k, SeriesInstanceUID=f'1.2.{i+1}{j}')
+    def masks(**kw):
+        df,said = told(lambda: load_cohort(tmp_path, 'dicom', **kw))
+        return {r.scan:r.mask and str(Path(r.mask).relative_to(tmp_path)) for r in df.itertuples()},said
+    put_nifti(tmp_path/'anna'/'anna_ADC.nii.gz', square()[1])
+    for o in (tmp_path/'masks'/'bert_ADC_seg.nii.gz', tmp_path/'anna'/'ADC'/'other.nii.gz'):
+        put_nifti(o, square()[1])
+        found,said = masks(series='T2')
+        assert found==dict(anna_T2=None, bert_T2=None) and 'belong' not in said
+        o.unlink()
+    assert masks(series='ADC')[0]==dict(anna_ADC='anna/anna_ADC.nii.gz', bert_ADC=None)
+    put_nifti(tmp_path/'bert'/'bert.nii.gz', square()[1])
+    assert masks(series='T2')[0]==dict(anna_T2=None, bert_T2='bert/bert.nii.gz')
 
 def test_an_archive_in_which_everybody_has_one_patient_id(tmp_path):
     for k in ('a','b','c'): series(tmp_path/k, 2, PatientID='ANONYMOUS', SeriesInstanceUID=f'1.2.{ord(k)}')

@@ -182,7 +182,8 @@ def _say_several_kinds(root, folders, owner, subjects):
     several = {s:o for s,o in kinds.items() if len(o)>1}
     if not several: return
     s,o = next(iter(several.items()))
-    warnings.warn(f'{root}: {len(several)} people have series of several kinds, for example {s}: '
+    who = f'{len(several)} people have' if len(several)>1 else 'one person has'
+    warnings.warn(f'{root}: {who} series of several kinds, for example {s}: '
                   f'{a_few(k or "without a description" for k in o)}; all are taken. If one kind is wanted, give '
                   'series= (a part of its description)', stacklevel=4)
 
@@ -198,12 +199,15 @@ def read_dicom(
     "Folders of DICOM series, with masks as NIfTI files"
     found = list(walk(root))
     owner = {d:about_folder(d) for d,files in found if _has_dicom(files)}
-    folders = [d for d in owner if has_images(d)]
-    if series is not None: folders = _those_that_fit(root, folders, series, owner)
-    masks = [f for _,files in found for f in files if extension(f)]
     def parts(d):
         folders = d.relative_to(root).parts
         return [o for i,o in enumerate(folders) if i or o.lower() not in _image_dirs] or [d.name]
+    every = folders = [d for d in owner if has_images(d)]
+    if series is not None: folders = _those_that_fit(root, every, series, owner)
+    left = set(every)-set(folders) # with their masks
+    named = {'_'.join(parts(d)) for d in left}
+    masks = [f for d,files in found if d not in left for f in files
+             if extension(f) and without_ending(stem(f), mask_endings) not in named]
     beside = Counter(d.parent for d in folders)
     rows = []
     for d in folders:

@@ -17,6 +17,7 @@ from fastmiseg.models import create_unet
 from fastmiseg.segmenter import Segmenter, SegmenterError, export_segmenter, load_segmenter
 from fastmiseg.scans.cohort import (CohortError, CohortWarning, load_cohort, related, save_cohort, short_digest,
                                     voxel_digest)
+from fastmiseg.scans.profile import scan_profile, summarise_profiles
 from fastmiseg.scans.split import advice
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.store import SliceStore
@@ -545,8 +546,9 @@ def test_what_was_corrected_by_hand_outlives_a_killed_call(tmp_path, monkeypatch
 def test_scans_of_other_calls_stay_with_theirs(tmp_path, monkeypatch):
     "Another part of the cohort, in the same folder, by a path from elsewhere"
     df,seg,out = cohort(tmp_path, 'ab', ['valid']*2),bright(recipe),tmp_path/'out'
-    monkeypatch.setattr(I, 'how_far', lambda *args: [])
-    seg.about['training'] = dict(voxels=[short_digest(voxel_digest(read_volume(df.image[0])))])
+    vol = read_volume(df.image[0])
+    known = summarise_profiles([scan_profile(vol, recipe.place(vol))])
+    seg.about['training'] = dict(known, voxels=[short_digest(voxel_digest(vol))])
     def go(*files, **kw): return predict_cohort(seg, files, out, progress=False, **kw).attrs
     assert go(df.image[0])['trained_on']==['a'] and go(df.image[1])['trained_on']==[]
     assert go(df.image[1], overwrite=True)['kept']==0

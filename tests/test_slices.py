@@ -380,8 +380,22 @@ def test_a_recipe_file_says_what_is_otherwise_than_with_auto(tmp_path):
     assert (r.classes, r.labels)==(('background','ball','shell'), auto.labels)
     assert of([16], crop=8)==replace(Recipe.auto(df, size=16), crop=None)
     r = of(fit='resize', size=16, percentiles=(0,100), orientation='RAS')
-    assert (r.fit, r.size, r.spacing, r.window, r.axis)==('resize', (16,16), None, None, 'auto')
+    assert (r.fit, r.size, r.spacing, r.window, r.axis)==('resize', (16,16), None, None, 0)
     with pytest.raises(ValueError, match="labels={1: 2}, expected"): of(labels={1:2})
+
+@pytest.mark.parametrize('said,axis,spacing,size,flip', [
+    ({}, 0, (1.25,1.25), (64,64), 'h'), (dict(axis=1), 1, (6.,1.25), (16,64), 'h'),
+    (dict(axis=2), 2, (6.,1.25), (16,64), ''), (dict(orientation='SPL'), 2, (1.25,1.25), (64,64), 'v'),
+    (dict(orientation='SPL', axis=0), 0, (1.25,6.), (64,16), ''),
+    (dict(orientation=None), 0, (1.25,1.25), (64,64), 'h')])
+def test_auto_proposes_for_the_slices_that_are_asked_for(tmp_path, said, axis, spacing, size, flip):
+    "It proposed spacing and size of other slices, so that these were cut off, and flips from front to back"
+    df = cohort(tmp_path)
+    (tmp_path/'r.json').write_text(json.dumps(said))
+    for r in (Recipe.auto(df, **said), Recipe.named(tmp_path/'r.json', df)):
+        assert (r.orientation, r.axis)==(said.get('orientation', 'LPS'), axis)
+        assert (r.spacing, r.size, r.flip)==(spacing, size, flip)
+    with pytest.raises(ValueError, match='Recipe: axis=3, expected'): Recipe.auto(df, axis=3)
 
 def test_labels_of_a_cohort_without_classes_are_taken(tmp_path, capsys):
     table = cohort(tmp_path, values=(0,1,2))

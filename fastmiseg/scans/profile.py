@@ -121,19 +121,23 @@ def _orientation(seen):
     mean = axes.mean(0)
     return None if _angle(axes, mean/np.linalg.norm(mean, axis=-1, keepdims=True)).max()<_turn else 'LPS'
 
-def _plane(o, orientation):
+def _plane(o, axis, orientation):
     "Where the slices of a scan lie"
     order = orient(o['direction'], orientation)[0] if orientation else (0,1,2)
     shape,spacing = ([o[k][i] for i in order] for k in ('shape','voxel'))
-    k = slice_axis(shape, spacing)
-    across = np.abs(np.reshape(o['direction'], (3,3))[:,2-order[k]]) # in the world
+    k = slice_axis(shape, spacing) if axis=='auto' else axis
+    sideways = [abs(o['direction'][2-i]) for i in order] # how much each axis runs left to right
+    mirror = ['v','h']
+    mirror.insert(k, '')
     plane = lambda o: np.delete(np.array(o, float), k)
-    return dict(axis=k, sagittal=k==2 if orientation else across.argmax()==0, spacing=plane(spacing),
-                fov=plane(shape)*plane(spacing), orientation=orientation)
+    return dict(axis=k, mirror=mirror[np.argmax(sideways)], spacing=plane(spacing), fov=plane(shape)*plane(spacing),
+                orientation=orientation)
 
 def look_at(
     df:pd.DataFrame, # some scans of a cohort
-    max_scans:int=64 # how many to read, spread over them; those that cannot be read are left out
+    max_scans:int=64, # how many to read, spread over them; those that cannot be read are left out
+    axis:int|str='auto', # of the slices, as of a `Recipe`
+    orientation:str|None='auto' # as of a `Recipe`; default: LPS, or None for scans that it would turn differently
 )->list[dict]: # of each the `orientation` for all, its slice `axis`, `spacing` and `fov` (mm) of rows and columns, ...
     "What matters for the slices of some scans; the masks of unlabelled ones stay closed"
     seen,bad = [],None
@@ -144,8 +148,8 @@ def look_at(
             try: seen.append(_look(r, labelled))
             except VolumeError as e: bad = e
     if not seen: raise bad
-    orientation = _orientation(seen)
-    return [{**o, **_plane(o, orientation)} for o in seen]
+    if orientation=='auto': orientation = _orientation(seen)
+    return [{**o, **_plane(o, axis, orientation)} for o in seen]
 
 def ct_window(
     seen:list # from `look_at`

@@ -273,7 +273,9 @@ def auto(cls:Recipe,
     classes:list|tuple|None=None, # Names, instead of the cohort's
     augment:str='light',          # Or 'strong'; see `Recipe`
     max_scans:int=64,             # How many training scans to look at, spread over the cohort
-    labels:dict|None=None         # {value in the mask files: class}, instead of the cohort's or a class for each value
+    labels:dict|None=None,        # {value in the mask files: class}, instead of the cohort's or a class for each value
+    axis:int|str='auto',          # Of the slices, as `Recipe` counts; in LPS, where no `orientation` is said
+    orientation:str|None='auto'   # As for `Recipe`, instead of what fits
 )->Recipe:
     "A recipe that fits a cohort"
     train = df[~df['split'].isin(['valid','test'])] if 'split' in df else df
@@ -282,14 +284,16 @@ def auto(cls:Recipe,
                          'or test')
     classes = _unnamed if labels and classes is None else classes
     given = cls(size=size, spacing=spacing, labels=labels, **({} if classes is None else dict(classes=classes)))
-    seen = look_at(train, max_scans)
+    if axis!='auto' and orientation=='auto': orientation = 'LPS'
+    if orientation!='auto': given = replace(given, axis=axis, orientation=orientation)
+    seen = look_at(train, max_scans, axis, orientation)
     spacing,size = common_grid(seen, given.spacing, given.size)
     axes = {o['axis'] for o in seen}
     axis = axes.pop() if len(axes)==1 else 'auto'
     if labels: classes,labels = given.classes,given.labels
     else: classes,labels = propose_classes(df, seen, classes)
-    # along the columns of any but sagittal slices runs left to right
-    flip = '' if all(o['sagittal'] for o in seen) or has_sides(classes) else 'h'
+    mirrors = '' if has_sides(classes) else {o['mirror'] for o in seen}
+    flip = next((o for o in 'hv' if o in mirrors), '')
     return cls(spacing=spacing, size=size, window=ct_window(seen), axis=axis, orientation=seen[0]['orientation'],
                channels=max(o['channels'] for o in seen), classes=classes, labels=labels, rotate=10., flip=flip,
                jitter=.3, augment=augment)
@@ -322,10 +326,10 @@ def _from_file(cls, path, df, given):
     d = d.get('recipe', d) if isinstance(d, dict) else d
     try: recipe = cls.from_dict(d)
     except ValueError as e: raise ValueError(f'recipe: {path} cannot be used ({e})') from None
-    contrary = dict(spacing=recipe.fit=='resize', window='percentiles' in d, axis='orientation' in d,
-                    orientation='axis' in d)
+    contrary = dict(spacing=recipe.fit=='resize', window='percentiles' in d)
     open_ = [k for k in _proposed if k not in d and not contrary.get(k)]
     if df is None or not open_: return recipe
-    asked = {k:v for k in ('size','spacing','classes','labels') if (v := {**d, **given}.get(k)) is not None}
+    asked = {k:v for k in ('size','spacing','classes','labels','axis') if (v := {**d, **given}.get(k)) is not None}
+    if 'orientation' in d: asked['orientation'] = d['orientation']
     found = cls.auto(df, **asked)
     return replace(recipe, **{k:getattr(found, k) for k in open_})

@@ -56,6 +56,24 @@ def test_no_trace(tmp_path, method):
         learn._end_cleanup(); learn.opt.zero_grad()
         assert state(learn)==before and hooks(learn.model)==0
 
+def test_events_of_a_method_of_ones_own(tmp_path):
+    "What is done for a method is done without `super`, as other callbacks of fastai are written"
+    class Own(ConsistencyCallback):
+        def __init__(self):
+            super().__init__(1.)
+            self.seen = []
+        def before_fit(self): self.seen.append('before_fit')
+        def before_train(self): self.seen.append('before_train')
+        def after_validate(self): self.seen.append('after_validate')
+        def after_fit(self): self.seen.append('after_fit')
+    rows = []
+    for cb in (ConsistencyCallback(1.), Own()):
+        learn = quiet(learner(tmp_path, seed=0, dls=loaders(bs=2, unlabeled_bs=4, n_iters=3)))
+        learn.fit(2, 1e-2, cbs=cb)
+        rows.append((list(learn.recorder.metric_names), list(map(list, learn.recorder.values))))
+    assert rows[0]==rows[1] and 'consistency' in rows[0][0]
+    assert cb.seen==['before_fit', *['before_train','after_validate']*2, 'after_fit']
+
 def test_lr_find_is_forgotten(tmp_path):
     "Joints, gradients' sizes and heads are as before the search, and the next fit is as without it"
     def go(find):

@@ -50,7 +50,6 @@ class EMATeacherCallback(Teacher):
 
     # the average
     def before_fit(self):
-        super().before_fit()
         if not self._fitting: return
         student = get_model(self.model)
         if self.average is None or not self.average.fits(student): self.average = ModelAverage(student)
@@ -74,9 +73,7 @@ class EMATeacherCallback(Teacher):
 
     def before_epoch(self): self.step_aside()
     def after_cancel_fit(self): self.step_aside()
-    def after_fit(self):
-        self.step_aside()
-        super().after_fit()
+    def after_fit(self): self.step_aside()
     def undo(self): self.step_aside()
 
     # afterwards

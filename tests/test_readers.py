@@ -337,8 +337,10 @@ def test_deep_folders(tmp_path):
     put(deep, 'a.nii.gz')
     assert all_read(load_cohort(tmp_path)) and len(load_cohort(tmp_path))==1
     put(deep/'b/c/d/e', 'e.nii.gz')
-    with pytest.warns(UserWarning, match='lies 10 folders below .*not looked into; start from one that is nearer'):
+    put(tmp_path/'other/b/c/d/e/f/g/h/i/j/k', 'e.nii.gz')
+    with pytest.warns(UserWarning, match='lies 10 folders below .*not looked into; start from one that is') as said:
         assert len(load_cohort(tmp_path))==1
+    assert not [o for o in said if 'other' in str(o.message)] # one is enough
 
 def test_csv_and_frame(tmp_path, monkeypatch):
     put(tmp_path/'sub', 'a.nii.gz', 'a_m.nii.gz'); put(tmp_path/'sub', 'b.nii.gz', seed=1)

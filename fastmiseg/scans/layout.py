@@ -132,7 +132,7 @@ def walk(
     depth:int=_deepest  # how many folders down
 )->Iterator[tuple]:
     "(folder, files in it) for `root` and the folders below it, sorted; hidden ones are left out"
-    todo,seen = [(Path(root),0)],set()
+    todo,seen,said = [(Path(root),0)],set(),False
     while todo:
         d,level = todo.pop(0)
         try:
@@ -148,9 +148,10 @@ def walk(
         yield d,[d/o.name for o in entries if _is(o.is_file) or extension(o.name) and not _is(o.is_dir)]
         below = [(d/o.name,level+1) for o in entries if _is(o.is_dir)]
         if level<depth: todo += below
-        elif below and depth==_deepest:
+        elif below and depth==_deepest and not said:
+            said = True
             warnings.warn(f'{d}: lies {depth} folders below {root}, and folders in it are not looked into; start from '
-                          'one that is nearer to the scans', stacklevel=4)
+                          'one that is nearer to the scans')
 
 def _is(f):
     try: return f()

@@ -1,12 +1,13 @@
 "Regularisers on learners that people have: networks, data, optimisers and callbacks that know nothing of them"
 import itertools
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from fastai.basics import Adam, Callback, CancelStepException, OptimWrapper, SGD, Transform, params
 from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import minimum, slide, steep, valley
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.optimizer import ranger
+from fastai.vision.learner import unet_learner
 from fastmiseg.callback.baselines import ConsistencyCallback
 from fastmiseg.callback.mireg import MIRegCallback
 from fastmiseg.callback.method import SemiSupCallback, sigmoid_rampdown, sigmoid_rampup
@@ -17,7 +18,9 @@ from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.data import SemiSupDataBlock
 from fastmiseg.models import create_unet, find_stages, stages
 from fastmiseg.transforms import Pool, Transformation
-from toy import UNet, hooks, learner, loaders, quiet, small_mireg
+from torch.utils.data import DataLoader
+from torchvision.models import resnet18
+from toy import UNet, disc, hooks, learner, loaders, quiet, small_mireg
 
 def values(ps): return [p.detach().clone() for p in ps]
 def equal(ps, before): return all(torch.equal(p, o) for p,o in zip(ps, before, strict=True))
@@ -59,6 +62,23 @@ def test_unlabelled_images_of_the_validation(rgb):
     both = [*files(rgb), *learn.dls.valid_ds.items]
     with pytest.warns(UserWarning, match=f'unlabeled: 2 of its {len(both)} images are of the validation'):
         learn.fit(1, cbs=ConsistencyCallback(unlabeled=both))
+
+def test_unlabelled_images_whose_files_are_not_known(rgb, tmp_path, recwarn):
+    "A table's columns were taken for files, and what a data set calls `items` for a list"
+    from fastai.vision.all import ColReader, ColSplitter, DataBlock, ImageBlock, IndexSplitter, MaskBlock
+    images = files(rgb, 'images').sorted()
+    df = pd.DataFrame(dict(image=images, mask=[rgb/'masks'/o.name for o in images], is_valid=[False]*4+[True]*2))
+    own = dict(get_x=ColReader('image'), get_y=ColReader('mask'))
+    dls = DataBlock((ImageBlock,MaskBlock(['background','square'])), splitter=ColSplitter(), **own).dataloaders(
+        df, bs=2, num_workers=0)
+    more = pd.DataFrame(dict(image=files(rgb), mask=None, is_valid=False))
+    more = DataBlock(ImageBlock, get_x=own['get_x'], splitter=IndexSplitter([])).dataloaders(
+        more, bs=2, num_workers=0).train
+    learn = quiet(unet_learner(dls, resnet18, pretrained=False, n_out=2))
+    learn.fit(1, cbs=ConsistencyCallback(unlabeled=more))
+    learn = quiet(learner(tmp_path))
+    learn.fit(1, cbs=ConsistencyCallback(unlabeled=DataLoader({i:disc(i)[0] for i in range(6)}, 2)))
+    assert not [o for o in recwarn if 'unlabeled' in str(o.message)]
 
 def test_unet_learner_with_files(rgb):
     "Discriminative rates, freeze, unfreeze and fine_tune; the projectors follow the last group"

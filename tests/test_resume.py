@@ -137,17 +137,21 @@ def test_interrupted_at_an_epochs_end_and_in_the_next(tmp_path):
         return learn.model.state_dict()
     same(attempts(fit, 'a'), attempts(fit, 'b', Stop(1, 'epoch'), Stop(2), Stop(4), Stop(1), Stop(1, 'epoch')))
 
-def torch_loaders():
+def torch_loaders(batches):
     "PyTorch's, with generators of their own: labelled and validation, and unlabelled"
     def of(ids, bs, shuffle, mask=True):
-        own = dict(shuffle=True, generator=torch.Generator().manual_seed(7)) if shuffle else {}
-        return torch.utils.data.DataLoader([disc(i) if mask else disc(i)[0] for i in ids], bs, **own)
+        own,data = torch.Generator().manual_seed(7),[disc(i) if mask else disc(i)[0] for i in ids]
+        if not shuffle: return torch.utils.data.DataLoader(data, bs)
+        if not batches: return torch.utils.data.DataLoader(data, bs, shuffle=True, generator=own)
+        order = torch.utils.data.RandomSampler(data, generator=own)
+        return torch.utils.data.DataLoader(data, batch_sampler=torch.utils.data.BatchSampler(order, bs, False))
     return DataLoaders(of(range(8), 2, True), of(range(8,12), 2, False)), of(range(12,20), 4, True, mask=False)
 
-def test_loaders_that_draw_from_a_generator(tmp_path):
+@pytest.mark.parametrize('batches', [False,True])
+def test_loaders_that_draw_from_a_generator(tmp_path, batches):
     "After their first round they went on with other images than those that would have come"
     def fit(seed, path, cbs, find=False):
-        dls,unlabelled = torch_loaders()
+        dls,unlabelled = torch_loaders(batches)
         learn = quiet(learner(tmp_path, seed=seed, dls=dls))
         learn.add_cb(ConsistencyCallback(unlabeled=unlabelled))
         if find:

@@ -67,7 +67,8 @@ def _images_of(dl):
     store = next((o.store for o in (tls[0].tfms if tls else ()) if hasattr(o, 'store')), None)
     if store is not None:
         image = dict(zip(store.scans.scan, store.scans.image))
-        items = {image.get(o.scan) for o in items}
+        items = [image.get(o.scan) for o in items]
+    if not is_listy(items): return set() # a table, or a method of this name
     return {os.path.realpath(o) for o in items if isinstance(o, (str,Path))}
 
 def _say_known(dls, dl):

@@ -53,7 +53,8 @@ def _drawn_from(dl):
     "What a loader draws from, beside what all draw from"
     dl = getattr(dl, 'dl', dl) # a `DistributedDL` has another loader inside
     if own := getattr(dl, 'rng', None): return [own]
-    parts = [dl, *(getattr(dl, k, None) for k in ('sampler','batch_sampler'))]
+    batches = getattr(dl, 'batch_sampler', None)
+    parts = dl,getattr(dl, 'sampler', None),batches,getattr(batches, 'sampler', None)
     return [o for o in (getattr(p, 'generator', None) for p in parts) if isinstance(o, torch.Generator)]
 
 def loader_state(

@@ -220,6 +220,13 @@ def test_series_of_several_kinds_in_folders_of_their_own(tmp_path):
     with pytest.raises(CohortError, match=r"series='T1' fits .* no series, for example that in anna/ADC \(ep2d_diff"):
         load_cohort(tmp_path, 'dicom', series='T1')
 
+def test_series_of_one_kind_in_other_capitals(tmp_path):
+    for i,about in enumerate(('T2','t2')):
+        series(tmp_path/'a'/str(i), 2, SeriesDescription=about, SeriesInstanceUID=f'1.{i}')
+    assert not told(lambda: load_cohort(tmp_path, 'dicom'))[1]
+    series(tmp_path/'a'/'2', 2, SeriesDescription='ADC', SeriesInstanceUID='1.2')
+    assert 'one person has series of several kinds, for example a: ' in told(lambda: load_cohort(tmp_path, 'dicom'))[1]
+
 def test_series_where_some_folders_hold_several(tmp_path):
     for i,p in enumerate(('anna','bert')):
         series(tmp_path/p, 2, SeriesDescription='t2_tse', SeriesInstanceUID=f'1.2.{i}')

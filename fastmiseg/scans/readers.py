@@ -178,14 +178,14 @@ def _those_that_fit(root, folders, series, owner):
 def _say_several_kinds(root, folders, owner, subjects):
     "People with series that are described differently, each in a folder of its own"
     kinds = {}
-    for d,s in zip(folders, subjects): kinds.setdefault(s, {}).setdefault(owner[d][2], d)
+    for d,s in zip(folders, subjects): kinds.setdefault(s, {}).setdefault(owner[d][2].lower(), owner[d][2])
     several = {s:o for s,o in kinds.items() if len(o)>1}
     if not several: return
     s,o = next(iter(several.items()))
+    said = a_few(k or 'without a description' for k in o.values())
     who = f'{len(several)} people have' if len(several)>1 else 'one person has'
-    warnings.warn(f'{root}: {who} series of several kinds, for example {s}: '
-                  f'{a_few(k or "without a description" for k in o)}; all are taken. If one kind is wanted, give '
-                  'series= (a part of its description)', stacklevel=4)
+    warnings.warn(f'{root}: {who} series of several kinds, for example {s}: {said}; all are taken. '
+                  'If one kind is wanted, give series= (a part of its description)', stacklevel=4)
 
 @layout('dicom', 'folders of DICOM files, one series each', _is_dicom)
 def read_dicom(

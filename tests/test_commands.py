@@ -296,6 +296,17 @@ def test_oblique_scans_that_a_recipe_turns_differently(tmp_path):
         turned = ["orientation 'LPS' turns oblique scans to the nearest" in str(o.message) for o in said]
         assert sum(turned)==(name=='lps')
 
+def test_scans_that_are_stored_differently_and_stay_so(hearts, tmp_path):
+    "As one beyond those that auto looks at may be"
+    df = hearts.df.assign(split='labeled')
+    for k in ('image','mask'):
+        vol = read_volume(df[k][0])
+        turned = np.reshape(vol.direction, (3,3))[:,[1,0,2]]
+        df.loc[0, k] = str(write_volume(replace(vol, direction=tuple(turned.ravel())), tmp_path/f'{k}.nii.gz'))
+    (tmp_path/'r.json').write_text('{"size": 32, "orientation": null}')
+    with pytest.warns(UserWarning, match='do not lie alike .* orientation None keeps each as it lies in its file'):
+        prepare_run(save_cohort(df, tmp_path/'scans.csv'), tmp_path/'out', workers=0, recipe=str(tmp_path/'r.json'))
+
 def test_a_finished_run_keeps_its_settings(run, tmp_path):
     shutil.copytree(run, out := tmp_path/'run')
     before = (out/'config.json').read_text()

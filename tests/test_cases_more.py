@@ -227,6 +227,19 @@ def test_series_of_one_kind_in_other_capitals(tmp_path):
     series(tmp_path/'a'/'2', 2, SeriesDescription='ADC', SeriesInstanceUID='1.2')
     assert 'one person has series of several kinds, for example a: ' in told(lambda: load_cohort(tmp_path, 'dicom'))[1]
 
+@pytest.mark.parametrize('name', ['scans','SCANS','images'])
+@pytest.mark.parametrize('mask', ['anna/mask.nii.gz','anna/session/anna_session.nii.gz'])
+def test_series_and_their_masks_in_a_folder_called_images(tmp_path, name, mask):
+    "The masks made it a folder of images in NIfTI, of which there were none, or these"
+    for i,p in enumerate(('anna','bert')): series(tmp_path/name/p/'session', 2, SeriesInstanceUID=f'1.{i}')
+    put_nifti(tmp_path/name/mask, square()[1])
+    df = load_cohort(tmp_path)
+    assert (df.attrs['layout'], df.scan.tolist())==('dicom', ['anna_session','bert_session'])
+    assert df['mask'].tolist()==[str(tmp_path/name/mask), None]
+    for o in ('images/b','masks/b'): put_nifti(tmp_path/f'{o}.nii.gz', square()[1])
+    (tmp_path/name/mask).unlink()
+    assert told(lambda: load_cohort(tmp_path))[0].scan.tolist()==['b']
+
 def test_series_where_some_folders_hold_several(tmp_path):
     for i,p in enumerate(('anna','bert')):
         series(tmp_path/p, 2, SeriesDescription='t2_tse', SeriesInstanceUID=f'1.2.{i}')

@@ -81,7 +81,9 @@ def _has_dicom(files):
 def _is_dicom(root): return any(_has_dicom(files) for _,files in walk(root))
 
 def _is_folder(root):
-    if any(scans_in(o) for o in _named(root, _image_dirs)): return True
+    found = [o for o in _named(root, _image_dirs) if scans_in(o)]
+    # beside series they may be masks
+    if found and any(scans_in(o) for o in _named(root, _mask_dirs)) or not all(map(_is_dicom, found)): return True
     return any(stem(f).endswith(mask_endings) for f in scans_in(root)) and not _is_dicom(root)
 
 # %% ../../nbs/18_scans.readers.ipynb #2e69322f

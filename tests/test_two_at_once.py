@@ -101,9 +101,10 @@ def test_a_second_command_is_told(root):
         assert 'done' in said, err
     finally: other.kill()
     assert len(pd.read_csv(run/'log.csv'))==1 and not list(root.rglob('*in-use'))
-    assert [o.name for o in root.rglob('*.jsonl')]==['.segmented.jsonl'] # of the finished prediction
+    notes = '.segmented.jsonl' # of the finished prediction
+    assert [o.name for o in root.rglob('*.jsonl')]==[notes]
     assert (sorted(o.name for o in (root/'segs').iterdir())
-            ==sorted(f'{s}.nii.gz' for s in load_cohort(root/'six.csv', 'csv').scan))
+            ==[notes, *sorted(f'{s}.nii.gz' for s in load_cohort(root/'six.csv', 'csv').scan)])
     load_segmenter(run/'model.safetensors', 'cpu')
 
 def test_two_trainings_started_at_once(root):

@@ -66,6 +66,8 @@ def test_events_of_a_method_of_ones_own(tmp_path):
         def before_train(self): self.seen.append('before_train')
         def after_validate(self): self.seen.append('after_validate')
         def after_fit(self): self.seen.append('after_fit')
+        def _before_fit(self): self.seen.append('a helper, and no event')
+        _before_batch = _before_fit
     rows = []
     for cb in (ConsistencyCallback(1.), Own()):
         learn = quiet(learner(tmp_path, seed=0, dls=loaders(bs=2, unlabeled_bs=4, n_iters=3)))

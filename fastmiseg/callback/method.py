@@ -178,10 +178,10 @@ class SemiSupCallback(Callback):
 
     def __call__(self, event_name):
         # a method with a `before_fit` of its own need not know that there is one here
-        if self.run and (ours := getattr(self, f'_{event_name}', None)): ours()
+        if self.run and (ours := getattr(self, f'_note_{event_name}', None)): ours()
         return super().__call__(event_name)
 
-    def _before_fit(self):
+    def _note_before_fit(self):
         self._fitting = hasattr(self.learn, '_in_fit') # and not a validation, or predictions
         if not self._fitting: return
         if hasattr(self.learn, 'recorder'):
@@ -193,14 +193,14 @@ class SemiSupCallback(Callback):
             at = len(names) - int(self.recorder.add_time)
             self.recorder.metric_names = names[:at] + list(self.weights) + names[at:]
 
-    def _before_train(self): self._sums,self._count = {},0
+    def _note_before_train(self): self._sums,self._count = {},0
 
-    def _after_validate(self):
+    def _note_after_validate(self):
         if not self._fitting or not hasattr(self.learn, 'recorder'): return
         mean = lambda k: float(mean_of_all(self._sums[k]/self._count)) if k in self._sums else float('nan')
         self.recorder.log += [mean(k) for k in self.weights]
 
-    def _after_fit(self): self._fitting = False
+    def _note_after_fit(self): self._fitting = False
 
 # %% ../../nbs/49_callback.method.ipynb #5c1a5413
 class Teacher(SemiSupCallback):

@@ -73,14 +73,6 @@ def _prepare(held, data, out, seed, workers, skip_bad, overwrite, settings, say,
             for o in () if old else ('config.json','split.csv'): (out/o).unlink(missing_ok=True)
             raise
     if not early: announce(df if settings else df[~df.scan.isin(store.problems.scan)])
-    if (tilt := max(store.summary.get('tilt', [0])))>40: # of half of them a quarter turn: 45
-        why = (f'orientation {recipe.orientation!r} turns oblique scans to the nearest axes of the body. If they lie '
-               'alike in their files, "orientation": null in the recipe file keeps them so')
-        if not recipe.orientation:
-            why = ('orientation None keeps each as it lies in its file. "orientation": "LPS" in the recipe file turns '
-                   'them to the nearest axes of the body')
-        warnings.warn('the training scans do not lie alike in their slices, whose axes run up to '
-                      f'{tilt:.0f} degrees from their mean: {why}', stacklevel=4)
     return store.problems
 
 @contextmanager

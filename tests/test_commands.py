@@ -293,8 +293,11 @@ def test_oblique_scans_that_a_recipe_turns_differently(tmp_path):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter('always')
             prepare_run(tmp_path/'scans', tmp_path/name, recipe=recipe, workers=0)
-        turned = ["orientation 'LPS' turns oblique scans to the nearest" in str(o.message) for o in said]
+        turned = ["orientation='LPS' of the Recipe turns each to the nearest" in str(o.message) for o in said]
         assert sum(turned)==(name=='lps')
+    with pytest.warns(UserWarning, match='turns each to the nearest axes of the body'):
+        train_run(tmp_path/'scans', tmp_path/'folds', recipe=str(tmp_path/'r.json'), folds=3, method='partial',
+                  workers=0, **tiny)
 
 def test_scans_that_are_stored_differently_and_stay_so(hearts, tmp_path):
     "As one beyond those that auto looks at may be"
@@ -304,7 +307,7 @@ def test_scans_that_are_stored_differently_and_stay_so(hearts, tmp_path):
         turned = np.reshape(vol.direction, (3,3))[:,[1,0,2]]
         df.loc[0, k] = str(write_volume(replace(vol, direction=tuple(turned.ravel())), tmp_path/f'{k}.nii.gz'))
     (tmp_path/'r.json').write_text('{"size": 32, "orientation": null}')
-    with pytest.warns(UserWarning, match='do not lie alike .* orientation None keeps each as it lies in its file'):
+    with pytest.warns(UserWarning, match='do not lie alike .* orientation=None of the Recipe keeps each'):
         prepare_run(save_cohort(df, tmp_path/'scans.csv'), tmp_path/'out', workers=0, recipe=str(tmp_path/'r.json'))
 
 def test_a_finished_run_keeps_its_settings(run, tmp_path):

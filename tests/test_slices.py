@@ -14,7 +14,7 @@ from fastmiseg.preparing import Preparation
 from fastmiseg.scans.cohort import load_cohort, save_cohort
 from fastmiseg.scans.layout import CohortError
 from fastmiseg.scans.placement import Placement, _warp, orient
-from fastmiseg.scans.profile import scan_profile
+from fastmiseg.scans.profile import scan_profile, summarise_profiles
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.messages import VolumeError
 from fastmiseg.scans.split import split_cohort
@@ -343,8 +343,8 @@ def test_a_recipe_without_classes_takes_the_cohorts(tmp_path):
     for kw in (dict(classes=('background','a','b')), dict(labels={205:1, 420:1})):
         assert Recipe.named(Recipe(**kw), df)==Recipe(**kw)
 
-def test_auto_keeps_scans_as_they_lie_where_lps_would_turn_them_differently(tmp_path):
-    "Hearts across their axis lie near 45 degrees; scans that are stored differently lie alike in the world only"
+def test_auto_takes_the_scans_own_axes_where_lps_would_turn_them_differently(tmp_path):
+    "Hearts across their axis lie near 45 degrees; some are stored turned or mirrored, as other programs write them"
     def made(name, directions):
         df = cohort(tmp_path/name)
         for f,m,d in zip(df.image, df['mask'], directions):
@@ -353,15 +353,25 @@ def test_auto_keeps_scans_as_they_lie_where_lps_would_turn_them_differently(tmp_
     def turned(degrees):
         c,s = np.cos(np.radians(degrees)),np.sin(np.radians(degrees))
         return np.array([[c,-s,0],[s,c,0],[0,0,1.]])
-    df,r = made('oblique', map(turned, (40,44,46,50)))
-    assert r.orientation is None and (r.axis, r.size, r.flip)==(0, (80,64), 'h')
-    assert len({r.place(read_volume(o)).order for o in df.image})==1
-    assert len({replace(r, orientation='LPS').place(read_volume(o)).order for o in df.image})==2
-    for name,degrees in dict(straight=(-5,0,5,9), stored=(0,90,180,0), apart=(0,30,50,90)).items():
-        assert made(name, map(turned, degrees))[1].orientation=='LPS', name
+    def tilt(df, r):
+        profiles = [scan_profile(v := read_volume(o), r.place(v)) for o in df.image]
+        return max(summarise_profiles(profiles)['tilt'])
     sagittal = np.array([[0,0,1.],[1,0,0],[0,1,0]])
-    _,r = made('sagittal', [sagittal@turned(o) for o in (40,44,46,50)])
-    assert (r.orientation, r.axis, r.flip)==(None, 0, '')
+    mirrored,quarter = np.diag([1,-1,-1]),turned(90)
+    for name,directions,axis,flip in (
+        ('oblique', [turned(o) for o in (40,44,46,50)], 0, 'h'),
+        ('stored', [turned(40), turned(44)@mirrored, turned(46), turned(50)@quarter], 0, 'h'),
+        ('sagittal', [sagittal@turned(o) for o in (40,44,46,50)], 0, '')):
+        df,r = made(name, directions)
+        assert len(r.orientation)==9 and (r.axis, r.flip)==(axis, flip), name
+        assert tilt(df, r)<8<40<tilt(df, replace(r, orientation='LPS'))
+        assert (tilt(df, replace(r, orientation=None))>40)==(name=='stored')
+        assert Recipe.from_dict(json.loads(json.dumps(r.to_dict())))==r==eval(repr(r))
+    for name,degrees in dict(straight=(-5,0,5,9), upright=(0,90,180,0), apart=(0,30,50,90)).items():
+        assert made(name, map(turned, degrees))[1].orientation=='LPS', name
+    for odd in ((1,0,0,0,1,0,0,0,0), (1,)*9, (1,0,0), 'LP', 'LPSS', 3):
+        with pytest.raises(ValueError, match="orientation=.*, expected one letter each of .* nine numbers of perpend"):
+            Recipe(orientation=odd)
 
 def test_a_recipe_file_says_what_is_otherwise_than_with_auto(tmp_path):
     df,file = cohort(tmp_path, values=(0,100,300)),tmp_path/'r.json'

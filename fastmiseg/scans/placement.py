@@ -46,11 +46,12 @@ def _warp(a, scale, shift, size, nearest=False, fill=0):
 world_axes = dict(L=(0,1), R=(0,-1), P=(1,1), A=(1,-1), S=(2,1), I=(2,-1)) # letter: axis and sign in ITK's world
 
 def orient(
-    direction:tuple, # of a scan, 3x3 row-major
-    orientation:str  # where x, y and z shall run to, as in 'LPS'
+    direction:tuple,      # of a scan, 3x3 row-major
+    orientation:str|tuple # where x, y and z shall run to, as in 'LPS'; or near which axes, as a `direction` has them
 )->tuple: # order of the array axes (z,y,x), and which to flip
     "How a scan is brought to an orientation"
-    d = np.array(direction, float).reshape(3,3) # columns: x, y and z of the file
+    d = np.reshape(direction, (3,3)).astype(float) # columns: x, y and z of the file
+    if not isinstance(orientation, str): d,orientation = np.reshape(orientation, (3,3)).T@d,'LPS'
     likeness = lambda p: sum(abs(d[w,i]) for w,i in enumerate(p))
     near = max(permutations(range(3)), key=likeness) # near[world axis]: axis of the file
     zyx = [(near[w], d[w,near[w]]*s<0) for w,s in (world_axes[o] for o in orientation[::-1])]

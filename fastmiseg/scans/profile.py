@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['scan_profile', 'summarise_profiles', 'how_far', 'look_at', 'ct_window', 'common_grid']
+__all__ = ['mixed', 'scan_profile', 'summarise_profiles', 'how_far', 'look_at', 'ct_window', 'common_grid']
 
 # %% ../../nbs/24_scans.profile.ipynb #39d330ff
 import math, os
@@ -20,6 +20,10 @@ from .messages import VolumeError, collect_warnings
 from .volume import Volume, read_volume
 
 # %% ../../nbs/24_scans.profile.ipynb #231f4f31
+def _axes(direction, order=(0,1,2), flip=(False,)*3):
+    "Where slices, rows and columns run to in the world (3,3)"
+    return np.reshape(direction, (3,3)).T[::-1][list(order)]*np.where(flip, -1, 1)[:,None]
+
 def scan_profile(
     vol:Volume,      # A scan
     where:Placement  # Of its slices
@@ -28,7 +32,7 @@ def scan_profile(
     a = vol.array if vol.array.ndim==4 else vol.array[None]
     step = max(1, a[0].size//200_000)
     while math.gcd(step, a[0].size)>1: step += 1 # else it may see a few rows and columns alone
-    axes = np.reshape(where.direction, (3,3)).T[::-1][list(where.order)]*np.where(where.flip, -1, 1)[:,None]
+    axes = _axes(where.direction, where.order, where.flip)
     spacing = [where.spacing[o] for o in where.order]
     fov = [where.shape[o]*where.spacing[o] for o in where.order[1:]]
     level = [np.percentile(c.reshape(-1)[::step], (1,50,99)).tolist() for c in a]
@@ -41,15 +45,19 @@ def summarise_profiles(
     "Ranges over the training scans"
     if not profiles: return {}
     span = lambda k: np.stack([np.min([o[k] for o in profiles], 0), np.max([o[k] for o in profiles], 0)], -1)
-    axes = np.array([o['axes'] for o in profiles])
-    mean = axes.mean(0)
-    mean = mean/np.maximum(np.linalg.norm(mean, axis=-1, keepdims=True), 1e-6)
+    mean,tilt = _mean_and_tilts([o['axes'] for o in profiles])
     plain = lambda v: np.round(v, 4).tolist()
     middle = _middle([o['level'] for o in profiles])
     return dict(scans=len(profiles), spacing=plain(span('spacing')), fov=plain(span('fov')), axes=plain(mean),
-                tilt=plain(_angle(axes, mean).max(0)), level=plain(span('level')), middle=plain(middle))
+                tilt=plain(tilt), level=plain(span('level')), middle=plain(middle))
 
 def _angle(a, b): return np.degrees(np.arccos(np.clip((np.asarray(a)*b).sum(-1), -1, 1)))
+
+def _mean_and_tilts(axes):
+    "The mean axes of scans, and how far each of the three is from its mean at most, in degrees"
+    mean = np.mean(axes, 0)
+    mean = mean/np.maximum(np.linalg.norm(mean, axis=-1, keepdims=True), 1e-6)
+    return mean,_angle(axes, mean).max(0)
 
 def _relative(level):
     "Where the median lies between the outer percentiles, for each channel: it stays under another scale and offset"
@@ -62,6 +70,7 @@ def _middle(levels):
 
 # %% ../../nbs/24_scans.profile.ipynb #aac84456
 _turn = 30. # degrees beyond the tilts that were seen
+mixed = 40. # degrees from the mean axes: slices do not lie alike; a quarter turn between two halves leaves 45
 
 def how_far(
     profile:dict,  # of a scan
@@ -114,12 +123,17 @@ def _look(r, labelled):
                 values={0, *pd.unique(m.ravel()).tolist()},
                 inside=inside[::max(1, len(inside)//10000)])
 
-def _orientation(seen):
-    "LPS; None where scans lie alike in their files and LPS would turn them differently, as hearts near 45 degrees"
-    if len({orient(o['direction'], 'LPS') for o in seen})==1: return 'LPS'
-    axes = np.array([np.reshape(o['direction'], (3,3)).T for o in seen])
-    mean = axes.mean(0)
-    return None if _angle(axes, mean/np.linalg.norm(mean, axis=-1, keepdims=True)).max()<_turn else 'LPS'
+def _turned(directions, orientation): return [_axes(o, *orient(o, orientation)) for o in directions]
+
+def _orientation(directions):
+    "LPS; or the axes near which scans lie alike that LPS would turn differently, as hearts near 45 degrees"
+    tilt = lambda o: _mean_and_tilts(_turned(directions, o))[1].max()
+    def mean(o):
+        u,_,v = np.linalg.svd(_mean_and_tilts(_turned(directions, o))[0]) # perpendicular
+        return tuple(np.round((u@v)[::-1].T, 2).ravel().tolist())
+    if tilt('LPS')<=mixed: return 'LPS'
+    best = min(map(mean, directions), key=lambda o: round(tilt(o))) # of equally good ones the first
+    return best if tilt(best)<=mixed else 'LPS'
 
 def _plane(o, axis, orientation):
     "Where the slices of a scan lie"
@@ -137,7 +151,7 @@ def look_at(
     df:pd.DataFrame, # some scans of a cohort
     max_scans:int=64, # how many to read, spread over them; those that cannot be read are left out
     axis:int|str='auto', # of the slices, as of a `Recipe`
-    orientation:str|None='auto' # as of a `Recipe`; default: LPS, or None for scans that it would turn differently
+    orientation:str|tuple|None='auto' # as of a `Recipe`; default: LPS, or axes near which all scans lie alike
 )->list[dict]: # of each the `orientation` for all, its slice `axis`, `spacing` and `fov` (mm) of rows and columns, ...
     "What matters for the slices of some scans; the masks of unlabelled ones stay closed"
     seen,bad = [],None
@@ -148,7 +162,7 @@ def look_at(
             try: seen.append(_look(r, labelled))
             except VolumeError as e: bad = e
     if not seen: raise bad
-    if orientation=='auto': orientation = _orientation(seen)
+    if orientation=='auto': orientation = _orientation([o['direction'] for o in seen])
     return [{**o, **_plane(o, axis, orientation)} for o in seen]
 
 def ct_window(

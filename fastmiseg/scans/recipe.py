@@ -40,7 +40,9 @@ class Recipe:
     window: tuple|None = None        # These intensities become 0 and 1 instead (CT: Hounsfield units)
     per: str = 'scan'                # Percentiles of each 'scan', or of all scans of a 'subject' together
     axis: int|str = 'auto'           # Slices along 0, 1 or 2 of the oriented (z,y,x), or 'auto': the coarsest
-    orientation: str|None = 'LPS'    # Where x, y and z shall run to, by permuting and flipping; None: as in the file
+    # Where x, y and z shall run to, by permuting and flipping; or nine numbers, the axes near which they shall run, as
+    # the `direction` of a scan has them (row by row, x, y and z in its columns); None: as in the file
+    orientation: str|tuple|None = 'LPS'
     channels: int = 1                # Images per scan
     classes: tuple = _unnamed        # Names; the position is the class; by default the cohort's
     labels: dict|None = None         # {value in the mask files: class}; None: the values are the classes
@@ -275,7 +277,7 @@ def auto(cls:Recipe,
     max_scans:int=64,             # How many training scans to look at, spread over the cohort
     labels:dict|None=None,        # {value in the mask files: class}, instead of the cohort's or a class for each value
     axis:int|str='auto',          # Of the slices, as `Recipe` counts; in LPS, where no `orientation` is said
-    orientation:str|None='auto'   # As for `Recipe`, instead of what fits
+    orientation:str|tuple|None='auto' # As for `Recipe`, instead of what fits
 )->Recipe:
     "A recipe that fits a cohort"
     train = df[~df['split'].isin(['valid','test'])] if 'split' in df else df

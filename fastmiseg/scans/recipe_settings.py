@@ -27,6 +27,8 @@ def _word(v):
     if not isinstance(v, str): raise ValueError
     return v
 
+def _axes(v): return _word(v) if isinstance(v, str) else tuple(_real(o) for o in np.ravel(v))
+
 def _pair(f):
     def convert(v):
         if isinstance(v, (str,dict)): raise ValueError
@@ -42,7 +44,7 @@ def _axis(v): return v if v=='auto' else _whole(v)
 
 _convert = dict(
     spacing=_pair(_real), size=_pair(_whole), fit=_word, percentiles=_pair(_real), window=_pair(_real), per=_word,
-    axis=_axis, orientation=_word, channels=_whole, classes=_names, labels=_mapping, crop=_pair(_whole), rotate=_real,
+    axis=_axis, orientation=_axes, channels=_whole, classes=_names, labels=_mapping, crop=_pair(_whole), rotate=_real,
     flip=_word, jitter=_real, scale=_real, elastic=_real, augment=_word, **dict.fromkeys(strong_shares, _real))
 _optional = ('spacing','size','window','orientation','labels','crop',*strong_shares)
 
@@ -55,7 +57,7 @@ _expected = dict(
     window      = '(lower, upper), or None',
     per         = "'scan' or 'subject'",
     axis        = "0, 1, 2 or 'auto'",
-    orientation = "one letter each of L/R, P/A and S/I, as in 'LPS', or None",
+    orientation = "one letter each of L/R, P/A and S/I, as in 'LPS', nine numbers of perpendicular axes, or None",
     channels    = 'at least 1 and at most 64',
     classes     = '1 to 256 names, background first, each once and at most 200 printable characters long',
     labels      = 'a class for each whole number in the masks; a class is a position in `classes`, from 0 on',
@@ -71,9 +73,12 @@ _expected = dict(
 def _between(v, lo, hi): return v is None or (len(v)==2 and lo<=min(v) and max(v)<=hi)
 def _rising(v, lo, hi): return len(v)==2 and lo<=v[0]<v[1]<=hi
 
+def _is_orientation(v):
+    if isinstance(v, str): return sorted(world_axes[o][0] if o in world_axes else 3 for o in v)==[0,1,2]
+    return len(v)==9 and np.allclose(np.reshape(v, (3,3)).T@np.reshape(v, (3,3)), np.eye(3), atol=.05)
+
 def _checks(r):
     "setting -> is it right?"
-    world = [world_axes[o][0] for o in r.orientation or 'LPS' if o in world_axes]
     classes,labels = r.classes,r.labels or {}
     named = all(o.isprintable() and 0<len(o)<=200 for o in classes)
     fits = not (r.crop and r.size and any(c>s for c,s in zip(r.crop, r.size)))
@@ -85,7 +90,7 @@ def _checks(r):
         window      = r.window is None or _rising(r.window, -np.inf, np.inf),
         per         = r.per in ('scan','subject'),
         axis        = r.axis in (0,1,2,'auto'),
-        orientation = sorted(world)==[0,1,2] and len(r.orientation or 'LPS')==3,
+        orientation = r.orientation is None or _is_orientation(r.orientation),
         channels    = 1<=r.channels<=64,
         classes     = 1<=len(classes)<=256 and len(set(classes))==len(classes) and named,
         labels      = set(labels.values())<=set(range(len(classes))) and all(abs(o)<2**31 for o in labels),

@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ['SliceStore']
 
 # %% ../../nbs/29_scans.store.ipynb #116e301e
-import os, time
+import os, time, warnings
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +25,7 @@ from .placement import Placement
 from .messages import VolumeError, VolumeWarning, tell_warnings
 from .prepared import (
     StoreError, file_stats, folder_name, from_steps, image_key, mask_key, prepare_scans, seal, unseal, write_stored)
-from .profile import summarise_profiles
+from .profile import mixed, summarise_profiles
 from .recipe import Recipe
 from .split import advice
 from .workers import run_jobs
@@ -252,6 +252,16 @@ def _held(self:SliceStore, images, masks):
                           cut=sum(o['lost']>0 for o in masks)))
 
 @patch
+def _say_if_mixed(self:SliceStore):
+    if (tilt := max(self.summary.get('tilt', [0])))<=mixed: return
+    o = self.recipe.orientation
+    how = f'turns each to the nearest {"axes of the body" if isinstance(o, str) else "of these axes"}'
+    warnings.warn('the training scans do not lie alike in their slices, whose axes run up to '
+                  f'{tilt:.0f} degrees from their mean: orientation={o!r} of the Recipe '
+                  f'{how if o else "keeps each as it lies in its file"}. '
+                  'Recipe.auto proposes axes near which all lie, if there are any', stacklevel=3)
+
+@patch
 def _said(self:SliceStore):
     held = self.summary['held']
     masks = '' if held['masks'] is None else f', and {held["masks"]:.2%} of what the masks show'
@@ -317,5 +327,6 @@ def prepare(self:SliceStore,
     self.summary = {**summarise_profiles([o['profile'] for o in train]),
                     **self._held(images, [o for o in masks if o]),
                     'voxels':sorted({short_digest(o['voxels']) for o in train})}
+    if todo: self._say_if_mixed()
     if progress and todo: print(self._said())
     return self

@@ -165,6 +165,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'fastmiseg/callback/method.py'),
                                            'fastmiseg.callback.method.SemiSupCallback._note_after_fit': ( 'callback.method.html#semisupcallback._note_after_fit',
                                                                                                           'fastmiseg/callback/method.py'),
+                                           'fastmiseg.callback.method.SemiSupCallback._note_after_train': ( 'callback.method.html#semisupcallback._note_after_train',
+                                                                                                            'fastmiseg/callback/method.py'),
                                            'fastmiseg.callback.method.SemiSupCallback._note_after_validate': ( 'callback.method.html#semisupcallback._note_after_validate',
                                                                                                                'fastmiseg/callback/method.py'),
                                            'fastmiseg.callback.method.SemiSupCallback._note_before_fit': ( 'callback.method.html#semisupcallback._note_before_fit',

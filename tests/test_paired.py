@@ -20,6 +20,7 @@ from fastmiseg.callback.resume import ResumeCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.metrics import VolumeDice
 from fastmiseg.models import Stage
+from fastmiseg.mutual_info import entropy_loss
 from fastmiseg.projectors import LocalProjector
 from fastmiseg.transforms import RandomFlips, RandomShifts
 from toy import UNet, balanced_mireg, learner, loaders, quiet, small_mireg
@@ -262,6 +263,21 @@ def test_penalties_that_do_not_fit_their_weights(tmp_path, weights, penalty, sai
     class Mine(SemiSupCallback):
         def penalty(self, step): return penalty(step.logits['tx'])
     with pytest.raises(ValueError, match=f'Mine: {said}'): bad(tmp_path, Mine(**weights))
+
+def test_a_term_without_gradient_is_told(tmp_path):
+    "Such as the entropy of a teacher's answer; one that has nothing to say in some steps is none"
+    class Mine(SemiSupCallback):
+        def __init__(self, of): super().__init__(mine=1.); self.of,self.n = of,0
+        def penalty(self, step):
+            self.n += 1
+            return entropy_loss(self.of(step, self.n))
+    def told(of):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter('always')
+            quiet(learner(tmp_path, cbs=[EMATeacherCallback(weight=0.), Mine(of)])).fit(1)
+        return sum('mine: this term of Mine had no gradient in any step of the epoch' in str(o.message) for o in found)
+    assert told(lambda step, n: step.target)==1
+    assert not told(lambda step, n: step.target if n>1 else step.probs('tx'))
 
 def test_two_views_of_one_name(tmp_path):
     "The second method was given the images of the first"

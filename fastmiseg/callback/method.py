@@ -6,6 +6,7 @@
 __all__ = ['sigmoid_rampup', 'sigmoid_rampdown', 'layer_names', 'begin_anew_with', 'SemiSupCallback', 'Teacher']
 
 # %% ../../nbs/49_callback.method.ipynb #55cc2ec9
+import warnings
 from dataclasses import dataclass
 from typing import Callable
 from weakref import WeakKeyDictionary, ref
@@ -81,7 +82,7 @@ class SemiSupCallback(Callback):
         super().__init__()
         self.unlabeled,self.T,self.weights,self.projectors = unlabeled,T,weights,None
         self.terms = {} # of the last step, without their weights
-        self._fitting,self._sums,self._count = False,{},0
+        self._fitting,self._sums,self._count,self._idle = False,{},0,set()
 
     # what a method says
     def views(self,
@@ -132,6 +133,7 @@ class SemiSupCallback(Callback):
         self.terms = {k:o.detach() for k,o in vals.items()}
         for k,o in self.terms.items(): self._sums[k] = self._sums.get(k, 0) + o
         self._count += 1
+        self._idle -= {k for k,o in vals.items() if o.requires_grad}
         return sum(self.weight_of(k, step)*o for k,o in vals.items())
 
     def _named(self, vals):
@@ -193,7 +195,13 @@ class SemiSupCallback(Callback):
             at = len(names) - int(self.recorder.add_time)
             self.recorder.metric_names = names[:at] + list(self.weights) + names[at:]
 
-    def _note_before_train(self): self._sums,self._count = {},0
+    def _note_before_train(self): self._sums,self._count,self._idle = {},0,set(self.weights)
+
+    def _note_after_train(self):
+        if not self._fitting or not (idle := sorted(self._idle & self._sums.keys())): return
+        warnings.warn(f"{idle[0]}: this term of {type(self).__name__} had no gradient in any step of the epoch, so "
+                      "that the network learned nothing from it; compute it from the network's own answers, as "
+                      "step.probs('x') or step.feats, and not under torch.no_grad()", stacklevel=2)
 
     def _note_after_validate(self):
         if not self._fitting or not hasattr(self.learn, 'recorder'): return

@@ -1638,6 +1638,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fastmiseg.scans.profile._range': ('scans.profile.html#_range', 'fastmiseg/scans/profile.py'),
                                          'fastmiseg.scans.profile._relative': ( 'scans.profile.html#_relative',
                                                                                 'fastmiseg/scans/profile.py'),
+                                         'fastmiseg.scans.profile._some': ('scans.profile.html#_some', 'fastmiseg/scans/profile.py'),
+                                         'fastmiseg.scans.profile._spread': ('scans.profile.html#_spread', 'fastmiseg/scans/profile.py'),
                                          'fastmiseg.scans.profile._turned': ('scans.profile.html#_turned', 'fastmiseg/scans/profile.py'),
                                          'fastmiseg.scans.profile.common_grid': ( 'scans.profile.html#common_grid',
                                                                                   'fastmiseg/scans/profile.py'),

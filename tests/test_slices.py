@@ -14,7 +14,7 @@ from fastmiseg.preparing import Preparation
 from fastmiseg.scans.cohort import load_cohort, save_cohort
 from fastmiseg.scans.layout import CohortError
 from fastmiseg.scans.placement import Placement, _warp, orient
-from fastmiseg.scans.profile import scan_profile, summarise_profiles
+from fastmiseg.scans.profile import _some, scan_profile, summarise_profiles
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.messages import VolumeError
 from fastmiseg.scans.split import split_cohort
@@ -218,6 +218,19 @@ def test_auto_maps_odd_values_and_sees_ct(tmp_path):
     assert r.labels=={0:0, 205:1, 420:2} and -20<=r.window[0]<=60 and 150<=r.window[1]<=210
     df = cohort(tmp_path, ct=True)
     assert Recipe.auto(df.drop(columns='mask')).window==(-160.,240.)
+
+def test_auto_looks_at_the_few_that_are_annotated(tmp_path):
+    "Wherever they are among the others, as many as there are up to half of those that it reads"
+    df = cohort(tmp_path, ct=True, values=(0,1,5))
+    usual = Recipe.auto(df)
+    for at in (1,77,150):
+        many = pd.concat([df[1:2]]*at + [df[:1]] + [df[1:2]]*(150-at), ignore_index=True)
+        found = Recipe.auto(many, max_scans=8)
+        assert (found.labels, found.window)==({0:0, 1:1, 5:2}, usual.window)
+    for own,others,n,want in ((3,100,8,(3,5)), (100,3,8,(5,3)), (100,100,8,(4,4)), (2,1,64,(2,1)), (0,9,4,(0,4)),
+                              (9,0,4,(4,0)), (1,1,1,(1,0))):
+        places = _some([True]*own+[False]*others, n)
+        assert len({*places})==len(places) and ((places<own).sum(), (places>=own).sum())==want
 
 def test_auto_mirrors_left_and_right_only(tmp_path):
     for spacing,axis,flip in (((6.,1.,1.), 0, 'h'), ((1.,6.,1.), 1, 'h'), ((1.,1.,6.), 2, '')):

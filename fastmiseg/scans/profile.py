@@ -147,19 +147,30 @@ def _plane(o, axis, orientation):
     return dict(axis=k, mirror=mirror[np.argmax(sideways)], spacing=plane(spacing), fov=plane(shape)*plane(spacing),
                 orientation=orientation)
 
+def _spread(places, n): return places[np.linspace(0, len(places)-1, min(n, len(places))).round().astype(int)]
+
+def _some(labelled, n):
+    "Places of `n` scans, spread over a cohort; half of them are labelled ones, as far as there are any"
+    own,others = np.flatnonzero(labelled),np.flatnonzero(np.logical_not(labelled))
+    few = max(-(-n//2), n-len(others))
+    return np.sort(np.concatenate([_spread(own, few), _spread(others, n-min(few, len(own)))]))
+
 def look_at(
     df:pd.DataFrame, # some scans of a cohort
-    max_scans:int=64, # how many to read, spread over them; those that cannot be read are left out
+    # how many to read, spread over them, labelled ones before all; those that cannot be read are left out
+    max_scans:int=64,
     axis:int|str='auto', # of the slices, as of a `Recipe`
     orientation:str|tuple|None='auto' # as of a `Recipe`; default: LPS, or axes near which all scans lie alike
 )->list[dict]: # of each the `orientation` for all, its slice `axis`, `spacing` and `fov` (mm) of rows and columns, ...
     "What matters for the slices of some scans; the masks of unlabelled ones stay closed"
     seen,bad = [],None
-    for r in df.iloc[np.unique(np.linspace(0, len(df)-1, max_scans).astype(int))].itertuples():
+    def labelled(r):
         there = isinstance(getattr(r, 'mask', None), (str,os.PathLike))
-        labelled = there and getattr(r, 'split', None)!='unlabeled'
+        return there and getattr(r, 'split', None)!='unlabeled'
+    rows = list(df.itertuples())
+    for r in (rows[i] for i in _some([labelled(r) for r in rows], max_scans)):
         with collect_warnings(): # whoever prepares the scans tells them
-            try: seen.append(_look(r, labelled))
+            try: seen.append(_look(r, labelled(r)))
             except VolumeError as e: bad = e
     if not seen: raise bad
     if orientation=='auto': orientation = _orientation([o['direction'] for o in seen])

@@ -274,7 +274,7 @@ def auto(cls:Recipe,
     spacing:tuple|float|None=None,
     classes:list|tuple|None=None, # Names, instead of the cohort's
     augment:str='light',          # Or 'strong'; see `Recipe`
-    max_scans:int=64,             # How many training scans to look at, spread over the cohort
+    max_scans:int=64,             # How many training scans to look at, half of them annotated if there are
     labels:dict|None=None,        # {value in the mask files: class}, instead of the cohort's or a class for each value
     axis:int|str='auto',          # Of the slices, as `Recipe` counts; in LPS, where no `orientation` is said
     orientation:str|tuple|None='auto' # As for `Recipe`, instead of what fits

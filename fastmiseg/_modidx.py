@@ -1881,6 +1881,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fastmiseg.scans.store._Index.add': ('scans.store.html#_index.add', 'fastmiseg/scans/store.py'),
                                        'fastmiseg.scans.store._Index.content': ( 'scans.store.html#_index.content',
                                                                                  'fastmiseg/scans/store.py'),
+                                       'fastmiseg.scans.store._most_open': ('scans.store.html#_most_open', 'fastmiseg/scans/store.py'),
+                                       'fastmiseg.scans.store._no_handles': ('scans.store.html#_no_handles', 'fastmiseg/scans/store.py'),
                                        'fastmiseg.scans.store._problems': ('scans.store.html#_problems', 'fastmiseg/scans/store.py'),
                                        'fastmiseg.scans.store._rows': ('scans.store.html#_rows', 'fastmiseg/scans/store.py'),
                                        'fastmiseg.scans.store._say_changed': ('scans.store.html#_say_changed', 'fastmiseg/scans/store.py'),

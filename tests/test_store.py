@@ -1,6 +1,7 @@
 """The slice store under what happens to stores: killed workers, interruptions, several processes, full disks, files
 that change"""
 import os, pickle, re, resource, signal, subprocess, sys, time, warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -258,6 +259,32 @@ def test_damage_in_the_store_is_repaired(tmp_path):
     young = temporary_name(store.dir/'1.npy'); young.write_text('')
     go(tmp_path/'a', df)
     assert leftovers(store)==[young.name]                                 # somebody may be writing the young one
+
+@contextmanager
+def few_handles(n):
+    "Inside, this process may open `n` files beside those that are open"
+    now = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/dev/fd'))+n, now[1]))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_NOFILE, now)
+
+def test_more_scans_than_files_that_may_be_open(tmp_path):
+    df = make(tmp_path, 90, '.nii', (2,8,8))
+    store = go(tmp_path/'s', df, workers=0)
+    with few_handles(60):
+        for s in [*df.scan, *df.scan]: assert len(store.image(s, slice(None)))==2
+
+def test_without_any_handle_left_nothing_is_taken_for_damaged(tmp_path):
+    store = go(tmp_path/'s', make(tmp_path), workers=0)
+    before,taken = entries(store),[]
+    with few_handles(20):
+        with pytest.raises(OSError):
+            while True: taken.append(os.open(os.devnull, os.O_RDONLY))
+        try:
+            with pytest.raises(VolumeError, match='Too many open files.*ulimit'): store.image('s0', 0)
+        finally:
+            for o in taken: os.close(o)
+    assert entries(store)==before and store.image('s0', 0).shape==(1,32,32)
 
 def test_a_file_that_changes_while_it_is_prepared(tmp_path, monkeypatch):
     df = make(tmp_path, 2)

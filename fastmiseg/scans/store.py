@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ['SliceStore']
 
 # %% ../../nbs/29_scans.store.ipynb #116e301e
-import os, time, warnings
+import errno, os, time, warnings
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
@@ -105,9 +105,9 @@ class SliceStore:
 
     def verify(self)->SliceStore:
         "Compare all slices with their checksums now, not each scan's when its first slice is read"
-        for k in self._keys.values():
-            for key in k[:2]:
-                if key: self._verify(key)
+        for scan,keys in self._keys.items():
+            for key in keys:
+                if key: self._verify(key, scan)
         return self
 
     def __repr__(self):
@@ -118,6 +118,18 @@ class SliceStore:
     def __getstate__(self): return {**self.__dict__, '_open':{}}
 
 # %% ../../nbs/29_scans.store.ipynb #d263b969
+def _most_open():
+    "How many files may stay mapped: each takes one of the handles that the system allows this process"
+    try: import resource
+    except ImportError: return 4096 # Windows
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 4096 if allowed<0 else min(4096, allowed//4) # which is negative if there is no limit
+
+def _no_handles(folder):
+    "Why nothing at all can be opened, whether it is whole or not; None if it can"
+    try: os.close(os.open(folder, os.O_RDONLY))
+    except OSError as e: return e.strerror if e.errno in (errno.EMFILE,errno.ENFILE) else None
+
 @patch
 def _key(self:SliceStore, scan, kind):
     if scan not in self._keys:
@@ -132,6 +144,9 @@ def _key(self:SliceStore, scan, kind):
 def _damaged(self:SliceStore, scan, key, why):
     "The error; what is damaged is taken away, so that it is prepared again"
     todo = 'call `prepare` again, which makes them anew'
+    if full := _no_handles(self.dir):
+        return VolumeError(f'{self.dir/key}.npy: cannot be opened ({full}): this process has too many other files '
+                           'open; close some, or allow it more (`ulimit -n`)')
     for end in ('json','npy'):
         try: (self.dir/f'{key}.{end}').unlink(missing_ok=True)
         except OSError:
@@ -148,10 +163,9 @@ def _about(self:SliceStore, scan, kind):
     return about
 
 @patch
-def _verify(self:SliceStore, key, scan=None):
+def _verify(self:SliceStore, key, scan):
     "Before anything of a file is used: is it what was written? Once in a process and its workers"
     if key in self._verified: return
-    scan = scan or next(s for s,k in self._keys.items() if key in k)
     path,about = self.dir/f'{key}.npy',unseal(self.dir/f'{key}.json')
     if not about: raise self._damaged(scan, key, 'what is said about them is not what was written')
     try: right = path.stat().st_size==about['bytes'] and quick_sum(path)==about['sum']
@@ -166,8 +180,7 @@ def _map(self:SliceStore, scan, kind):
         self._verify(key, scan)
         try: a = np.asarray(np.load(self.dir/f'{key}.npy', mmap_mode='r'))
         except (OSError, ValueError) as e: raise self._damaged(scan, key, e) from None
-        # the system limits how many files a process maps
-        if len(self._open)>=4096: self._open.clear()
+        if len(self._open)>=_most_open(): self._open.clear()
         self._open[scan,kind] = a
     return self._open[scan,kind]
 

@@ -664,3 +664,48 @@ def test_real_hippocampus():
     assert len(check_cohort(df, show=False).query('level=="error"'))==0
     s = split_cohort(df, labeled=8, valid=25, test=25)
     assert s.groupby('subject').split.nunique().max()==1
+
+# -- many scans --------------------------------------------------------------------------------------------------------
+
+def _empty(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+def _many(root, layout, i):
+    "Files of the scan number `i`, with its mask"
+    if layout=='dicom':
+        write_series(root/f'p{i}/study/T2', image(0, (2,4,4)), f'1.2.{i}')
+        _empty(root/f'masks/p{i}_study_T2.nii.gz')
+    names = dict(folder=('images/p{}.nii', 'masks/p{}.nii'), nnunet=('imagesTr/p{}_0000.nii.gz', 'labelsTr/p{}.nii.gz'),
+                 acdc=('p/patient{}_frame01.nii', 'p/patient{}_frame01_gt.nii'),
+                 bids=('sub-{0}/anat/sub-{0}_T1w.nii', 'derivatives/m/sub-{0}/anat/sub-{0}_dseg.nii'))
+    for o in names.get(layout, ()): _empty(root/o.format(i))
+
+def _calls(f):
+    "How many functions are called"
+    n = 0
+    def count(frame, event, arg):
+        nonlocal n
+        n += event in ('call','c_call')
+    sys.setprofile(count)
+    try: f()
+    finally: sys.setprofile(None)
+    return n
+
+@pytest.mark.parametrize('layout', ['folder','dicom','bids','nnunet','acdc'])
+def test_the_work_for_a_scan_does_not_grow_with_their_number(tmp_path, layout):
+    (tmp_path/'dataset.json').write_text(json.dumps(dict(labels=dict(background=0, a=1), file_ending='.nii.gz')))
+    counts = []
+    for k in range(4):
+        for i in range(30*k, 30*(k+1)): _many(tmp_path, layout, 1000+i)
+        if k: counts.append(_calls(lambda: load_cohort(tmp_path, layout)))
+        else: assert len(load_cohort(tmp_path, layout))==30
+    a,b,c = counts
+    assert c-b<1.1*(b-a)
+
+def test_of_a_series_one_header_is_read_to_find_it(tmp_path, monkeypatch):
+    for i in range(3): write_series(tmp_path/f'p{i}', image(i), f'1.2.{i}')
+    read,own = [],pydicom.dcmread
+    monkeypatch.setattr(pydicom, 'dcmread', lambda path, **kw: (read.append(path), own(path, **kw))[1])
+    load_cohort(tmp_path)
+    assert len(read)==3

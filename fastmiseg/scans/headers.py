@@ -16,8 +16,8 @@ from .formats import extension
 from .intact import check_regular
 
 # %% auto #0
-__all__ = ['strong_tags', 'weak_tags', 'tag_name', 'text_of', 'reason', 'is_dicom', 'read_headers', 'has_images', 'about_folder',
-           'has_series', 'choose_series', 'DicomFrame', 'frames_of']
+__all__ = ['strong_tags', 'weak_tags', 'tag_name', 'text_of', 'reason', 'is_dicom', 'read_headers', 'about_folder', 'has_series',
+           'choose_series', 'DicomFrame', 'frames_of']
 
 # %% ../../nbs/08_scans.headers.ipynb #fea7a5cd
 _groups = dict(  # functional group of an enhanced multi-frame object -> what it says of a frame
@@ -167,20 +167,6 @@ def read_headers(
     return out,[f'has {n} left out, for example {aside[0]}']
 
 # %% ../../nbs/08_scans.headers.ipynb #8fcaa8b5
-def has_images(
-    folder:str|Path # that may hold DICOM files
-)->bool:
-    "Are there DICOM images in it? Reports, presentation states and a DICOMDIR do not count"
-    try: names = _files(folder)
-    except (OSError, ValueError): return True # reading it says what is wrong
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', module='pydicom')
-        for name in names:
-            try:
-                if _header(os.path.join(folder, name))[1]: return True
-            except ValueError: return True
-    return False
-
 _class_uid = rb'(?:\x02\0\x02\0|\x08\0\x16\0)(?:UI..|....)([0-9.]{10,64})' # explicit or implicit
 
 def _drawn_kind(path):
@@ -194,8 +180,9 @@ _about = ('PatientID','SeriesInstanceUID','SeriesDescription')
 def about_folder(
     folder:str|Path # that may hold DICOM files
 )->tuple:
-    """Of its first image `PatientID`, UID and description of the series, or ''; and (file, kind) of segmentations and
-    contours, what somebody drew on images, these or others"""
+    """Of its first image `PatientID`, UID and description of the series, or ''; (file, kind) of segmentations and
+    contours, what somebody drew on images, these or others; and whether there are images: reports, presentation states
+    and a DICOMDIR do not count"""
     drawn,found = [],None
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', module='pydicom')
@@ -206,8 +193,8 @@ def about_folder(
                 elif found is None:
                     ds,image = _header(path)
                     if image: found = [str(ds.get(k) or '').strip() for k in _about]
-        except (OSError, ValueError): return '', '', '', [] # reading it says what is wrong
-    return *(found or ('','','')), drawn
+        except (OSError, ValueError): return '', '', '', [], True # reading it says what is wrong
+    return *(found or ('','','')), drawn, found is not None
 
 # %% ../../nbs/08_scans.headers.ipynb #2f391b10
 def _list_series(found):

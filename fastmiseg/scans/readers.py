@@ -17,7 +17,7 @@ from typing import Callable
 import pandas as pd
 
 from .formats import extension
-from .headers import about_folder, has_images, has_series, is_dicom
+from .headers import about_folder, has_series, is_dicom
 from .layout import CohortError, a_few, cohort_frame, layout, layouts, pair_scans, plain_name
 from .layout import image_endings, mask_endings, scans_in, stem, walk, without_ending
 from .table import find_file, read_table
@@ -204,25 +204,28 @@ def read_dicom(
     def parts(d):
         folders = d.relative_to(root).parts
         return [o for i,o in enumerate(folders) if i or o.lower() not in _image_dirs] or [d.name]
-    every = folders = [d for d in owner if has_images(d)]
+    every = folders = [d for d,(*_,images) in owner.items() if images]
     if series is not None: folders = _those_that_fit(root, every, series, owner)
     left = set(every)-set(folders) # with their masks
     named = {'_'.join(parts(d)) for d in left}
     masks = [f for d,files in found if d not in left for f in files
              if extension(f) and without_ending(stem(f), mask_endings) not in named]
-    beside = Counter(d.parent for d in folders)
+    beside,by_name,by_folder = Counter(d.parent for d in folders),{},{}
+    for f in masks:
+        by_name.setdefault(without_ending(stem(f), mask_endings), []).append(f)
+        by_folder.setdefault(f.parent, []).append(f)
     rows = []
     for d in folders:
         name = '_'.join(parts(d))
-        mm = [f for f in masks if without_ending(stem(f), mask_endings)==name] or [f for f in masks if f.parent==d]
-        if not mm and beside[d.parent]==1 and d!=root: mm = [f for f in masks if f.parent==d.parent]
+        mm = by_name.get(name) or by_folder.get(d, [])
+        if not mm and beside[d.parent]==1 and d!=root: mm = by_folder.get(d.parent, [])
         if len(mm)>1:
             raise CohortError(f'{d}: has {len(mm)} masks: {a_few(o.name for o in mm)}; keep one, '
                               f'or call it {name}.nii.gz')
         rows.append(dict(subject=subject_of(subject)(name) if subject else parts(d)[0], scan=name,
                          image=choose_volume(d, series, phase), mask=str(mm[0]) if mm else None))
     if not rows: raise CohortError(f'{root}: holds no scans; expected {layouts["dicom"].expects}')
-    _say_drawn(root, {d:o for d,(*_,o) in owner.items() if o})
+    _say_drawn(root, {d:o for d,(*_,o,_) in owner.items() if o})
     _say_parted(root, [(d, *owner[d][:2]) for d in folders])
     if subject is None: _join_people(rows, {str(d):p for d,(p,*_) in owner.items()}, root)
     if series is None: _say_several_kinds(root, folders, owner, [o['subject'] for o in rows])

@@ -10,6 +10,7 @@ __all__ = ['read_nnunet', 'read_bids']
 
 # %% ../../nbs/19_scans.standards.ipynb #f7e6e645
 import csv, re, warnings
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -179,10 +180,15 @@ def _bids_masks(root, derivative, mask, found, kind, kinds):
                       'that fit as they are', stacklevel=4)
     return masks
 
+def _by_subject(images):
+    res = {}
+    for o in images: res.setdefault(o[1].get('sub'), []).append(o)
+    return res
+
 def _fitting(m, images):
     "What the name of a mask says of its image, and the images whose names say it too"
     ents = {k:v for k,v in m[1].items() if k not in _about_mask}
-    return ents, [(f,e) for f,e,*_ in images if all(e.get(k)==v for k,v in ents.items())]
+    return ents, [(f,e) for f,e,*_ in images.get(ents['sub'], ()) if all(e.get(k)==v for k,v in ents.items())]
 
 def _best(m, images):
     "The image that a mask belongs to, as a list"
@@ -195,19 +201,20 @@ def _best(m, images):
     return exact
 
 # %% ../../nbs/19_scans.standards.ipynb #c1c35bfc
-def _tables_of(mask, root):
+def _tables_of(mask, root, tables_in):
     "The `*dseg.tsv` in the folders above a mask that say nothing in their names that its own does not"
     ents,words,kind = _parse(mask)
     if kind not in ('dseg','seg','label'): return # a mask is of one structure
     for d in mask.parents:
-        for t in d.glob('*dseg.tsv'):
+        for t in tables_in(d):
             about,more,_ = _parse(t.with_suffix(''))
             if about.items()<=ents.items() and {*more}<={*words}: yield t
         if d==root: return
 
 def _bids_classes(root, files):
     "Names and values of the classes from the tables of the masks, if there is just one meaning"
-    tables,meanings = sorted({t for o in files.values() for f in o for t in _tables_of(f, root)}),[]
+    tables_in = cache(lambda d: list(d.glob('*dseg.tsv'))) # most lie above all masks
+    tables,meanings = sorted({t for o in files.values() for f in o for t in _tables_of(f, root, tables_in)}),[]
     for t in tables:
         try:
             rows = list(csv.DictReader(t.read_text(encoding='utf-8-sig').splitlines(),
@@ -242,10 +249,11 @@ def read_bids(
     if suffix is not None and suffix not in kinds:
         raise CohortError(f'{root}: suffix={suffix!r}: no image ends in it; there are '
                           f'{", ".join(kinds.index)}')
-    of_any_kind,images = images,[o for o in images if suffix in (None, o[3])]
+    of_any_kind,images = _by_subject(images),[o for o in images if suffix in (None, o[3])]
     masks,files = _bids_masks(root, derivative, mask, found, images[0][3], list(kinds.index)),{}
+    own = _by_subject(images)
     for m in masks:
-        for i in _best(m, images): files.setdefault(i, []).append(m[0])
+        for i in _best(m, own): files.setdefault(i, []).append(m[0])
     if masks and not files:
         raise CohortError(f'{root}: no mask belongs to an image; images are called '
                           f'{images[0][0].name}, masks {masks[0][0].name}')

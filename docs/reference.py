@@ -2,6 +2,7 @@
 for each source file, so that every link works without a network"""
 import ast, importlib, inspect, pprint, re, textwrap
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, get_args, get_origin
@@ -74,11 +75,15 @@ def public_names(module, file):
 def _type(anno):
     if anno in (empty, None, type(None)): return ''
     if anno is MappingProxyType: return 'dict'
+    if inspect.isfunction(anno): return _type(inspect.signature(anno).return_annotation) # reads what a command is given
     text = anno if isinstance(anno, str) else inspect.formatannotation(anno)
     return re.sub(r'\b(?:[a-z_]\w*\.)+(?=[A-Za-z])', '', text)
 
+def _given(o): return [*map(repr, o.args), *(f'{k}={v!r}' for k,v in o.keywords.items())]
+
 def _default(o):
     if isinstance(o, MappingProxyType): o = dict(o)
+    if isinstance(o, partial): return f"partial({', '.join([o.func.__name__, *_given(o)])})"
     text = getattr(o, '__name__', None) if callable(o) and not inspect.isclass(type(o).__call__) else None
     text = text or re.sub(r' at 0x[0-9a-f]+', '', repr(o))
     if text=='<factory>': return '...' # a field of a dataclass, made anew for each object
@@ -114,10 +119,13 @@ def documented(o):
             p.anno,*notes = get_args(p.anno)
             p.docment = p.docment or next((o for o in notes if isinstance(o, str)), None)
         p.docment = p.docment or comments.get(k)
+    back = said.get('return')
+    if back is not None and 'return' not in comments and back.docment in comments.values(): back.docment = None
     return said
 
 def _line_comments(o, said):
-    "Comments beside `**kwargs`, and beside several parameters of one line, which fastcore passes over"
+    """Comments beside `**kwargs`, and beside several parameters of one line, which fastcore passes over; beside `->`
+    they are of what is returned, which fastcore says of the last parameter too, or the other way round"""
     if inspect.isclass(o): o = o.__dict__.get('__init__', o)
     try: text = inspect.getsource(inspect.unwrap(o))
     except (TypeError, OSError): return {}
@@ -125,6 +133,7 @@ def _line_comments(o, said):
     for line in text.split('"')[0].splitlines():
         code,_,comment = line.partition('#')
         names = re.findall(r'(?<![\w.])([A-Za-z_]\w*)(?=\s*(?:[:=,)]|$))', code)
+        names = ['return'] if '->' in code else names
         found.update({k: comment.strip() for k in names if comment and k in said})
     return found
 
@@ -148,16 +157,18 @@ def _typed(p):
 
 def parameters(o):
     "A table of parameters: type and default, and what it is"
-    rows,said = [],documented(o)
+    rows,said,own = [],documented(o),own_parameters(o)
     for k,p in said.items():
         if k in ('self', 'cls', 'return'): continue
-        if p.docment or k not in inherited: rows.append(_row(f'`{k}` {_typed(p)}', p.docment or ''))
+        if p.docment or k in own: rows.append(_row(f'`{k}` {_typed(p)}', p.docment or ''))
     back = said.get('return')
     if back is not None and (back.docment or (_type(back.anno) and not inspect.isclass(o))):
         rows.append(_row(f'**returns** {_typed(back)}', back.docment or ''))
     return ['| | |', '|:------|:--------------|', *rows] if rows else []
 
-def doc_of(o): return inspect.cleandoc(o.__doc__) if isinstance(getattr(o, '__doc__', None), str) else ''
+def doc_of(o):
+    if isinstance(o, partial): return '' # it has that of `partial`
+    return inspect.cleandoc(o.__doc__) if isinstance(getattr(o, '__doc__', None), str) else ''
 
 def is_code(o): return inspect.isfunction(o) or inspect.isclass(o)
 

@@ -68,7 +68,7 @@ def _as_foreach(opt_func, device):
         return partial(ForeachAdam, *opt_func.args, **opt_func.keywords)
     return opt_func
 
-paper_adam = partial(Adam, eps=1e-8)
+paper_adam = partial(Adam, eps=1e-8) # fastai's Adam with PyTorch's epsilon, as in the authors' code
 
 @delegates(create_unet)
 def miseg_learner(

@@ -126,6 +126,22 @@ def test_defaults_in_the_reference_are_readable():
     assert 'usual=...)' in reference.signature(Method, 'Method')
     assert reference._row('a < b', '= `<x>`')=='| a &lt; b | = `<x>` |'
 
+def test_what_is_returned_is_not_said_of_a_parameter_nor_the_other_way_round():
+    from fastmiseg.callback.copypaste import CopyPasteCallback
+    from fastmiseg.callback.mireg import MIRegCallback
+    one_line = reference.documented(CopyPasteCallback.pseudo_label)
+    assert one_line['step'].docment is None and one_line['return'].docment=='(N,H,W)'
+    several = reference.documented(MIRegCallback.paper)
+    assert several['kwargs'].docment=='other arguments' and several['return'].docment is None
+
+def test_the_reference_shows_what_a_person_wrote(built):
+    from fastmiseg.learner import LossOnDevice, paper_adam
+    from fastmiseg.settings import Settings
+    assert not [o.name for o in (built[0]/'api').glob('*.html') if ' at 0x' in o.read_text(encoding='utf-8')]
+    assert reference._type(reference.documented(Settings)['global_mi'].anno)=='float | list'
+    assert not reference.parameters(LossOnDevice) # its base has one for each event
+    assert reference.doc_of(paper_adam)=='' and reference._default(paper_adam)=='partial(Adam, eps=1e-08)'
+
 def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     "Every line of it, on a small cohort of which half is annotated, with a small network"
     import matplotlib, shutil

@@ -13,7 +13,7 @@ from fastai.vision.core import TensorImage
 from fastmiseg.callback.baselines import ConsistencyCallback, EntropyMinCallback
 from fastmiseg.callback.copypaste import CopyPasteCallback
 from fastmiseg.callback.mireg import MIRegCallback
-from fastmiseg.callback.method import SemiSupCallback
+from fastmiseg.callback.method import SemiSupCallback, sigmoid_rampup
 from fastmiseg.callback.paired import PairedBatchCallback
 from fastmiseg.callback.pseudo import PseudoLabelCallback
 from fastmiseg.callback.resume import ResumeCallback
@@ -311,6 +311,11 @@ def test_weight_that_is_no_number(tmp_path):
 class Huge(SemiSupCallback):
     def __init__(self): super().__init__(huge=10.)
     def penalty(self, step): return step.logits['tx'].mean()+3e38
+
+@pytest.mark.parametrize('weight', ['5', sigmoid_rampup])
+def test_weight_of_another_kind(tmp_path, weight):
+    with pytest.raises(ValueError, match='consistency: its weight is .* at 0% .*, as sigmoid_rampup'):
+        bad(tmp_path, ConsistencyCallback(weight))
 
 def test_a_sum_that_is_not_finite(tmp_path):
     with pytest.raises(FloatingPointError, match='the weighted sum is inf at step 0 '):

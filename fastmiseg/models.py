@@ -156,6 +156,10 @@ def create_unet(
     **kwargs               # for `DynamicUnet`
 )->nn.Module: # maps (N, n_in, H, W) to logits (N, n_out, H, W)
     "A segmentation network by the name of its encoder, in channels-last order (faster on CPU and GPU)"
+    if isinstance(arch, nn.Module):
+        raise ValueError(f"arch: is a network ({type(arch).__name__}), expected the name of one, or a function of "
+                         "torchvision; one that you have built goes into fastai's own Learner, as in Learner(dls, "
+                         "net, loss_func=CrossEntropyDiceLoss(), metrics=VolumeDice()), with the same callbacks")
     if pretrained and arch in own_networks:
         raise ValueError(f"pretrained: there are no pretrained weights of arch={arch!r}; leave pretrained out, or "
                          "choose an encoder that has some, as in arch='resnet34'")

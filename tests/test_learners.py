@@ -154,6 +154,10 @@ def test_unlabelled_of_another_size(rgb):
     with pytest.raises(ValueError, match=r'unlabelled images are \(3, 48, 32\) .*labelled ones \(3, 32, 32\)'):
         unet(rgb).fit(1, cbs=small_mireg(unlabeled=files(rgb, 'other')))
 
+def test_a_network_is_no_name_of_one():
+    with pytest.raises(ValueError, match=r'arch: is a network \(UNet\), expected the name .* Learner\(dls, net, '):
+        create_unet(UNet(1, 2, width=2))
+
 def test_timm_encoder(tmp_path):
     learn = quiet(learner(tmp_path, dls=loaders(size=32),
                           net=create_unet('mobilenetv3_small_050', n_in=1, n_out=2, size=(32,32))))

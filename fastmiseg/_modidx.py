@@ -1307,6 +1307,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fastmiseg.scans.cohort._people': ('scans.cohort.html#_people', 'fastmiseg/scans/cohort.py'),
                                         'fastmiseg.scans.cohort._people_column': ( 'scans.cohort.html#_people_column',
                                                                                    'fastmiseg/scans/cohort.py'),
+                                        'fastmiseg.scans.cohort._pictures': ('scans.cohort.html#_pictures', 'fastmiseg/scans/cohort.py'),
                                         'fastmiseg.scans.cohort._say_alike': ('scans.cohort.html#_say_alike', 'fastmiseg/scans/cohort.py'),
                                         'fastmiseg.scans.cohort._sizes': ('scans.cohort.html#_sizes', 'fastmiseg/scans/cohort.py'),
                                         'fastmiseg.scans.cohort._whole': ('scans.cohort.html#_whole', 'fastmiseg/scans/cohort.py'),

@@ -332,6 +332,12 @@ def test_files_of_other_kinds_are_not_left_out_in_silence(tmp_path):
     with pytest.raises(CohortError, match=r'(?s)no known layout.*Found images/ \(2 files of a kind .*c.hdr.*\). Name'):
         load_cohort(tmp_path)
 
+def test_pictures_are_no_scans(tmp_path):
+    (tmp_path/'images').mkdir()
+    for o in 'ab': (tmp_path/'images'/f'{o}.PNG').write_bytes(b'picture')
+    with pytest.raises(CohortError, match=r'(?s)no known layout.*Found images/ \(2 pictures, for example .*a.PNG, '
+                                          r'without a size in mm: .*unlabeled=files\)'): load_cohort(tmp_path)
+
 def test_deep_folders(tmp_path):
     deep = tmp_path/'images'/'archive/arc001/anna/session/SCANS/1/NIFTI'
     put(deep, 'a.nii.gz')

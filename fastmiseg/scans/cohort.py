@@ -89,6 +89,8 @@ def _inside(root):
 # endings of scans that cannot be read
 _other_kinds = ('.hdr','.img','.img.gz','.mgh','.mgz','.mnc','.par','.rec','.nii.bz2','.nii.xz','.nii.zip','.nii.zst')
 
+_kinds_of_pictures = ('.png','.jpg','.jpeg','.tif','.tiff','.bmp','.gif','.webp')
+
 def _of_other_kinds(root):
     "Files in a folder that may be scans, but are of kinds that cannot be read, in words; '' where there are none"
     if not root.is_dir(): return ''
@@ -96,6 +98,14 @@ def _of_other_kinds(root):
     if not found: return ''
     return (f'{len(found)} file{"s"*(len(found)>1)} of a kind that cannot be read, for example {min(found)}: convert '
             f'{"them" if found[1:] else "it"} to .nii.gz, if {"they are scans or masks" if found[1:] else "it is one"}')
+
+def _pictures(root):
+    "Pictures in a folder, which are no scans, in words; '' where there are none"
+    found = [f for _,files in walk(root) for f in files if f.name.lower().endswith(_kinds_of_pictures)]
+    if not found: return ''
+    return (f'{len(found)} picture{"s"*(len(found)>1)}, for example {min(found)}, without a size in mm: train on '
+            "pictures with fastai's own loaders, and give those without masks to a callback, as in "
+            'MIRegCallback(unlabeled=files)')
 
 def _whole(o):
     "A value of a mask as JSON can hold it, whatever NumPy calls its type"
@@ -139,7 +149,7 @@ def load_cohort(
             layout = next((o.name for o in layouts.values() if o.matches(root)), None)
         if layout is None:
             known = '\n'.join(f'- {o.name}: {o.expects}' for o in layouts.values())
-            odd = f' ({o})' if (o := _of_other_kinds(root)) else ''
+            odd = f' ({o})' if (o := _of_other_kinds(root) or _pictures(root)) else ''
             raise CohortError(f'{root}: no known layout; looked for\n{known}\nFound {_inside(root)}{odd}. '
                               'Name the layout, or list the scans in a .csv file')
     if layout=='dicom' and subject is not None: options['subject'] = subject # instead of the folders' PatientID

@@ -137,13 +137,13 @@ def test_subject_in_every_layout(tmp_path):
 def test_everything_annotated_or_nothing_unlabelled(tmp_path, capsys):
     df = cohort(tmp_path, 'abcd')
     none = df.assign(split=['labeled','labeled','valid','test'])
-    assert ("take the method 'partial'" in advice(none)
+    assert ("no scan is unlabeled: the methods 'partial' and 'full' need none" in advice(none)
             and "take the method 'full'" in advice(df.assign(split=['labeled','unlabeled','valid','test'])))
     assert advice(df.assign(split=['labeled','unlabeled','valid','test'],
                             mask=[df['mask'][0],None,*df['mask'][2:]])) is None
     SliceStore(tmp_path/'s', recipe).prepare(none, workers=0)
     said = capsys.readouterr().out
-    assert said.index("method 'partial'")<said.index('[') # before the slices are prepared
+    assert said.index("methods 'partial'")<said.index('[') # before the slices are prepared
 
 # -- what comes back ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('values,dtype', [

@@ -244,9 +244,8 @@ def advice(
     if 'split' not in df or not (df['split']=='labeled').any(): return None
     unlabeled = df['split']=='unlabeled'
     if not unlabeled.any():
-        return ("no scan is unlabeled, so a semi-supervised method has nothing to learn from: take "
-                "the method 'partial' (training on the labeled scans alone), or label fewer scans "
-                "(`labeled` of split_cohort)")
+        return ("no scan is unlabeled: the methods 'partial' and 'full' need none, and a semi-supervised method "
+                "has nothing to learn from, unless you label fewer scans (`labeled` of split_cohort)")
     if 'mask' in df and df['mask'].notna().all():
         return (f"every scan has a mask; those of the {unlabeled.sum()} unlabeled scans are not "
                 "used: right for a study, but to use all of them, take the method 'full'")

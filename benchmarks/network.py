@@ -15,6 +15,7 @@ VARIANTS = {
     'channels last': 'c',
     'memory reused': 'm',
     'channels last, memory reused': 'cm',
+    'channels last, memory reused, bf16': 'cmb',
     'torch.compile': 'o',
     'torch.compile, channels last, memory reused': 'ocm',
     'transparent huge pages': 't',
@@ -23,6 +24,7 @@ KEPT = {
     'channels last': '`create_unet`',
     'memory reused': '`reuse_memory`, called by `miseg_learner` on a CPU',
     'channels last, memory reused': 'both',
+    'channels last, memory reused, bf16': "`miseg_learner(..., precision='bf16')`",
 }
 
 def step(o):
@@ -39,7 +41,8 @@ def step(o):
     opt,run,times = torch.optim.Adam(net.parameters()),torch.compile(net) if 'o' in o.variant else net,[]
     for _ in range(o.repeats+2):
         begun = time.process_time()
-        loss = nn.functional.cross_entropy(run(x), y)
+        with torch.autocast('cpu', torch.bfloat16, enabled='b' in o.variant): out = run(x)
+        loss = nn.functional.cross_entropy(out.float(), y)
         loss.backward()
         opt.step()
         opt.zero_grad()

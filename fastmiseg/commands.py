@@ -33,7 +33,7 @@ from .scans.cohort import load_cohort, save_cohort
 from .scans.store import SliceStore
 from .segmenter import export_segmenter, load_segmenter, method_of
 from .settings import Settings
-from .training import check_network, check_processes, check_recipe, check_scans, fit, say_unused, scans_for
+from .training import check_machine, check_network, check_recipe, check_scans, fit, say_unused, scans_for
 
 # %% ../nbs/79_commands.ipynb #6513607f
 def prepare_run(
@@ -116,7 +116,7 @@ def train_run(
 
 def _begin(held, data, out, settings, overwrite, workers, folds, say, choices):
     "A run folder in which a training can be resumed from its first step"
-    check_processes(settings)
+    check_machine(settings)
     check_network(settings) # wrong arguments are errors before anything is prepared
     prepared = (Path(data)/'config.json').exists()
     if prepared: _check_unchanged(data, out, choices)

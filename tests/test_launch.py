@@ -13,7 +13,7 @@ from fastmiseg.processes import sync_batchnorm
 from fastmiseg.scans.cohort import save_cohort
 from fastmiseg.segmenter import load_segmenter
 from fastmiseg.settings import Settings
-from fastmiseg.training import check_processes
+from fastmiseg.training import check_machine
 
 pytest.importorskip('accelerate')
 tiny = ['--epochs=1', '--n-iters=3', '--width=2', '--bs=2', '--unlabeled-bs=2', '--workers=0']
@@ -76,7 +76,7 @@ def test_sync_bn_on_the_cpu_is_refused_before_any_work(prepared, tmp_path):
     assert done.returncode and not (tmp_path/'run').exists()
     assert done.stderr.count('fastmiseg-train: --sync-bn: PyTorch takes the statistics of BatchNorm '
                              'over several processes on GPUs only')==1
-    check_processes(Settings(sync_bn=True)) # alone there is nothing to synchronise
+    check_machine(Settings(sync_bn=True)) # alone there is nothing to synchronise
 
 def test_sync_bn_converts_the_layers_and_gives_them_back():
     net = create_unet('unet', n_in=1, n_out=3, size=(32,32), width=2)

@@ -16,6 +16,7 @@ from fastmiseg.callback.pseudo import PseudoLabelCallback
 from fastmiseg.callback.step import Step
 from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.data import SemiSupDataBlock
+from fastmiseg.learner import Bfloat16Callback
 from fastmiseg.models import create_unet, find_stages, stages
 from fastmiseg.transforms import Pool, Transformation
 from torch.utils.data import DataLoader
@@ -357,6 +358,46 @@ def test_mixed_precision(tmp_path, bf16):
     learn.to_bf16() if bf16 else learn.to_fp16()
     learn.fit(2, 1e-3, cbs=[small_mireg(), EMATeacherCallback()])
     assert all(np.isfinite(learn.recorder.values[-1]))
+
+class Precise(UNet):
+    "Notes in which precision it has answered"
+    def __init__(self): super().__init__(1,2,width=2); self.dtypes = []
+    def forward(self, x):
+        y = super().forward(x)
+        self.dtypes.append(y.dtype)
+        return y
+
+@pytest.mark.parametrize('passes', [1,2,3])
+def test_bf16_on_a_cpu(tmp_path, passes):
+    "In each pass, for the teacher, in the validation; weights, terms and predictions are float32"
+    learn = quiet(learner(tmp_path, net=Precise(), cbs=Bfloat16Callback()))
+    learn.paired_batch.passes = passes
+    before = values(learn.model.parameters())
+    learn.fit(2, 1e-3, cbs=[small_mireg(), EMATeacherCallback()])
+    found,*dtypes = learn.model.dtypes # the stages, with an image of zeros
+    assert set(dtypes)=={torch.bfloat16} and len(dtypes)>=2*4*(min(passes, 2)+1)
+    assert not equal(learn.model.parameters(), before) and all(np.isfinite(learn.recorder.values[-1]))
+    assert {o.dtype for o in (*learn.model.parameters(), *learn.get_preds())}=={torch.float32, torch.int64}
+    learn.to_fp32()
+    learn.model.dtypes.clear()
+    learn.fit(1, cbs=small_mireg())
+    assert set(learn.model.dtypes)=={torch.float32}
+
+def test_an_interrupted_batch_leaves_no_autocast_behind(tmp_path):
+    "Inside of one that nobody left, later fits would see copies of the weights of that batch"
+    class Stops(Callback):
+        def after_pred(self):
+            if self.training and self.train_iter==2: raise KeyboardInterrupt
+    learn,x = quiet(learner(tmp_path, cbs=Bfloat16Callback())),torch.rand(2,1,16,16)
+    with torch.autocast('cpu', torch.bfloat16):
+        with pytest.raises(KeyboardInterrupt): learn.fit(1, 1e-2, cbs=[ConsistencyCallback(), Stops()])
+        assert torch.is_autocast_enabled('cpu') # one that is somebody else's
+    assert not torch.is_autocast_enabled('cpu')
+    learn.fit(1, 1e-2, cbs=ConsistencyCallback())
+    with torch.autocast('cpu', torch.bfloat16): now = learn.model.eval()(x)
+    with torch.no_grad():
+        for p in learn.model.parameters(): p += 1
+    with torch.autocast('cpu', torch.bfloat16): assert not torch.equal(now, learn.model(x))
 
 def test_float16_features_give_float32_information():
     "Autocast, on any device: the penalty is computed in float32"

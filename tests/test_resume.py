@@ -12,6 +12,7 @@ from fastmiseg.callback.plan import items_in_words
 from fastmiseg.callback.resume import ResumeCallback
 from fastmiseg.callback.state import checkpoints, load_state, plain
 from fastmiseg.callback.teacher import EMATeacherCallback
+from fastmiseg.learner import Bfloat16Callback
 from fastmiseg.lock import only_one
 from fastmiseg.transforms import RandomFlips, RandomShifts
 from toy import disc, learner, loaders, quiet, small_mireg
@@ -278,6 +279,8 @@ OTHER = {
     'optimiser': (dict(opt_func=SGD), ['optimizer: .*adam_step, here .*sgd_step']),
     'accumulation': (dict(cbs=lambda: [*mireg()(), GradientAccumulation(4)]),
                      [r'GradientAccumulation: nothing, here \{n_acc: 4\}']),
+    'precision': (dict(cbs=lambda: [*mireg()(), Bfloat16Callback()]),
+                  [r'Bfloat16Callback: nothing, here \{kwargs: \{\}\}']),
     'loss': (dict(loss_func=with_weight(2.)),
              [r'loss function: CrossEntropyLossFlat\(.*, here CrossEntropyLossFlat\(.*weight=\(1, 2\)']),
 }

@@ -6,10 +6,11 @@ import pandas as pd, pytest, torch
 from fastai.basics import Callback
 from fastmiseg import cli
 from fastmiseg.callback.method import SemiSupCallback
-from fastmiseg.commands import settings_from
+from fastmiseg.commands import settings_from, train_run
 from fastmiseg.preparing import Preparation
 from fastmiseg.warps import usual_pool
 from fastmiseg.methods import methods, terms
+from fastmiseg.scans.phantom import make_phantom
 from fastmiseg.settings import Settings, json_object, read_settings, schedule, weight
 from fastmiseg.training import callbacks_of, check_scans, fit, pretrain, semisup_cbs
 
@@ -82,6 +83,7 @@ def test_settings_from_files(tmp_path):
     (dict(decay=1.), 'decay: 1.0 is not between 0 and 1'),
     (dict(width=10**6), 'width: 1000000 is not at most 4096'),
     (dict(loss='dice'), "loss: got 'dice', expected ce or ce\\+dice"),
+    (dict(precision='fp8'), "precision: got 'fp8', expected fp32, bf16 or fp16"),
     (dict(passes=4), 'passes: 4 is not 1, 2 or 3')])
 def test_wrong_settings(bad, said):
     with pytest.raises(ValueError, match=said): Settings.from_dict(bad)
@@ -161,7 +163,7 @@ class Stop(Callback):
 
 @pytest.mark.parametrize('changes', [
     dict(method='pretrain'), dict(method='mireg+teacher', one_cycle=False),
-    dict(method='pseudo+teacher', loss='ce+dice', passes=2)])
+    dict(method='pseudo+teacher', loss='ce+dice', passes=2), dict(method='mireg+teacher', precision='bf16')])
 def test_goes_on(hearts, some, tmp_path, changes):
     """Interrupted in the middle and called again, a training ends with the weights and the log of one that nobody
     disturbed"""
@@ -174,6 +176,13 @@ def test_goes_on(hearts, some, tmp_path, changes):
     for p,q in zip(whole.model.state_dict().values(), again.model.state_dict().values()): assert torch.equal(p, q)
     logs = [pd.read_csv(tmp_path/o/'log.csv') for o in 'ab']
     pd.testing.assert_frame_equal(*logs)
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='fp16 is for GPUs')
+def test_fp16_without_a_gpu_is_refused_before_any_work(tmp_path):
+    make_phantom(tmp_path/'scans', n_subjects=4, size=(32,40))
+    with pytest.raises(ValueError, match='precision: fp16 is for GPUs, and there is none here; take bf16 or fp32'):
+        train_run(tmp_path/'scans', tmp_path/'run', precision='fp16')
+    assert not (tmp_path/'run').exists()
 
 def test_full_supervision_sees_all_masks(hearts, some):
     learn,cbs = fit(replace(tiny, method='full', epochs=1), some, hearts.recipe, hearts.root/'slices',

@@ -232,7 +232,7 @@ def _ask_teacher(self:PairedBatchCallback):
 def _mixed_precision(self:PairedBatchCallback):
     "The learner's autocast, wherever in the step we are"
     mixed = getattr(self.learn, 'mixed_precision', None)
-    return nullcontext() if mixed is None else torch.autocast('cuda', mixed.autocast.fast_dtype)
+    return nullcontext() if mixed is None else torch.autocast(mixed.autocast.device, mixed.autocast.fast_dtype)
 
 @patch
 def after_pred(self:PairedBatchCallback):

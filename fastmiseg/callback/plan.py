@@ -181,7 +181,7 @@ def _stream(dl):
 _of_gradients = ('fastai.callback.training','fastai.callback.fp16','fastai.callback.mixup')
 def _gradients(learn):
     "fastai's callbacks that change what is learnt: accumulation, clipping, half precision, mixtures of images"
-    cbs = [cb for cb in learn.cbs if type(cb).__module__ in _of_gradients]
+    cbs = [cb for cb in learn.cbs if any(k.__module__ in _of_gradients for k in type(cb).__mro__)]
     return {type(cb).__name__: in_words(given_arguments(cb)) for cb in cbs}
 
 # %% ../../nbs/61_callback.plan.ipynb #2648e082

@@ -3,7 +3,9 @@ that change"""
 import os, pickle, re, resource, signal, subprocess, sys, time, warnings
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest
 import SimpleITK as sitk
@@ -259,6 +261,14 @@ def test_damage_in_the_store_is_repaired(tmp_path):
     young = temporary_name(store.dir/'1.npy'); young.write_text('')
     go(tmp_path/'a', df)
     assert leftovers(store)==[young.name]                                 # somebody may be writing the young one
+
+def test_an_index_that_takes_long_to_write_is_written_seldom(tmp_path, monkeypatch):
+    "That of many DICOM files takes seconds each time"
+    df,clock,written,add = make(tmp_path, 30, '.nii', (2,8,8)),count(0, 6),[],S._Index.add
+    monkeypatch.setattr(S, 'time', SimpleNamespace(monotonic=lambda: next(clock), time=time.time))
+    monkeypatch.setattr(S._Index, 'add', lambda *args: (written.append(1), add(*args)))
+    go(tmp_path/'s', df, workers=0)
+    assert 1<len(written)<5
 
 @contextmanager
 def few_handles(n):

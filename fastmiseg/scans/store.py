@@ -227,7 +227,7 @@ def _run(self:SliceStore, jobs, index, workers, progress):
         write_stored(self.dir/'recipe.txt', lambda f: f.write(repr(self.recipe).encode()))
     results = run_jobs(prepare_scans, jobs,
                         min(len(jobs), min(8, num_cpus()) if workers is None else workers))
-    files,entries,problems,odd,saved = {},{},{},[],time.monotonic()
+    files,entries,problems,odd,due = {},{},{},[],time.monotonic()+10
     try:
         for (_,_,scans),out in progress_bar(results, total=len(jobs)) if progress else results:
             if isinstance(out, BrokenProcessPool):
@@ -235,9 +235,9 @@ def _run(self:SliceStore, jobs, index, workers, progress):
                 out = {},{},{s:f'{s[0]}: {why}' for s in scans},[]
             for d,new in zip((files,entries,problems), out): d.update(new)
             odd += [VolumeWarning(*o) for o in out[3]]
-            if time.monotonic()-saved>10:
+            if (now := time.monotonic())>due:
                 index.add(files, entries)
-                saved = time.monotonic()
+                due = time.monotonic()+max(10, 20*(time.monotonic()-now)) # of many files it takes seconds
     finally: index.add(files, entries)
     tell_warnings(self.path, 'while the scans were prepared:', odd)
     return problems

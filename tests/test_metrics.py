@@ -6,8 +6,10 @@ import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from scipy.ndimage import gaussian_filter
 
+from toy import peak_of
+
 from fastmiseg.metrics import VolumeDice, VolumePrecision, VolumeSensitivity, count_pixels
-from fastmiseg.surface import VolumeASSD, VolumeHD95, assd, dice, hd95, score_volume
+from fastmiseg.surface import VolumeASSD, VolumeHD95, assd, dice, hd95, score_volume, surface_distances
 
 
 def _blob(rng, shape, share):
@@ -95,6 +97,12 @@ def test_a_scan_of_one_slice_is_measured_in_its_plane(axis):
     assert hd95(voxel, voxel)==assd(voxel, voxel)==0
     scores = score_volume(*[o.astype(int) for o in flat], spacing)
     assert scores.hd95[0]==hd95(a, b, (2.,.5)) and scores.assd[0]==assd(a, b, (2.,.5))
+
+def test_distances_in_a_large_scan_take_the_memory_of_a_few_masks():
+    z,y,x = np.ogrid[-1:1:90j,-1:1:90j,-1:1:90j]
+    a = z**2+y**2+x**2 < .8
+    b = np.roll(a, 2, (0,1,2))
+    assert peak_of(lambda: surface_distances(a, b)) < 16*a.size
 
 def _feed(metric, preds, masks, scan, order, bs, C=3, marks=True):
     metric.reset()

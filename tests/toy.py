@@ -1,4 +1,6 @@
 "Discs on noise: a data set that fits in a test"
+import tracemalloc
+
 import torch
 from fastai.basics import L, Learner, TransformBlock, noop, set_seed
 from fastai.losses import CrossEntropyLossFlat
@@ -41,3 +43,11 @@ def quiet(learn):
 
 def hooks(model):
     return sum(len(m._forward_hooks)+len(m._forward_pre_hooks)+len(m._backward_hooks) for m in model.modules())
+
+def peak_of(f):
+    "Bytes that NumPy's arrays take at most while a function runs"
+    tracemalloc.start()
+    try:
+        f()
+        return tracemalloc.get_traced_memory()[1]
+    finally: tracemalloc.stop()

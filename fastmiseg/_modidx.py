@@ -1573,6 +1573,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'fastmiseg/scans/placement.py'),
                                            'fastmiseg.scans.placement.Placement.n': ( 'scans.placement.html#placement.n',
                                                                                       'fastmiseg/scans/placement.py'),
+                                           'fastmiseg.scans.placement.Placement.parts': ( 'scans.placement.html#placement.parts',
+                                                                                          'fastmiseg/scans/placement.py'),
                                            'fastmiseg.scans.placement.Placement.share': ( 'scans.placement.html#placement.share',
                                                                                           'fastmiseg/scans/placement.py'),
                                            'fastmiseg.scans.placement.Placement.slice_spacing': ( 'scans.placement.html#placement.slice_spacing',

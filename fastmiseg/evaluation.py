@@ -121,7 +121,7 @@ def _outside(mask, recipe):
     "For each class the share of its voxels that lie beyond the recipe's centred slices, as training sees them"
     n = len(recipe.classes)
     beyond = recipe.place(mask).beyond(mask.array)
-    every,beyond = (np.bincount(a.ravel(), minlength=n)[1:n] for a in (mask.array, beyond))
+    every,beyond = (np.bincount(a[a>0], minlength=n)[1:n] for a in (mask.array, beyond))
     return beyond/np.maximum(every, 1)
 
 def labels_of(

@@ -165,7 +165,7 @@ def _largest(seg):
     out = np.zeros_like(seg)
     for c in np.unique(seg[seg>0]):
         pieces,n = label(seg==c, np.ones((3,3,3)))
-        out[pieces==1+np.bincount(pieces.ravel())[1:].argmax()] = c
+        out[pieces==1+np.bincount(pieces[pieces>0])[1:].argmax()] = c
     return out
 
 def _as_stored(seg, recipe):
@@ -188,11 +188,13 @@ class ScanAnswer:
 
     def classes(self)->np.ndarray: # uint8, on the scan's grid
         "The likeliest class of each voxel"
-        seg,best = np.zeros(self.where.shape, np.uint8),self.where.inverse(self.p[:,0], fill=1)
-        for k in range(1, self.p.shape[1]):
-            now = self.where.inverse(self.p[:,k])
-            more = now>best
-            seg[more],best[more] = k,now[more]
+        seg = np.zeros(self.where.shape, np.uint8)
+        for some,at,where in self.where.parts():
+            part,best = seg[at],where.inverse(self.p[some,0], fill=1)
+            for k in range(1, self.p.shape[1]):
+                now = where.inverse(self.p[some,k])
+                more = now>best
+                part[more],best[more] = k,now[more]
         return seg
 
     def save(self,

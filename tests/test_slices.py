@@ -8,12 +8,16 @@ import SimpleITK as sitk
 from hypothesis import given, settings, strategies as st
 from scipy.ndimage import map_coordinates
 
+from toy import peak_of
+
 from fastmiseg.data import MISegDataLoaders
 from fastmiseg.packed import PackedSlices, pack_slices
 from fastmiseg.preparing import Preparation
-from fastmiseg.scans.cohort import load_cohort, save_cohort
+from fastmiseg.inference import ScanAnswer
+from fastmiseg.scans.cohort import load_cohort, save_cohort, voxel_digest
 from fastmiseg.scans.layout import CohortError
-from fastmiseg.scans.placement import Placement, _warp, orient
+from fastmiseg.scans.masks import class_indices
+from fastmiseg.scans.placement import Placement, _warp, orient, world_axes
 from fastmiseg.scans.profile import _some, scan_profile, summarise_profiles
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.messages import VolumeError
@@ -178,6 +182,34 @@ def test_outliers_do_not_matter_and_types_do_not_either():
 def test_what_a_recipe_refuses(kw, text):
     with pytest.raises(ValueError) as e: Recipe(**kw)
     assert text in str(e.value)
+
+# -- large scans -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('code', ['LPS','RAI','SLP','ISA'])
+@pytest.mark.parametrize('axis', [0,2])
+def test_slices_a_few_at_a_time_are_those_of_the_whole_scan(code, axis, monkeypatch):
+    direction = np.zeros((3,3))
+    for i,o in enumerate(code): direction[world_axes[o][0],i] = world_axes[o][1]
+    rng = np.random.default_rng(axis)
+    vol = Volume(rng.integers(-900, 900, (40,50,45)).astype(np.int16), (1.,.9,1.3), direction=tuple(direction.ravel()))
+    r = Recipe(size=(40,32), spacing=1.7, axis=axis, classes=('a','b','c'))
+    where = r.place(vol)
+    p = rng.random((where.n,3,40,32), dtype=np.float32)
+    found,every = [],Placement.parts
+    for most in (where.n, 7):
+        monkeypatch.setattr(Placement, 'parts', lambda self: every(self, most))
+        found.append((r.slices(vol)[0], ScanAnswer(p, where, r).classes()))
+    for a,b in zip(*found): assert np.array_equal(a, b)
+
+def test_a_large_scan_takes_little_more_memory_than_its_voxels():
+    "No copy of it in floats, of 4 bytes a voxel, and no counts of 8"
+    vol = Volume(np.random.default_rng(0).integers(-900, 900, (300,80,80)).astype(np.int16), (1.,1.,1.))
+    r = Recipe(size=16, spacing=5, window=(-100,100), classes=('a','b'))
+    where,mask = r.place(vol),(vol.array>0).astype(np.uint8)
+    p = np.random.default_rng(0).random((where.n,2,16,16), dtype=np.float32)
+    for most,f in ((4, lambda: r.slices(vol)), (4, ScanAnswer(p, where, r).classes), (2, lambda: voxel_digest(vol)),
+                   (4, lambda: class_indices(mask, 'mask', 2, None))):
+        assert peak_of(f) < most*vol.array.size
 
 # -- Recipe.auto -------------------------------------------------------------------------------------------------------
 

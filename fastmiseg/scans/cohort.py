@@ -211,7 +211,7 @@ def voxel_digest(
     affine[:3,:3] = np.reshape(vol.direction, (3,3))*vol.spacing[::-1]
     a = apply_orientation(vol.array.T, io_orientation(affine)).T
     h = hashlib.sha256(str(a.shape[-3:]).encode())
-    h.update(np.ascontiguousarray(a, np.float32))
+    for plane in a.reshape(-1, *a.shape[-2:]): h.update(np.ascontiguousarray(plane, np.float32))
     return h.hexdigest()[:32]
 
 def short_digest(

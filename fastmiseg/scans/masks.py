@@ -94,7 +94,8 @@ def class_indices(
 def _values(a):
     "Whole numbers that occur, in order"
     few = a.dtype.kind!='f' and a.itemsize<=2 and a.min()>=0
-    return [int(o) for o in (np.flatnonzero(np.bincount(a.ravel())) if few else np.unique(a))]
+    values = lambda o: np.flatnonzero(np.bincount(o.ravel())) if few else np.unique(o)
+    return [int(o) for o in np.unique(np.concatenate([values(o) for o in a]))] # bincount takes 8 bytes for each voxel
 
 def _some(o, n=9): return ', '.join(map(str, list(o)[:n])) + (', ...' if len(o)>n else '')
 

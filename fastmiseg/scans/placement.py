@@ -9,8 +9,9 @@ from __future__ import annotations
 __all__ = ['world_axes', 'orient', 'Placement', 'slice_axis', 'along']
 
 # %% ../../nbs/23_scans.placement.ipynb #36ea3bd1
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import permutations
+from typing import Iterator
 
 import numpy as np
 import SimpleITK as sitk
@@ -87,6 +88,17 @@ class Placement:
     )->Volume:
         "An array on the scan's grid as a `Volume` in the scan's geometry"
         return Volume(array, self.spacing, self.origin, self.direction)
+
+    def parts(self,
+        most:int=32 # slices of each
+    )->Iterator[tuple]: # which slices, where they lie in the array of the scan, and their own `Placement`
+        "A few slices at a time: of a large scan, copies of all voxels as floats would take gigabytes"
+        for k in range(0, self.n, most):
+            end = min(k+most, self.n)
+            at,shape = [slice(None)]*3,list(self.shape)
+            at[self.order[0]] = slice(self.n-end, self.n-k) if self.flip[0] else slice(k, end)
+            shape[self.order[0]] = end-k
+            yield slice(k, end), tuple(at), replace(self, shape=tuple(shape))
 
     def to_dict(self)->dict: return asdict(self)
     @classmethod

@@ -114,7 +114,8 @@ def to_steps(
     x:np.ndarray # 0..1
 )->np.ndarray:   # uint16
     "As it is stored"
-    return np.rint(x*_steps).astype(np.uint16)
+    steps = x*_steps
+    return np.rint(steps, out=steps).astype(np.uint16)
 
 def from_steps(
     a:np.ndarray # uint16, from `to_steps`

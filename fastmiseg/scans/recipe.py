@@ -197,8 +197,9 @@ def slices(self:Recipe,
     where,a = where or self.place(vol),_channels(vol, self.channels)
     out = np.empty((where.n, self.channels, *where.size), np.float32)
     for c,(lo,hi) in enumerate(limits or self.limits(vol)):
-        v = np.clip(a[c].astype(np.result_type(a.dtype, np.float32)), lo, hi)
-        out[:,c] = where.forward(((v-lo)/(hi-lo)).astype(np.float32))
+        for some,at,part in where.parts():
+            v = np.clip(a[c][at].astype(np.result_type(a.dtype, np.float32)), lo, hi)
+            out[some,c] = part.forward(((v-lo)/(hi-lo)).astype(np.float32))
     return out.clip(0, 1, out=out), where # interpolation may overshoot by a rounding error
 
 # %% ../../nbs/26_scans.recipe.ipynb #87c7f66d

@@ -25,7 +25,9 @@ class ScanDL(MayReside):
     @property
     def spacings(self):
         "(z,y,x) mm between the slices, rows and columns of each volume"
-        return [self._store().where(s).slice_spacing for s in self.scans]
+        if not hasattr(self, '_between'): # each is in a file, and every metric asks in every epoch
+            self._between = [self._store().where(s).slice_spacing for s in self.scans]
+        return self._between
     @property
     def vocab(self):
         "The classes, as fastai's interpretations ask for them"

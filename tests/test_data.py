@@ -105,6 +105,12 @@ def test_draws_with_masks_that_are_read():
     dls.train.shows = [[]]*4
     assert dls.train.get_idxs()==discs().train.get_idxs()
 
+def test_spacings_are_read_once_for_all_metrics_and_epochs(cohort, tmp_path, monkeypatch):
+    from fastmiseg.scans.store import SliceStore
+    valid,read,own = loaders(cohort, tmp_path/'store').valid,[],SliceStore.where
+    monkeypatch.setattr(SliceStore, 'where', lambda self, scan: (read.append(scan), own(self, scan))[1])
+    assert valid.spacings==valid.spacings and read==valid.scans==valid.new().scans
+
 def test_what_slices_show_is_kept_with_them(cohort, tmp_path, monkeypatch):
     from fastmiseg.packed import PackedSlices, pack_slices
     from fastmiseg.scans.store import SliceStore

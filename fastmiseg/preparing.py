@@ -184,7 +184,7 @@ class Preparation(Reading):
             df['mask'] = df['mask'].where(df.split!='unlabeled', None)
             df,parts = df.drop(columns='split'),{**parts, 'test':0}
         else: testing = df[:0].assign(split=None)
-        if found := find_duplicates(df):
+        if found := find_duplicates(df, show=True):
             print(f'{len(found)} images are listed under several subjects, and stay together')
         res = []
         for k in range(n):

@@ -715,3 +715,14 @@ def test_of_a_series_one_header_is_read_to_find_it(tmp_path, monkeypatch):
     monkeypatch.setattr(pydicom, 'dcmread', lambda path, **kw: (read.append(path), own(path, **kw))[1])
     load_cohort(tmp_path)
     assert len(read)==3
+
+def test_that_many_scans_are_read_before_they_are_split_is_said(tmp_path, capsys):
+    for i in range(100): put(tmp_path/'images', f'{i}.nii', seed=i, shape=(2,3,4))
+    for i in range(4): write_volume(mask_of(image(i, (2,3,4))), tmp_path/f'masks/{i}.nii')
+    df = load_cohort(tmp_path)
+    for n,said in ((99,False), (100,True)):
+        split_cohort(df[:n])
+        out = capsys.readouterr().out
+        assert ('reading 100 scans that are as large as others' in out and '100/100' in out)==said
+    split_cohort(df, show=False)
+    assert not capsys.readouterr().out

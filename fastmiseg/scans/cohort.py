@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Callable, Iterable
 
 import numpy as np, pandas as pd
+from fastprogress.fastprogress import progress_bar
 from nibabel.orientations import apply_orientation, io_orientation
 
 from ..files import write_text
@@ -226,8 +227,9 @@ def _sizes(path): return _long(read_size(path))
 def _long(sizes): return tuple(sorted(o for o in sizes if o>1)) # some files state axes of length 1, others do not
 
 def find_duplicates(
-    df:pd.DataFrame # A cohort
-)->list[tuple]:     # Tuples of scan names, each with the same image under at least two subjects
+    df:pd.DataFrame, # A cohort
+    show:bool=False  # Say so, and show a bar, where a hundred scans or more must be read?
+)->list[tuple]:      # Tuples of scan names, each with the same image under at least two subjects
     "Scans of different subjects that are one image; those that cannot be read are left out"
     def _same(rows, f):
         groups = {}
@@ -236,9 +238,12 @@ def find_duplicates(
             except VolumeError: pass
         return [g for g in groups.values() if len({o.subject for o in g})>1]
     with collect_warnings():
-        return [tuple(o.scan for o in g)
-                for rows in _same(df.sort_values('scan').itertuples(), _sizes)
-                for g in _same(rows, _content)]
+        rows = [o for g in _same(df.sort_values('scan').itertuples(), _sizes) for o in g]
+        if show and len(rows)>=100:
+            print(f'reading {len(rows)} scans that are as large as others, to find out whether one image has several '
+                  'subjects')
+            rows = progress_bar(rows)
+        return [tuple(o.scan for o in g) for g in _same(rows, _content)]
 
 def find_images(
     df:pd.DataFrame, # A cohort

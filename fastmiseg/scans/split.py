@@ -98,7 +98,7 @@ def split_cohort(
     if stratify and stratify not in df:
         raise CohortError(f'stratify={stratify!r}: is not a column of the cohort; there are '
                           f'{", ".join(df.columns)}')
-    if duplicates is True: duplicates = _said_duplicates(df)
+    if duplicates is True: duplicates = _said_duplicates(df, show)
     units,what = _units(df, duplicates or (), scans, stratify),'scans' if scans else 'subjects'
     total = sum(u['n'] for u in units)
     if folds is None:
@@ -115,9 +115,9 @@ def split_cohort(
     return _with_split(df, part)
 
 # %% ../../nbs/21_scans.split.ipynb #18e13667
-def _said_duplicates(df):
+def _said_duplicates(df, show):
     "Found, and said"
-    found = find_duplicates(df)
+    found = find_duplicates(df, show)
     if found:
         some = '; '.join(' = '.join(o) for o in found[:5]) + (' ...' if len(found)>5 else '')
         what = '1 image is' if len(found)==1 else f'{len(found)} images are'

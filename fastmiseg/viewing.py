@@ -310,7 +310,8 @@ def _middle(vol, overlays):
     drawn = next((o for o in overlays if o.array.any()), None)
     if drawn is None: return [.5]*3
     def to_world(o): return np.reshape(o.direction, (3,3))*o.spacing[::-1]
-    index = np.argwhere(drawn.array).mean(0)[::-1] # (x,y,z)
+    along = [np.count_nonzero(drawn.array, axis=tuple({0,1,2}-{i})) for i in (2,1,0)] # (x,y,z)
+    index = np.array([np.average(range(len(o)), weights=o) for o in along])
     point = to_world(drawn)@index + drawn.origin
     share = (np.linalg.solve(to_world(vol), point-vol.origin)+.5)/vol.shape[::-1]
     place = io_orientation(np.diag([-1,-1,1,1])@np.block([[to_world(vol), np.zeros((3,1))], [np.eye(4)[3:]]]))
@@ -370,6 +371,7 @@ def view_scan(
     from ipyniivue import MultiplanarType, NiiVue, ShowRender, SliceType
     vol = _volume(scan)
     first,lo,hi = _window(vol)
+    if vol.array.dtype in (np.int16,np.uint8): first = vol.array.reshape(-1, *vol.shape)[0] # half of the size, or less
     masks,classes = _drawn(vol, (mask,pred), classes, recipe, own_grid=True)
     overlays = {k:o for k,o in zip(('mask','prediction'), masks) if o is not None}
     viewer = NiiVue(height=height, **_look, slice_type=SliceType.MULTIPLANAR, multiplanar_layout=MultiplanarType.GRID,

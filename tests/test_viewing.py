@@ -74,6 +74,14 @@ def test_the_viewer_opens_in_the_middle_of_the_mask_with_the_sides_of_the_plots(
     np.testing.assert_allclose(viewer.scene.crosshair_pos, (where+.5)/drawn.shape, atol=1e-6)
     assert viewer.opts.is_radiological_convention
 
+@pytest.mark.parametrize('kind, shown', [(np.int16,np.int16), (np.uint8,np.uint8), (np.int32,np.float32)])
+def test_the_viewer_gets_a_scan_in_its_own_small_type(kind, shown):
+    "A CT is large: as floats it would be compressed and sent for minutes"
+    pytest.importorskip('ipyniivue', reason='ipyniivue is not installed')
+    vol = Volume(np.arange(240).reshape(4,6,10).astype(kind), (5.,1.5,1.))
+    found = handed(view_scan(vol).children[0].volumes[0])
+    assert found.get_data_dtype()==shown and np.array_equal(found.get_fdata().T, vol.array)
+
 def test_the_viewer_opens_in_the_middle_of_an_empty_scan_and_names_large_values(tmp_path):
     pytest.importorskip('ipyniivue', reason='ipyniivue is not installed')
     scan = files(tmp_path)[0]

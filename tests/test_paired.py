@@ -23,6 +23,7 @@ from fastmiseg.models import Stage
 from fastmiseg.mutual_info import entropy_loss
 from fastmiseg.projectors import LocalProjector
 from fastmiseg.transforms import RandomFlips, RandomShifts
+from fastmiseg.warps import RandomWarps, usual_pool
 from toy import UNet, balanced_mireg, learner, loaders, quiet, small_mireg
 from two_processes import Stop, plain_loaders
 
@@ -229,6 +230,13 @@ def test_images_that_are_not_in_0_to_1(tmp_path, make):
     assert said(make(), Scale(5.))==1 and not said(make(), Scale(.2))
     assert not said(make(), Scale(.2), Normalize.from_stats([.1], [.01], cuda=False))
     assert not said(ConsistencyCallback(T=RandomFlips()), Scale(5.))
+
+def test_the_T_without_light_that_is_proposed_warps_as_usual(tmp_path):
+    learn = quiet(learner(tmp_path, dls=loaders(n_iters=1)))
+    learn.dls.train.after_batch.add(Scale(5.))
+    with pytest.warns(UserWarning, match='leave light alone') as found: learn.fit(1, cbs=ConsistencyCallback())
+    said = next(str(o.message) for o in found if 'leave light alone' in str(o.message))
+    assert repr(RandomWarps()) in repr(eval(said.split('T=')[1])) and repr(RandomWarps()) in repr(usual_pool())
 
 def test_two_terms_of_one_name(tmp_path):
     with pytest.raises(ValueError, match='consistency: MIRegCallback and ConsistencyCallback both have a term of this '

@@ -282,7 +282,7 @@ def _check_intensities(self:PairedBatchCallback):
     if low>=-.1 and high<=1.1: return
     warn(f"unlabelled images have intensities from {low:.3g} to {high:.3g}; where light is changed, by T or for a "
          "strong view, they are taken to be in 0..1 and cut off there. Scale them to 0..1 (a `Normalize` of the "
-         "loaders may come after that), or leave light alone: T=RandomFlips()+RandomWarps(.5)")
+         "loaders may come after that), or leave light alone: T=RandomFlips()+RandomWarps()")
 
 @patch
 def _stop(self:PairedBatchCallback, bad):

@@ -172,6 +172,7 @@ def test_outliers_do_not_matter_and_types_do_not_either():
 @pytest.mark.parametrize('kw, text', [
     (dict(spacing=-1), 'spacing=(-1.0, -1.0), expected two positive numbers of mm'),
     (dict(percentiles=(99,1)), 'percentiles=(99.0, 1.0), expected (lower, upper)'),
+    (dict(percentiles=(.01,.99)), 'percentiles=(0.01, 0.99), expected (lower, upper) in percent'),
     (dict(per='patient'), "per='patient', expected 'scan' or 'subject'"),
     (dict(classes=()), 'classes=(), expected 1 to 256 names'),
     (dict(channels=0), 'channels=0, expected at least 1'),

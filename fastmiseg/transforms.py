@@ -212,6 +212,9 @@ class Pool:
         "Whether any transformation can come of it"
         return True
 
+    def _expect(self, name, right, what):
+        if not right: raise ValueError(f'{type(self).__name__}: {name}={getattr(self, name)!r}, expected {what}')
+
     def checked(self)->'Pool':
         "Itself; an error where T would leave every image as it is"
         if self.does_something(): return self
@@ -229,6 +232,11 @@ class RandomFlips(Pool):
     "The paper's pool: each axis of each image flipped with probability `p`"
     axes:tuple=None # axes that may be flipped, counted from the end, as (-3,-2,-1) for volumes; None: see `for_recipe`
     p:float=.5      # the paper says random flips; the authors' code uses 0.8
+
+    def __post_init__(self):
+        from_end = isinstance(self.axes, (list,tuple)) and all(isinstance(o, int) and o<0 for o in self.axes)
+        self._expect('axes', self.axes is None or from_end, 'axes counted from the end, as in (-2,-1)')
+        self._expect('p', 0<=self.p<=1, 'a probability in 0..1')
 
     def for_recipe(self, recipe):
         "Where no axes were given: those that the recipe's augmentation flips; both, as in the paper, without a recipe"
@@ -250,6 +258,9 @@ class RandomShifts(Pool):
     "Shifts around the border, up to a share of each axis; not in the paper"
     most:float=.5 # largest shift: of height and width, or one for each of the last axes
 
+    def __post_init__(self):
+        self._expect('most', all(0<=o<=1 for o in _per_axis(self.most)), 'shares of height and width in 0..1')
+
     def does_something(self): return any(_per_axis(self.most))
 
     def draw(self, n, generator=None):
@@ -261,6 +272,7 @@ class RandomLight(Pool):
     "Brightness, contrast and gamma of the transformed images, as in `Augment`; not in the paper"
     jitter:float=.5 # 0..1
 
+    def __post_init__(self): self._expect('jitter', 0<=self.jitter<=1, 'a strength in 0..1')
     def does_something(self): return self.jitter>0
     def draw(self, n, generator=None): return Light(torch.stack(draw_light(n, self.jitter, generator), 1))
 

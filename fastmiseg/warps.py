@@ -53,6 +53,11 @@ class RandomWarps(Pool):
     scale:float=.2   # largest relative change of size
     shift:float=.1   # largest shift, as a share of height and width
 
+    def __post_init__(self):
+        self._expect('rotate', 0<=self.rotate<=180, 'degrees in 0..180')
+        self._expect('scale', 0<=self.scale<1, 'a relative change of size, at least 0 and below 1')
+        self._expect('shift', 0<=self.shift<=1, 'a share of height and width in 0..1')
+
     def does_something(self): return bool(self.rotate or self.scale or self.shift)
 
     def draw(self, n, generator=None):

@@ -5,6 +5,8 @@ from fastai.torch_core import TensorImage, TensorMask
 from scipy.ndimage import gaussian_filter
 from fastmiseg.augment import Augment, _blur, _changes, _factor, _low_resolution, _matrix
 from fastmiseg.scans.recipe import Recipe
+from fastmiseg.transforms import RandomFlips, RandomLight, RandomShifts
+from fastmiseg.warps import RandomWarps
 
 def images(n=6, channels=2, size=(20,28), seed=0):
     return torch.rand(n, channels, *size, generator=torch.Generator().manual_seed(seed))
@@ -118,3 +120,17 @@ def test_cuda_nobody_waits():
         torch.manual_seed(8)
         return still(TensorImage(x), split_idx=0).as_subclass(torch.Tensor).cpu()
     torch.testing.assert_close(go(images(16).cuda()), go(images(16)), atol=1e-3, rtol=0)
+
+@pytest.mark.parametrize('make,said', [
+    (lambda: RandomFlips(p=50), r'RandomFlips: p=50, expected a probability in 0\.\.1'),
+    (lambda: RandomFlips(-1), r'RandomFlips: axes=-1, expected axes counted from the end, as in \(-2,-1\)'),
+    (lambda: RandomFlips((2,3)), r'RandomFlips: axes=\(2, 3\), expected axes counted from the end'),
+    (lambda: RandomShifts(20), r'RandomShifts: most=20, expected shares of height and width'),
+    (lambda: RandomShifts((.5,20)), r'RandomShifts: most=\(0\.5, 20\), expected shares'),
+    (lambda: RandomLight(5.), r'RandomLight: jitter=5\.0, expected a strength in 0\.\.1'),
+    (lambda: RandomWarps(20, shift=10), 'RandomWarps: shift=10, expected a share of height and width'),
+    (lambda: RandomWarps(20, 1.2), r'RandomWarps: scale=1\.2, expected a relative change of size'),
+    (lambda: RandomWarps(-20), 'RandomWarps: rotate=-20, expected degrees in 0..180')])
+def test_numbers_that_a_T_cannot_have(make, said):
+    "Pixels, percents and axes counted from the front are told, and not taken for shares"
+    with pytest.raises(ValueError, match=said): make()

@@ -1,4 +1,4 @@
-# `make demo` and `make test` set themselves up in .venv; nothing else is needed but Python 3.10 to 3.12.
+# `make demo` and `make test` set themselves up in .venv; nothing else is needed but Python 3.10 to 3.13.
 # make prepare BIN=/my/env/bin: in an environment that has `pip install -e '.[dev]'` already
 # make demo DATA=/my/scans ARGS="--valid 1": options of fastmiseg-demo (fastmiseg-demo --help has them all)
 PYTHON ?= python3

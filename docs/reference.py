@@ -172,9 +172,13 @@ def doc_of(o):
 
 def is_code(o): return inspect.isfunction(o) or inspect.isclass(o)
 
-def _methods(cls, events):
+def _function(o):
+    "What was written of a method: also of a class method, Python's or one that fastcore patched in"
+    return o.fget if isinstance(o, property) else getattr(o, '__func__', None) or getattr(o, 'f', o)
+
+def _methods(cls, events=()):
     for k,o in vars(cls).items():
-        f = getattr(o, '__func__', o)
+        f = o if isinstance(o, property) else _function(o)
         if k.startswith('_') or not (inspect.isfunction(f) or isinstance(o, property)): continue
         if k in events and not doc_of(f): continue
         yield k,o
@@ -193,7 +197,7 @@ def entry(n, events=()):
         return '\n\n'.join(x for x in out if x)
     out += [f'```python\n{kind}{signature(o, n.name)}\n```', doc_of(o) or n.comment, '\n'.join(parameters(o))]
     for k,m in _methods(o, events) if inspect.isclass(o) else ():
-        f = m.fget if isinstance(m, property) else getattr(m, '__func__', m)
+        f = _function(m)
         call = f'{n.name}.{k}' if isinstance(m, property) else signature(f, f'{n.name}.{k}')
         table = [] if isinstance(m, property) else parameters(f)
         out += [f'### {n.name}.{k} {{#{n.name}.{k}}}', f'```python\n{call}\n```', doc_of(f)]
@@ -250,6 +254,8 @@ def symbols(modules):
             where = f'/{n.page}.qmd#{n.name}'
             index.setdefault(n.name, where)
             index[f'fastmiseg.{module}.{n.name}'] = where
+            for k,_ in _methods(n.value()) if inspect.isclass(n.value()) else ():
+                if doc_of(getattr(n.value(), k)): index.setdefault(f'{n.name}.{k}', f'{where}.{k}')
     return index
 
 def undocumented(n):

@@ -142,6 +142,12 @@ def test_the_reference_shows_what_a_person_wrote(built):
     assert not reference.parameters(LossOnDevice) # its base has one for each event
     assert reference.doc_of(paper_adam)=='' and reference._default(paper_adam)=='partial(Adam, eps=1e-08)'
 
+def test_methods_of_a_class_are_there_and_lead_there(built):
+    "Class methods too, which fastcore patches in: the reference had no Recipe.auto"
+    page = (built[0]/'api'/'scans.recipe.html').read_text(encoding='utf-8')
+    assert all(f'id="Recipe.{o}"' in page for o in ('auto','acdc','named','slices')) and 'max_scans' in page
+    assert 'href="api/scans.recipe.html#Recipe.auto"' in (built[0]/'your_scans.html').read_text(encoding='utf-8')
+
 def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     "Every line of it, on a small cohort of which half is annotated, with a small network"
     import matplotlib, shutil

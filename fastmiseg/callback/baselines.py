@@ -16,7 +16,7 @@ from ..transforms import Pool
 class ConsistencyCallback(SemiSupCallback):
     "The predictions for x and T(x) agree (Bortsova et al. 2019)"
     def __init__(self,
-        # λ3 of equation 3: a number, or a function of the training fraction
+        # a number, or a function of the training fraction, 0 to 1; λ3 of the paper's equation 3
         weight:float|Callable=sigmoid_rampup(5., .8),
         unlabeled=None, # items or a `DataLoader` of unlabelled images; not needed where the batches are paired
         T:Pool=None     # what T is drawn from; default: `usual_pool()`

@@ -114,10 +114,11 @@ class GradientBalance:
 class MIRegCallback(SemiSupCallback):
     "Regularise with mutual information, globally and locally, and with consistency (section 3 of the paper)"
     def __init__(self,
-        # λ1 of equation 3: a number, or a function of the training fraction; 0: no such term
+        # of global mutual information, λ1 of equation 3: a number, or a function of the training fraction; 0: no term
         global_weight:float|Callable=.1,
-        local_weight:float|Callable=.1, # λ2
-        # λ3, the paper: 5; the squared distance is divided by the number of classes, as in the authors' code
+        local_weight:float|Callable=.1, # of local mutual information, λ2, likewise
+        # of consistency, λ3 (the paper: 5), likewise; the squared distance is divided by the number of
+        # classes, as in the authors' code
         consistency_weight:float|Callable=sigmoid_rampup(5., .8),
         global_layers:tuple|str=('Conv5',), # stages whose pooled maps are clustered, or paths of modules
         local_layers:tuple|str=('Upconv3','Upconv2'), # stages whose positions are clustered, or paths of modules
@@ -159,9 +160,9 @@ class MIRegCallback(SemiSupCallback):
 
     @classmethod
     def paper(cls,
-        global_weight:float|Callable=.1,      # λ1
-        local_weight:float|Callable=.1,       # λ2
-        consistency_weight:float|Callable=5., # λ3
+        global_weight:float|Callable=.1,      # λ1: of global mutual information
+        local_weight:float|Callable=.1,       # λ2: of local mutual information
+        consistency_weight:float|Callable=5., # λ3: of consistency
         **kwargs                              # other arguments
     )->'MIRegCallback':
         "The paper's settings: constant weights, no memory, no balance, T that flips; `paired_batch.passes` is 1 there"

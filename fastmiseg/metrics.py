@@ -184,7 +184,8 @@ class VolumeRatio(VolumeMetric):
         return np.where(b>0, a/np.maximum(b, 1), self.empty)
 
 class VolumeDice(VolumeRatio):
-    "Mean Dice of whole scans: per class over the scan, mean over scans, then over foreground classes (equation 14)"
+    """Mean Dice of scans, as far as their slices show them: per class over all slices of a scan, mean over scans, then
+    over foreground classes (equation 14); `evaluate_cohort` scores whole scans on their own grid"""
     base, usual_empty = 'dice', 1.
     def ratio(self, both, pred, mask): return 2*both, pred+mask
 

@@ -342,6 +342,8 @@ def test_bad_windows_and_layers(tmp_path):
                                          r"which is 8×8 \(at most 15\)"):
         quiet(learner(tmp_path)).fit(1, cbs=small_mireg(neighborhood={'Upconv3':21}))
     # a window under another name was passed over, and the stage had displacements of one pixel only
+    with pytest.raises(ValueError, match=r"neighborhood: 5 is not a window for each .*; give \{'Upconv3': 5\}"):
+        MIRegCallback(local_layers='Upconv3', neighborhood=5)
     with pytest.raises(ValueError, match=r'neighborhood: upconv3, Conv5 is not among the local layers \(Upconv3\)'):
         small_mireg(neighborhood={'Upconv3':3,'upconv3':3,'Conv5':3})
     assert small_mireg(neighborhood={'Upconv3':5,'Upconv2':7}).neighborhood['Upconv3']==5

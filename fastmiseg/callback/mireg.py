@@ -36,6 +36,9 @@ _windows = MappingProxyType({'Upconv3':3,'Upconv2':7}) # the paper's
 
 def _check_windows(neighborhood, layers):
     "Whether each window belongs to a local stage; those of the paper may be left where its stages are not used"
+    if not isinstance(neighborhood, Mapping):
+        raise ValueError(f'neighborhood: {neighborhood!r} is not a window for each local stage; give '
+                         f'{dict.fromkeys(layers, neighborhood)}')
     if stray := [k for k in neighborhood if k not in (*layers, *_windows)]:
         raise ValueError(f"neighborhood: {', '.join(stray)} is not among the local layers ({', '.join(layers)})")
 

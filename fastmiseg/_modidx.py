@@ -1188,6 +1188,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'fastmiseg/progress.py'),
                                     'fastmiseg.progress.EpochLines.before_fit': ( 'progress.html#epochlines.before_fit',
                                                                                   'fastmiseg/progress.py'),
+                                    'fastmiseg.progress._has_bf16': ('progress.html#_has_bf16', 'fastmiseg/progress.py'),
                                     'fastmiseg.progress._shorter': ('progress.html#_shorter', 'fastmiseg/progress.py'),
                                     'fastmiseg.progress.lines_instead_of_bars': ( 'progress.html#lines_instead_of_bars',
                                                                                   'fastmiseg/progress.py'),

@@ -46,9 +46,10 @@ def test_in_the_place_of_the_table(hearts, capsys):
     assert not isinstance(getattr(learn.logger, '__self__', None), EpochLines) # the learner's own table is back
 
 def test_long_trainings_say_what_would_be_shorter():
-    assert progress._shorter((512,512), 13*3600, 1.)=='; with --size 256 about 3 hours'
-    assert progress._shorter((512,512), 600, 1.)=='' and progress._shorter((96,96), 10**6, 40.)==''
-    assert progress._shorter((512,512), 36*60, 36.)=='; with --size 256 about 9 minutes'
+    assert progress._shorter((512,512), 13*3600, 1., False)=='; with --size 256 about 3 hours'
+    assert progress._shorter((512,512), 600, 1., True)=='' and progress._shorter((96,96), 10**6, 40., True)==''
+    assert (progress._shorter((512,512), 36*60, 36., True)
+            =='; with --size 256 about 9 minutes; --precision bf16 is faster on this processor')
 
 def test_words_and_bytes():
     assert span(.4)=='0 seconds' and span(89)=='89 seconds' and span(3*3600)=='3 hours' and span(3600*35)=='35 hours'

@@ -311,8 +311,8 @@ def test_a_stage_is_clustered_in_one_way():
 def test_weight_that_is_no_number(tmp_path):
     (learn:=quiet(learner(tmp_path)))
     before = [o.clone() for o in learn.model.parameters()]
-    for w in (float('nan'), lambda pct: float('inf')):
-        with pytest.raises(ValueError, match=r'consistency: its weight is (nan|inf) at 0% of the training'):
+    for w in (float('nan'), lambda pct: float('inf'), -1):
+        with pytest.raises(ValueError, match=r'consistency: its weight is (nan|inf|-1) at 0% of the training'):
             learn.fit(1, cbs=ConsistencyCallback(w))
     assert all(map(torch.equal, before, learn.model.parameters()))
 

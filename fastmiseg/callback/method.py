@@ -8,7 +8,7 @@ __all__ = ['sigmoid_rampup', 'sigmoid_rampdown', 'layer_names', 'begin_anew_with
 # %% ../../nbs/49_callback.method.ipynb #55cc2ec9
 import warnings
 from dataclasses import dataclass
-from numbers import Number
+from numbers import Real
 from typing import Callable
 from weakref import WeakKeyDictionary, ref
 
@@ -158,9 +158,9 @@ class SemiSupCallback(Callback):
     )->float:
         "The weight of a term at this step"
         weight = _weight_at(self.weights[term], step.pct)
-        if not torch.is_tensor(weight) and not (isinstance(weight, Number) and math.isfinite(weight)):
-            raise ValueError(f'{term}: its weight is {weight!r} at {step.pct:.0%} of the training; expected a finite '
-                             'number, or a function that makes one of that share, as sigmoid_rampup(5.) is')
+        if not torch.is_tensor(weight) and not (isinstance(weight, Real) and 0<=weight<math.inf):
+            raise ValueError(f'{term}: its weight is {weight!r} at {step.pct:.0%} of the training; expected a number '
+                             'from 0 on, or a function that makes one of that share, as sigmoid_rampup(5.) is')
         return weight
 
     def state_dict(self)->dict:

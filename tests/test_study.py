@@ -262,6 +262,19 @@ def test_legend_says_what_the_distance_leaves_out(draws):
     said = legend(study_table(scores.fillna(dict(hd95=3.)), study), study)
     assert 'scans in which the class was missed or invented (none here). ' in said
 
+def test_legend_says_what_its_spread_and_its_p_are_of():
+    "What has all masks has them in each draw; and a row among many is small by chance"
+    study = Study('few', 'Few', {'All masks':dict(method='full'), 'Labels only':{}, 'All':{}}, base='Labels only',
+                  bound='All masks', draws=True)
+    scores = pd.DataFrame([dict(row=k, seed=seed, subject=f's{i}', scan=f's{i}', dice=.5+.1*i+.01*seed*j, hd95=1.,
+                                **{'class':'RV'})
+                           for j,k in enumerate(study.rows) for seed in range(2) for i in range(4)])
+    said = legend(study_table(scores, study), study)
+    assert 'draws of the labelled subjects, each with its own seed; in "All masks" over seeds alone. HD95' in said
+    assert 'differ, and is not corrected for the number of rows. p over draws' in said
+    few = study.only(['Labels only','All'])
+    assert 'each with its own seed. HD95' in legend(study_table(scores[scores.row!='All masks'], few), few)
+
 def test_settings_are_chosen_on_validation_scans(scans, out):
     scores = run('choose', scans, out, ['Partial supervision','Mean Teacher: consistency [1.0, 0.4]'])
     there = Evidence(out)

@@ -148,7 +148,10 @@ def legend(
 )->str:
     "What stands in the table"
     text = 'Dice, mean (standard deviation) over the seeds.'
-    if study.draws: text = text.replace('seeds', 'draws of the labelled subjects, each with its own seed')
+    if study.draws:
+        text = text.replace('seeds', 'draws of the labelled subjects, each with its own seed')
+        everyone = [k for k,o in study.rows.items() if o.get('method')=='full']
+        if everyone: text = text[:-1]+f'; in "{everyone[0]}" over seeds alone.'
     text += ' HD95 leaves out scans in which the class was missed or invented'
     if left := table.attrs.get('no_hd95'):
         each = {k: ', '.join(f'{n} of {of} ({c})' for c,n,of in o) for k,o in left.items()}
@@ -160,7 +163,7 @@ def legend(
     if 'p' in table:
         text += (f" p: one-sided paired t-test over subjects, of means over the seeds, {study.ours}"
                  f"{' with as many labelled' if study.x else ''} above the row; "
-                 "it knows nothing of how much the seeds differ.")
+                 "it knows nothing of how much the seeds differ, and is not corrected for the number of rows.")
     if 'p_draws' in table:
         text += (' p over draws: the same test over the draws, of means over the scans; '
                  'with few draws it is blind to much.')

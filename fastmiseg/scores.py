@@ -83,7 +83,13 @@ def scores_text(
         lines += [_heading(part, g), shown.to_string(index=False), '']
     lines.append('Means over scans; the last row of a table is their mean over classes.')
     if table[['missed','invented']].any(axis=None):
-        lines.append(f'A class that was missed, or found where there is none, {_missed_rule(missed)}.')
+        lines.append(f'A class that was missed, or found where there is none, {_missed_rule(missed)}; '
+                     'one that was missed is left out of precision, the other of sensitivity.')
+    neither = scores.sensitivity.isna() & scores.precision.isna()
+    if neither.any():
+        value,n = scores.dice[neither].iloc[0],_plural(neither.sum(), 'time')
+        rule = 'is left out of Dice' if pd.isna(value) else f'counts as a Dice of {value:g} and as 0 mm'
+        lines.append(f'A class that is neither in the mask nor found {rule} ({n}).')
     left = scores.attrs.get('left_out') or {}
     if left: lines.append(f"Not scored: {', '.join(_count(n, k) for k,n in left.items())}.")
     return '\n'.join(lines)

@@ -67,6 +67,19 @@ def test_the_text_says_what_it_is_about(cases):
     assert '374 mm' in scores_text(s, 374) and 'is left out of HD95' in scores_text(s, 'nan')
     assert 'was missed' not in scores_text(s[s.scan=='s0'])
 
+def test_a_rare_class_that_is_never_found_is_not_good_without_a_word():
+    "Two scans of ten have it, none is found: a Dice of 0.8"
+    none = np.zeros((2,8,8), int)
+    there = none.copy()
+    there[:,2:4,2:4] = 1
+    def said(**kw):
+        one = [score_volume(none, there if i<2 else none, None, ['background','lesion'], **kw).assign(
+                   subject=f's{i}', scan=f's{i}', split='test', diagonal=11.) for i in range(10)]
+        return scores_text(pd.concat(one, ignore_index=True))
+    assert 'neither in the mask nor found counts as a Dice of 1 and as 0 mm (8 times).' in said()
+    assert 'neither in the mask nor found is left out of Dice (8 times).' in said(empty=np.nan)
+    assert 'one that was missed is left out of precision' in said()
+
 def test_test_scans_of_several_folds_are_counted_as_often(cases):
     "Not 'invented in 1 of -2'"
     s = pd.concat([scores(*cases).assign(fold=k) for k in range(3)], ignore_index=True)

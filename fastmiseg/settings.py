@@ -83,7 +83,7 @@ class Settings:
     loss:str=None            # Of the labelled slices: ce (cross-entropy, the paper's) or ce+dice; or the method's
     arch:str='unet'          # Network: unet (the paper's), residual_unet, dynamic_unet, or the timm name of an encoder
     width:int=16             # Channels of the first stage of unet, residual_unet and dynamic_unet
-    # In which the network computes: fp32, bf16 (about twice as fast on GPUs, and on CPUs that have it), or fp16 (GPUs)
+    # In which the network computes: fp32; bf16, faster on GPUs and on CPUs that have it; or fp16, for older GPUs
     precision:str='fp32'
     epochs:int=10            # Epochs of n_iters steps
     n_iters:int=300          # Steps to an epoch

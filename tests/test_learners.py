@@ -1,7 +1,9 @@
 "Regularisers on learners that people have: networks, data, optimisers and callbacks that know nothing of them"
 import itertools
+from contextlib import suppress
 import numpy as np, pandas as pd, pytest, torch
 from fastai.basics import Adam, Callback, CancelStepException, OptimWrapper, SGD, Transform, params
+from fastai.callback.core import CancelBatchException
 from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import minimum, slide, steep, valley
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
@@ -400,6 +402,16 @@ def test_an_interrupted_batch_leaves_no_autocast_behind(tmp_path):
     with torch.no_grad():
         for p in learn.model.parameters(): p += 1
     with torch.autocast('cpu', torch.bfloat16): assert not torch.equal(now, learn.model(x))
+
+@pytest.mark.parametrize('stop', [CancelBatchException, KeyError])
+def test_a_cancelled_batch_or_validation_leaves_no_autocast_behind(tmp_path, stop):
+    class Stops(Callback):
+        def after_pred(self): raise stop
+    learn = quiet(learner(tmp_path, cbs=Bfloat16Callback()))
+    for f in (lambda: learn.fit(1, cbs=[small_mireg(), Stops()]), lambda: learn.validate(cbs=Stops())):
+        with suppress(KeyError, IndexError, AttributeError): f()
+        assert not torch.is_autocast_enabled('cpu')
+        assert torch.autocast_increment_nesting()==1 and torch.autocast_decrement_nesting()==0
 
 def test_float16_features_give_float32_information():
     "Autocast, on any device: the penalty is computed in float32"

@@ -53,10 +53,14 @@ def _autocasts():
     torch.autocast_increment_nesting()
     return torch.autocast_decrement_nesting()
 
-def _leave_autocast(learn, n):
-    "All but `n`: where a batch is interrupted fastai stays in its own, and later fits would see that batch's weights"
-    for cb in learn._grab_cbs(MixedPrecision):
-        while getattr(cb, 'autocast', None) and _autocasts()>n: cb.autocast.__exit__(None, None, None)
+@_instead_of('one_batch')
+def _leave_autocast(one_batch, learn, *args, **kwargs):
+    "However a batch ends: fastai stays in its own if it is interrupted, and later ones would see its weights"
+    n = _autocasts()
+    try: return one_batch(learn, *args, **kwargs)
+    finally:
+        for cb in learn._grab_cbs(MixedPrecision):
+            while getattr(cb, 'autocast', None) and _autocasts()>n: cb.autocast.__exit__(None, None, None)
 
 @_instead_of('fit')
 def _always_undo(fit, learn, *args, **kwargs):
@@ -64,7 +68,7 @@ def _always_undo(fit, learn, *args, **kwargs):
     given = signature(fit).bind(learn, *args, **kwargs).arguments.get('cbs')
     _refuse_mixed_labels(learn, [*learn.cbs, *L(given)])
     if not learn._grab_cbs(PairedBatchCallback): learn.add_cb(PairedBatchCallback()) # a learner made without it
-    learn._in_fit,n = ExitStack(),_autocasts() # what callbacks enter here is left when the fit ends
+    learn._in_fit = ExitStack() # what callbacks enter here is left when the fit ends
     try: return fit(learn, *args, **kwargs)
     except ValueError as e:
         if _one_image not in str(e): raise
@@ -73,7 +77,6 @@ def _always_undo(fit, learn, *args, **kwargs):
     finally:
         for cb in learn._grab_cbs(PairedBatchCallback): cb.undo()
         vars(learn).pop('_in_fit').close()
-        _leave_autocast(learn, n)
         vars(learn).pop('_first_epoch', None)
 
 # %% ../../nbs/53_callback.install.ipynb #f5d1c968

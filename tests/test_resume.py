@@ -1,5 +1,5 @@
 "Trainings that are killed with SIGKILL, again and again, and called again: the same weights to the bit"
-import itertools, json, os, re, shutil, signal, subprocess, sys
+import itertools, json, os, re, shutil, signal, subprocess, sys, warnings
 from pathlib import Path
 import pandas as pd, pytest, torch
 from fastai.basics import Callback, CancelFitException, CrossEntropyLossFlat, DataLoaders, SGD, set_seed, store_attr
@@ -81,6 +81,16 @@ def test_progress_bar_of_a_later_epoch(tmp_path):
     with pytest.raises(KeyboardInterrupt): learner(tmp_path).fit(2, cbs=[ResumeCallback(tmp_path/'c', every=1), Stop()])
     learn = learner(tmp_path); learn.fit(2, cbs=ResumeCallback(tmp_path/'c', every=1))
     assert hasattr(learn, 'progress') and len(learn.recorder.values)>0
+
+def test_a_fit_that_goes_on_knows_which_terms_had_a_gradient(tmp_path):
+    "Interrupted in a validation, it sees no step of the epoch"
+    class Stop(Callback):
+        def before_validate(self): raise KeyboardInterrupt
+    fit = lambda *cbs: quiet(learner(tmp_path)).fit(1, cbs=[small_mireg(), ResumeCallback(tmp_path/'c', every=1), *cbs])
+    with pytest.raises(KeyboardInterrupt): fit(Stop())
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', '.*had no gradient')
+        fit()
 
 def test_no_number_after_going_on(tmp_path):
     "The message still says where the batch came from"

@@ -83,7 +83,7 @@ class SemiSupCallback(Callback):
         super().__init__()
         self.unlabeled,self.T,self.weights,self.projectors = unlabeled,T,weights,None
         self.terms = {} # of the last step, without their weights
-        self._fitting,self._sums,self._count,self._idle = False,{},0,set()
+        self._fitting,self._sums,self._count,self._taught = False,{},0,{}
 
     # what a method says
     def views(self,
@@ -134,7 +134,7 @@ class SemiSupCallback(Callback):
         self.terms = {k:o.detach() for k,o in vals.items()}
         for k,o in self.terms.items(): self._sums[k] = self._sums.get(k, 0) + o
         self._count += 1
-        self._idle -= {k for k,o in vals.items() if o.requires_grad}
+        for k,o in vals.items(): self._taught[k] = self._taught.get(k, False) or o.requires_grad
         return sum(self.weight_of(k, step)*o for k,o in vals.items())
 
     def _named(self, vals):
@@ -196,10 +196,10 @@ class SemiSupCallback(Callback):
             at = len(names) - int(self.recorder.add_time)
             self.recorder.metric_names = names[:at] + list(self.weights) + names[at:]
 
-    def _note_before_train(self): self._sums,self._count,self._idle = {},0,set(self.weights)
+    def _note_before_train(self): self._sums,self._count,self._taught = {},0,{}
 
     def _note_after_train(self):
-        if not self._fitting or not (idle := sorted(self._idle & self._sums.keys())): return
+        if not self._fitting or not (idle := sorted(k for k,o in self._taught.items() if not o)): return
         warnings.warn(f"{idle[0]}: this term of {type(self).__name__} had no gradient in any step of the epoch, so "
                       "that the network learned nothing from it; compute it from the network's own answers, as "
                       "step.probs('x') or step.feats, and not under torch.no_grad()", stacklevel=2)

@@ -358,7 +358,7 @@ def _foreign(self:ResumeCallback):
 def _noted(self:ResumeCallback):
     "Callbacks and metrics, what of them is not to be kept, and whether their tensors are"
     for cb in self.learn.cbs:
-        if isinstance(cb, SemiSupCallback): yield cb, set(vars(cb))-{'_sums','_count'}, True
+        if isinstance(cb, SemiSupCallback): yield cb, set(vars(cb))-{'_sums','_count','_taught'}, True
     for o,tensors in self._foreign():
         yield o, _not_notes | unchanged_arguments(o), tensors
 

@@ -92,6 +92,13 @@ def test_a_fit_that_goes_on_knows_which_terms_had_a_gradient(tmp_path):
         warnings.filterwarnings('error', '.*had no gradient')
         fit()
 
+def test_more_epochs_of_a_finished_training_in_bf16(tmp_path):
+    "At its end the autocast is gone"
+    for n in (1,2):
+        learn = quiet(learner(tmp_path, cbs=Bfloat16Callback()))
+        learn.fit(n, cbs=[small_mireg(), ResumeCallback(tmp_path/'c', change=n>1)])
+    assert len(learn.recorder.values)==2
+
 def test_no_number_after_going_on(tmp_path):
     "The message still says where the batch came from"
     class Stop(Callback):

@@ -41,7 +41,8 @@ def _what_fits(old, old_names, new, names):
     same = projectors(old['methods'])==projectors(new['methods'])
     return {**old, 'methods': methods, 'heads': (old if same else new)['heads']}
 
-_not_notes = {'start_epoch','metric_names','_given','__stored_args__'} # of what a new learner says itself
+# of what a new learner says itself
+_not_notes = {'start_epoch','metric_names','autocast','scales','_given','__stored_args__'}
 
 # %% ../../nbs/63_callback.resume.ipynb #15832cbd
 class ResumeCallback(Callback):

@@ -669,6 +669,16 @@ def test_evidence_of_two_machines(tmp_path):
         here.merge(other.path)
     assert len(here.runs())==3
 
+def test_two_studies_begin_in_an_empty_folder(tmp_path):
+    "The second took the splits of the first away, whose runs then named what was not there"
+    df = pd.DataFrame(dict(subject=list('abc'), scan=list('abc'), split=['labeled','valid','test'],
+                           content=list('xyz')))
+    there,other = Evidence(tmp_path),df.assign(split=['valid','labeled','test'])
+    names = [there.keep_cohort({1:o})[1] for o in (df, other)]
+    for name,o in zip(names, (df, other)): assert there.parts(name).split.tolist()==o.split.tolist()
+    there.keep_cohort({1:df.assign(content='w')}) # without any run these are scans of a study that was given up
+    assert set(there.scans().content)=={'w'}
+
 # -- the command -------------------------------------------------------------------------------------------------------
 def test_command(scans, tmp_path):
     env = {k:v for k,v in os.environ.items() if k!='FASTMISEG_DATA'}

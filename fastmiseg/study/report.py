@@ -208,14 +208,14 @@ def _plot_dice(ax, seeds, study):
     full,lines = seeds[seeds.row==study.bound]['mean'],seeds[seeds.row!=study.bound]
     looks = {study.ours: dict(color=palette[1], marker='o', lw=2.6, zorder=4),
              study.base: dict(color='black', marker='s', ls='--', zorder=3)}
-    ax.axhline(full.mean(), color=palette[3], lw=2, label=study.bound)
+    if len(full): ax.axhline(full.mean(), color=palette[3], lw=2, label=study.bound)
     by = lines.groupby(['line','x'])['mean'].agg(['mean','std']).fillna(0)
     for k in sorted(lines.line.unique(), key=lambda k: list(looks).index(k) if k in looks else 9):
         g,look = by.loc[k],looks.get(k, dict(color='.7', lw=1, marker='.'))
         ax.plot(g.index, g['mean'], label=k if k in looks else '_', ms=5, **look)
         if k not in looks: continue
         ax.fill_between(g.index, g['mean']-g['std'], g['mean']+g['std'], color=look['color'], alpha=.1, lw=0)
-    ax.plot([], [], color='.7', lw=1, marker='.', label='the other methods')
+    if set(lines.line)-set(looks): ax.plot([], [], color='.7', lw=1, marker='.', label='the other methods')
     ticks = sorted(lines.x.unique())
     ax.set(xscale='log', xlabel='labelled subjects', ylabel='Dice, mean and sd over draws')
     ax.set_xticks(ticks, [str(o) for o in ticks])

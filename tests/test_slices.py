@@ -413,6 +413,7 @@ def test_auto_takes_the_scans_own_axes_where_lps_would_turn_them_differently(tmp
         assert tilt(df, r)<8<40<tilt(df, replace(r, orientation='LPS'))
         assert (tilt(df, replace(r, orientation=None))>40)==(name=='stored')
         assert Recipe.from_dict(json.loads(json.dumps(r.to_dict())))==r==eval(repr(r))
+        assert repr(Recipe.auto(df.assign(split='labeled')[::-1]))==repr(r) # whichever scan is the first
     for name,degrees in dict(straight=(-5,0,5,9), upright=(0,90,180,0), apart=(0,30,50,90)).items():
         assert made(name, map(turned, degrees))[1].orientation=='LPS', name
     for odd in ((1,0,0,0,1,0,0,0,0), (1,)*9, (1,0,0), 'LP', 'LPSS', 3):

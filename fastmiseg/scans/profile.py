@@ -130,9 +130,10 @@ def _orientation(directions):
     tilt = lambda o: _mean_and_tilts(_turned(directions, o))[1].max()
     def mean(o):
         u,_,v = np.linalg.svd(_mean_and_tilts(_turned(directions, o))[0]) # perpendicular
-        return tuple(np.round((u@v)[::-1].T, 2).ravel().tolist())
+        return tuple((np.round((u@v)[::-1].T, 2)+0.).ravel().tolist()) # + 0.: no -0.0
     if tilt('LPS')<=mixed: return 'LPS'
-    best = min(map(mean, directions), key=lambda o: round(tilt(o))) # of equally good ones the first
+    # of equally good ones, as there are for scans that are stored in several ways, the nearest to LPS
+    best = min(map(mean, directions), key=lambda o: (round(tilt(o)), -sum(o[::4]), o))
     return best if tilt(best)<=mixed else 'LPS'
 
 def _plane(o, axis, orientation):

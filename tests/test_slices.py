@@ -18,7 +18,7 @@ from fastmiseg.scans.cohort import load_cohort, save_cohort, voxel_digest
 from fastmiseg.scans.layout import CohortError
 from fastmiseg.scans.masks import class_indices
 from fastmiseg.scans.placement import Placement, _warp, orient, world_axes
-from fastmiseg.scans.profile import _some, scan_profile, summarise_profiles
+from fastmiseg.scans.profile import _orientation, _some, scan_profile, summarise_profiles
 from fastmiseg.scans.recipe import Recipe
 from fastmiseg.scans.messages import VolumeError
 from fastmiseg.scans.split import split_cohort
@@ -414,6 +414,10 @@ def test_auto_takes_the_scans_own_axes_where_lps_would_turn_them_differently(tmp
         assert (tilt(df, replace(r, orientation=None))>40)==(name=='stored')
         assert Recipe.from_dict(json.loads(json.dumps(r.to_dict())))==r==eval(repr(r))
         assert repr(Recipe.auto(df.assign(split='labeled')[::-1]))==repr(r) # whichever scan is the first
+    hearts = [turned(o) for o in (40,44,46,50,42,48)]
+    with_one = _orientation([np.ravel(o) for o in [*hearts, sagittal@turned(45)]]) # which cannot lie like the others
+    assert np.allclose(with_one, _orientation([np.ravel(o) for o in hearts]), atol=.3)
+    assert _orientation([np.ravel(o) for o in [*[turned(o) for o in (1,3,5,2)], turned(45)@sagittal@turned(45)]])=='LPS'
     for name,degrees in dict(straight=(-5,0,5,9), upright=(0,90,180,0), apart=(0,30,50,90)).items():
         assert made(name, map(turned, degrees))[1].orientation=='LPS', name
     for odd in ((1,0,0,0,1,0,0,0,0), (1,)*9, (1,0,0), 'LP', 'LPSS', 3):

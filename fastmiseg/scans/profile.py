@@ -127,14 +127,17 @@ def _turned(directions, orientation): return [_axes(o, *orient(o, orientation)) 
 
 def _orientation(directions):
     "LPS; or the axes near which scans lie alike that LPS would turn differently, as hearts near 45 degrees"
-    tilt = lambda o: _mean_and_tilts(_turned(directions, o))[1].max()
+    def odd(o): # how many scans do not lie like the others, and the tilt of all
+        axes = _turned(directions, o)
+        tilts = _angle(axes, _mean_and_tilts(axes)[0]).max(1)
+        return int((tilts>mixed).sum()),round(tilts.max())
     def mean(o):
         u,_,v = np.linalg.svd(_mean_and_tilts(_turned(directions, o))[0]) # perpendicular
         return tuple((np.round((u@v)[::-1].T, 2)+0.).ravel().tolist()) # + 0.: no -0.0
-    if tilt('LPS')<=mixed: return 'LPS'
+    if not odd('LPS')[0]: return 'LPS'
     # of equally good ones, as there are for scans that are stored in several ways, the nearest to LPS
-    best = min(map(mean, directions), key=lambda o: (round(tilt(o)), -sum(o[::4]), o))
-    return best if tilt(best)<=mixed else 'LPS'
+    best = min(map(mean, directions), key=lambda o: (odd(o), -sum(o[::4]), o))
+    return best if odd(best)[0]<odd('LPS')[0] else 'LPS'
 
 def _plane(o, axis, orientation):
     "Where the slices of a scan lie"

@@ -18,7 +18,7 @@ from fastmiseg.callback.baselines import ConsistencyCallback, EntropyMinCallback
 from fastmiseg.callback.mireg import MIRegCallback
 from fastmiseg.callback.teacher import EMATeacherCallback
 from fastmiseg.data import SemiSupDataBlock
-from fastmiseg.learner import Bfloat16Callback, reuse_memory
+from fastmiseg.learner import reuse_memory
 from fastmiseg.models import create_unet
 from fastmiseg.mutual_info import consistency_loss, global_mi_loss
 from fastmiseg.transforms import RandomFlips
@@ -51,8 +51,6 @@ METHODS = {
     'all terms, with a teacher':         lambda: [MIRegCallback.paper(), EMATeacherCallback()],
     'all terms, textbook losses':        lambda: [TextbookMIReg.paper()],
     'recommended (T warps, two passes)': lambda: [MIRegCallback()],
-    'partial supervision, bf16':         lambda: [Bfloat16Callback()],
-    'recommended, bf16':                 lambda: [MIRegCallback(), Bfloat16Callback()],
 }
 
 def passes_of(cbs):

@@ -45,19 +45,18 @@ def summarise_profiles(
     "Ranges over the training scans"
     if not profiles: return {}
     span = lambda k: np.stack([np.min([o[k] for o in profiles], 0), np.max([o[k] for o in profiles], 0)], -1)
-    mean,tilt = _mean_and_tilts([o['axes'] for o in profiles])
+    axes = [o['axes'] for o in profiles]
+    mean = _mean_axes(axes)
     plain = lambda v: np.round(v, 4).tolist()
     middle = _middle([o['level'] for o in profiles])
     return dict(scans=len(profiles), spacing=plain(span('spacing')), fov=plain(span('fov')), axes=plain(mean),
-                tilt=plain(tilt), level=plain(span('level')), middle=plain(middle))
+                tilt=plain(_angle(axes, mean).max(0)), level=plain(span('level')), middle=plain(middle))
 
 def _angle(a, b): return np.degrees(np.arccos(np.clip((np.asarray(a)*b).sum(-1), -1, 1)))
 
-def _mean_and_tilts(axes):
-    "The mean axes of scans, and how far each of the three is from its mean at most, in degrees"
+def _mean_axes(axes):
     mean = np.mean(axes, 0)
-    mean = mean/np.maximum(np.linalg.norm(mean, axis=-1, keepdims=True), 1e-6)
-    return mean,_angle(axes, mean).max(0)
+    return mean/np.maximum(np.linalg.norm(mean, axis=-1, keepdims=True), 1e-6)
 
 def _relative(level):
     "Where the median lies between the outer percentiles, for each channel: it stays under another scale and offset"
@@ -129,15 +128,15 @@ def _orientation(directions):
     "LPS; or the axes near which scans lie alike that LPS would turn differently, as hearts near 45 degrees"
     def odd(o): # how many scans do not lie like the others, and the tilt of all
         axes = _turned(directions, o)
-        tilts = _angle(axes, _mean_and_tilts(axes)[0]).max(1)
+        tilts = _angle(axes, _mean_axes(axes)).max(1)
         return int((tilts>mixed).sum()),round(tilts.max())
     def mean(o):
-        u,_,v = np.linalg.svd(_mean_and_tilts(_turned(directions, o))[0]) # perpendicular
+        u,_,v = np.linalg.svd(_mean_axes(_turned(directions, o))) # perpendicular
         return tuple((np.round((u@v)[::-1].T, 2)+0.).ravel().tolist()) # + 0.: no -0.0
-    if not odd('LPS')[0]: return 'LPS'
+    if not (in_lps := odd('LPS')[0]): return 'LPS'
     # of equally good ones, as there are for scans that are stored in several ways, the nearest to LPS
-    best = min(map(mean, directions), key=lambda o: (odd(o), -sum(o[::4]), o))
-    return best if odd(best)[0]<odd('LPS')[0] else 'LPS'
+    best = min({mean(o) for o in directions}, key=lambda o: (odd(o), -sum(o[::4]), o))
+    return best if odd(best)[0]<in_lps else 'LPS'
 
 def _plane(o, axis, orientation):
     "Where the slices of a scan lie"
@@ -164,7 +163,7 @@ def look_at(
     # how many to read, spread over them, labelled ones before all; those that cannot be read are left out
     max_scans:int=64,
     axis:int|str='auto', # of the slices, as of a `Recipe`
-    orientation:str|tuple|None='auto' # as of a `Recipe`; default: LPS, or axes near which all scans lie alike
+    orientation:str|tuple|None='auto' # as of a `Recipe`; default: LPS, or axes near which more scans lie alike
 )->list[dict]: # of each the `orientation` for all, its slice `axis`, `spacing` and `fov` (mm) of rows and columns, ...
     "What matters for the slices of some scans; the masks of unlabelled ones stay closed"
     seen,bad = [],None

@@ -272,7 +272,7 @@ def _say_if_mixed(self:SliceStore):
     warnings.warn('the training scans do not lie alike in their slices, whose axes run up to '
                   f'{tilt:.0f} degrees from their mean: orientation={o!r} of the Recipe '
                   f'{how if o else "keeps each as it lies in its file"}. '
-                  'Recipe.auto proposes axes near which all lie, if there are any', stacklevel=3)
+                  'Recipe.auto proposes axes near which more lie, if there are any', stacklevel=3)
 
 @patch
 def _said(self:SliceStore):

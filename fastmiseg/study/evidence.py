@@ -167,12 +167,13 @@ def keep_cohort(self:Evidence,
     now = df[['subject','scan']].astype(str).assign(content=content)
     for k,o in splits.items(): now[names[k]] = o.split.values
     with self.lock():
-        self._keep_scans(self.scans(), now)
+        self._keep_scans(now)
     return names
 
 @patch
-def _keep_scans(self:Evidence, old, now):
+def _keep_scans(self:Evidence, now):
     "Write down scans beside those that are known"
+    old = self.scans()
     both = old.merge(now, on='scan')
     bad = both[both.content_x!=both.content_y]
     if len(bad) and not self.runs(): old = old[:0] # of a study that was given up; else another one may have begun
@@ -197,7 +198,7 @@ def merge(self:Evidence,
         if not (new := [k for k in lines if k not in ours]): return 0
         names = {o for k in new for o in (k, student_of(k))}
         scores = [o for o in _lines(them._scores)[1:] if o.split(',', 1)[0] in names]
-        self._keep_scans(self.scans(), them.scans())
+        self._keep_scans(them.scans())
         _add_lines(self._scores, _lines(them._scores)[:1], scores, tuple(f'{o},' for o in names))
         _add_lines(self._runs, [], [lines[k] for k in new], tuple(map(_beginning, new)))
     return len(new)
